@@ -1,0 +1,3 @@
+from kfood_dist.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""The project's own family of errors: a user's mistake, said once, with its remedy.
+
+Everything a user can get wrong raises one of these; `cli.main` prints it and exits with status 2.
+Anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class KfoodError(Exception):
+    """A fault the user can mend: `what` is wrong, and `remedy` mends it."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what} → {self.remedy}"
+
+
+class RecipeError(KfoodError):
+    """The recipe, a `--set` override, or a DeepSpeed JSON is wrong. All faults are reported together."""
+
+
+class SourceError(KfoodError):
+    """The pictures to pack are missing, empty, or too many of them are unusable."""
+
+
+class ShardError(KfoodError):
+    """A packed data set is missing, of another format version, or damaged."""
+
+
+class ModelError(KfoodError):
+    """The base model or an adapter cannot be found or does not fit."""
+
+
+class CheckpointError(KfoodError):
+    """A checkpoint is incomplete or belongs to another run."""
+
+
+class LaunchError(KfoodError):
+    """What was asked for does not fit what this machine or job has."""
