@@ -1,0 +1,53 @@
+"""`kfood VERB …`: finds the verb's module, runs it, and turns a user's mistake into one clear message.
+
+A verb's module has `add_arguments(parser)` and `run(args) -> exit status`; it is imported only when asked for, so
+`kfood --help` and packing on a login node stay light.
+"""
+
+import argparse
+import importlib
+import sys
+
+from kfood_dist import __version__
+from kfood_dist.errors import KfoodError
+from kfood_dist.runtime import World
+
+VERBS = {
+    "mini": ("kfood_dist.practice.mini", "write a practice set in the AI-Hub layout and a tiny untrained model"),
+    "pack": ("kfood_dist.data.pack", "pack a folder or a CSV of pictures into WebDataset shards"),
+    "verify": ("kfood_dist.data.verify", "check packed shards byte by byte"),
+    "order": ("kfood_dist.data.order", "print who reads which sample at which step"),
+    "train": ("kfood_dist.train.main", "train by a recipe; resumes by itself (start it with launch/train.sh)"),
+    "eval": ("kfood_dist.evaluate.main", "measure a model on held-out pictures"),
+    "compare": ("kfood_dist.evaluate.compare", "put reports side by side, such as base and tuned"),
+    "predict": ("kfood_dist.evaluate.predict", "name the dish on single pictures"),
+    "doctor": ("kfood_dist.doctor", "tell what this machine has, what is missing, and what mends it"),
+}
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser of all verbs; only `verb` gets its own arguments."""
+    parser = argparse.ArgumentParser(prog="kfood", description="From a folder of dish photos to a tuned Qwen2.5-VL.")
+    parser.add_argument("--version", action="version", version=f"kfood_dist {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (module, summary) in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == verb:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns its exit status: 0 done, 1 the verb found faults, 2 a mistake to mend, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in argv if word in VERBS), None)
+    args = build_parser(verb).parse_args(argv)
+    try:
+        return importlib.import_module(VERBS[args.verb][0]).run(args)
+    except KfoodError as error:
+        if World.from_environment().is_main:  # each rank finds the same mistake; one says it
+            print(f"kfood {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"kfood {args.verb}: interrupted", file=sys.stderr)
+        return 130

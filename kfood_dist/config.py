@@ -1,0 +1,206 @@
+"""The recipe: one YAML file that says everything about a run, checked before anything is loaded.
+
+    recipe.yaml + `--set a.b=c` ──► load_recipe ──► Recipe (frozen, complete) ──► saved in the run directory
+
+Unknown keys are refused and all faults are reported together, each with its fix. Nothing below this module
+holds a number of its own: image size, lengths, prompt and model name all come from here.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kfood_dist.errors import RecipeError
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A recipe section: no unknown keys, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    shards: Path = Field(description="folder that `kfood pack` wrote")
+    image_size: Count = Field(224, description="side of the packed pictures in pixels; must be the shards' own")
+    max_length: Count = Field(1536, description="most tokens in one sample; longer ones lose text from the front")
+    system: str = Field("You are a helpful assistant.", description="system text; empty for none")
+    prompt: str = Field(
+        "이 음식의 이름은 무엇인가요? 음식 이름만 답하세요.", min_length=1, description="question put after the picture"
+    )
+    num_workers: int = Field(1, ge=0, description="loader processes per rank; 0 reads in the training process")
+
+
+class Model(Section):
+    base: str = Field(min_length=1, description="local folder or hub name of a Qwen2.5-VL")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NF4 with double quantisation, or none")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="compute type of everything not quantised")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
+
+
+class Lora(Section):
+    r: Count = Field(16, description="rank of the update")
+    alpha: Count = Field(32, description="scale; the update is multiplied by alpha / r")
+    dropout: Share = Field(0.05, description="dropout on the adapter's input")
+    target_modules: tuple[str, ...] = Field(
+        LINEAR_LAYERS, min_length=1, description="linear layers of the language model that get an adapter"
+    )
+
+
+class Optim(Section):
+    name: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="bitsandbytes AdamW8bit, or torch AdamW")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
+    warmup_ratio: Share = Field(0.03, description="share of all steps spent warming up")
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="the decay ends at this share of the peak"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: Share = Field(0.9)
+    beta2: Share = Field(0.999)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+
+
+class Train(Section):
+    micro_batch_size: Count = Field(4, description="samples per rank and micro-step")
+    gradient_accumulation_steps: Count = Field(8, description="micro-steps per optimiser step")
+    global_batch_size: Count | None = Field(
+        None, description="samples per optimiser step; if given, accumulation follows from it and the rank count"
+    )
+    max_steps: Count | None = Field(None, description="optimiser steps in all; overrides epochs")
+    epochs: Count = Field(1, description="passes over the training split")
+    save_every_steps: Count = Field(100, description="steps between checkpoints; the last step always saves")
+    keep_checkpoints: Count = Field(2, description="newest complete checkpoints to keep")
+    seed: int = Field(0, ge=0, lt=2**32)
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage; 0 trains without DeepSpeed")
+    deepspeed_config: Path | None = Field(None, description="memory strategy; default ds_configs/zero<stage>.json")
+    gradient_checkpointing: bool = Field(True, description="recompute activations instead of keeping them")
+
+
+class Eval(Section):
+    split: Literal["val", "test", "train"] = Field("val", description="split measured while training")
+    every_steps: Count | None = Field(None, description="steps between measurements; none unless given")
+    max_samples: Count | None = Field(None, description="measure on the first so many of a fixed shuffle")
+    batch_size: Count = Field(16, description="pictures per rank and generation batch")
+    max_new_tokens: Count = Field(32, description="longest answer in tokens")
+
+
+class Run(Section):
+    dir: Path = Field(description="run directory: recipe, metrics, TensorBoard, checkpoints, adapter")
+    log_every_steps: Count = Field(1, description="steps between console lines")
+
+
+class Recipe(Section):
+    """The whole recipe; `Recipe.model_fields` and `docs` of each section are the reference."""
+
+    data: Data
+    model: Model
+    lora: Lora = Lora()
+    optim: Optim = Optim()
+    train: Train = Train()
+    eval: Eval = Eval()
+    run: Run
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> "Recipe":
+        if self.train.zero_stage == 0 and self.train.deepspeed_config is not None:
+            raise ValueError(
+                "train.deepspeed_config is given but train.zero_stage is 0, which trains without DeepSpeed; "
+                "remove it or set train.zero_stage to 1, 2 or 3"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe file, apply `section.key=value` overrides in order, and check all of it.
+
+    Values are YAML (`train.max_steps=20`, `data.prompt="이름은?"`). Raises RecipeError naming every fault.
+    """
+    tree = _read_yaml(path)
+    faults = [fault for text in overrides if (fault := _apply_override(tree, text))]
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults += [_describe(e) for e in error.errors()]
+    if faults:
+        raise RecipeError(_join(f"recipe {path}", faults), "mend the lines above, or the --set that names them")
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, every default included, as YAML that `load_recipe` reads back."""
+    path.write_text(
+        yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False), encoding="utf-8"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"recipe {path} cannot be read ({error.strerror})", "name one of launch/recipes/*.yaml or your own"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        first_line = " ".join(str(error).split())
+        raise RecipeError(f"recipe {path} is not YAML ({first_line})", "mend that line") from None
+    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
+        raise RecipeError(
+            f"recipe {path} does not hold sections",
+            f"write it as `section:` with indented `key: value` lines; sections: {', '.join(Recipe.model_fields)}",
+        )
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> str | None:
+    """Put one `section.key=value` into the tree; a fault's description if it has another form."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        return f"--set {text}: write it as section.key=value, for example train.max_steps=20"
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return f"--set {text}: the value is not YAML; put quotes around it"
+    tree.setdefault(section, {})[key] = parsed
+    return None
+
+
+def _describe(error: Any) -> str:
+    """One fault of pydantic's in our words: where, what, and the nearest right key for a wrong one."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return f"{where}: no such key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{where}: missing; add it"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    fields = Recipe.model_fields
+    for part in location:
+        fields = fields[part].annotation.model_fields  # type: ignore[union-attr]
+    return list(fields)
+
+
+def _join(title: str, faults: list[str]) -> str:
+    if len(faults) == 1:
+        return f"{title}: {faults[0]}"
+    return f"{title} has {len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults) + "\n"
+
+
+def quantizations() -> tuple[str, ...]:
+    """The values `model.quantization` may take."""
+    return get_args(Model.model_fields["quantization"].annotation)

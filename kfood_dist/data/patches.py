@@ -1,0 +1,54 @@
+"""Pictures as the vision tower's patches, in uint8: one reshape on the worker, the arithmetic on the device.
+
+    RGB (H, W, 3) uint8 ──► patchify ──► patches (num_patches, 3·p·p) uint8, grid (1, H/p, W/p)
+
+Normalisation and the repeat in time happen later (`model.vision.normalise_patches`), so a picture crosses to the
+device as one byte per value instead of eight.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kfood_dist.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """What a base model's config and image processor say about pictures."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+    @property
+    def unit(self) -> int:
+        """Pixels that one image token spans on each side."""
+        return self.patch_size * self.merge_size
+
+    def require_fitting(self, image_size: int) -> None:
+        """Raise RecipeError unless a square picture of this side is a whole number of image tokens."""
+        if image_size % self.unit:
+            below = image_size // self.unit * self.unit
+            raise RecipeError(
+                f"data.image_size {image_size} is not a multiple of the model's {self.unit} pixels per image token",
+                f"pack with --image-size {below + self.unit}" + (f" or {below}" if below else ""),
+            )
+
+
+def patchify(rgb: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Cut RGB (H, W, 3) uint8 into patches (num_patches, 3·p·p) uint8 and their grid (time, height, width).
+
+    Patches that merge into one token lie together: (H/pm, W/pm, m, m, channel, p, p), the layout of
+    transformers' Qwen2VLImageProcessor less its temporal axis.
+    """
+    p, m = spec.patch_size, spec.merge_size
+    rows, columns = rgb.shape[0] // p, rgb.shape[1] // p
+    cut = rgb.reshape(rows // m, m, p, columns // m, m, p, 3)
+    patches = cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * p * p)
+    return np.ascontiguousarray(patches), (1, rows, columns)

@@ -1,0 +1,91 @@
+"""The frozen base: 4-bit NF4 language model, everything else in the compute type.
+
+Always holds after `load_base`: every linear layer of the language model is 4-bit and none elsewhere (checked by
+type, since a wrong skip list is silent in transformers), nothing requires a gradient, the model is in training mode.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfood_dist.errors import ModelError
+from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def quantization_config(dtype: torch.dtype) -> Any:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), vision tower and head left out.
+
+    Naming any list drops transformers' own default that spares the head, so both stand here. Storage has the
+    compute type because ZeRO-3 and FSDP can only shard weights of one floating type.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=[VISION_TOWER, HEAD],
+    )
+
+
+def load_base(base: str, quantization: str, precision: str, attention: str, device: torch.device) -> Any:
+    """Load a Qwen2.5-VL from a folder or the hub, frozen, on `device`, in training mode.
+
+    Training mode from the start, because on a CPU with AVX512-BF16 the first forward in evaluation mode repacks
+    4-bit weights for inference, after which training is wrong or fails. Raises ModelError.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    dtype = DTYPES[precision]
+    options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if quantization == "nf4" else {}
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            base, dtype=dtype, attn_implementation=attention, device_map={"": device}, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",
+            "run `kfood doctor`, then check model.base, model.quantization and model.attention",
+        ) from error
+    if quantization == "nf4":
+        require_quantized(model)
+    return model.requires_grad_(False).train()
+
+
+def linear_types(model: nn.Module) -> dict[str, dict[str, int]]:
+    """How many linear layers of which type each part has: {"model.visual": {"Linear": 5}, …}."""
+    parts: dict[str, Counter[str]] = {LANGUAGE_MODEL: Counter(), VISION_TOWER: Counter(), HEAD: Counter()}
+    for name, module in model.named_modules():
+        for part, counts in parts.items():
+            if name.startswith(part) and isinstance(module, nn.Linear):
+                counts[type(module).__name__] += 1
+    return {part: dict(counts) for part, counts in parts.items()}
+
+
+def require_quantized(model: nn.Module) -> None:
+    """Raise ModelError unless exactly the language model's linear layers are 4-bit."""
+    types = linear_types(model)
+    inside = set(types[LANGUAGE_MODEL])
+    outside = set(types[VISION_TOWER]) | set(types[HEAD])
+    if inside != {"Linear4bit"} or "Linear4bit" in outside:
+        raise ModelError(
+            f"4-bit layers are not where they belong: {types}",
+            "use the versions of launch/constraints.txt; a newer transformers may have renamed the model's parts",
+        )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a 4-bit weight counts as the numbers it stands for, not its packed bytes."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        numel = state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+        total += numel
+        trainable += numel if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,148 @@
+"""What a run tells about itself: one dict per step, for the console, `metrics.jsonl` and TensorBoard alike.
+
+    StepMeter (one step's counts) ──► summed over ranks ──► metrics ──► RunLog.step ──► three places
+
+Always holds: `metrics.jsonl` has one line per optimiser step and none of a step that was undone: a resumed run cuts
+the lines after its checkpoint before it writes.
+"""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kfood_dist.data.collate import Batch
+from kfood_dist.runtime import World
+
+GIB = 2**30
+
+
+def peak_memory_gib() -> float:
+    """Most memory held so far: of the GPU if there is one, else of this process (its resident set)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+
+
+@dataclass
+class StepMeter:
+    """Counts one optimiser step on this rank; `reduce` makes them the whole run's."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+    batches: list[Batch] = field(default_factory=list)
+
+    def reduce(self, world: World, loss_sum: torch.Tensor) -> dict[str, float]:
+        """The step's metrics over all ranks; a collective, so every rank calls it."""
+        elapsed_s = time.perf_counter() - self.started
+        counts = [
+            float(loss_sum),
+            sum(b.num_label_tokens for b in self.batches),
+            sum(len(b.ids) for b in self.batches),
+            sum(b.num_tokens for b in self.batches),
+            sum(b.input_ids.numel() for b in self.batches),
+            sum(len(b.refused) for b in self.batches),
+            self.waited_s,
+            elapsed_s,
+        ]
+        totals = torch.tensor(counts, dtype=torch.float64, device=loss_sum.device)
+        loss, labels, samples, tokens, slots, refused, waited, elapsed = world.all_sum(totals).tolist()
+        step_s = elapsed / world.size
+        return {
+            "loss": loss / max(1.0, labels),
+            "samples_per_second": samples / step_s,
+            "label_tokens_per_second": labels / step_s,
+            "data_wait_share": waited / elapsed,
+            "padding_share": 1 - tokens / slots,
+            "refused": refused,
+            "step_seconds": step_s,
+        }
+
+
+class RunLog:
+    """Writes a run's metrics on rank 0; on other ranks every call does nothing."""
+
+    def __init__(self, folder: Path, world: World, start_step: int, max_steps: int, every: int):
+        self.active = world.is_main
+        self.max_steps = max_steps
+        self.every = every
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.metrics_path = folder / "metrics.jsonl"
+        _cut_after(self.metrics_path, start_step)
+        self._log = (folder / "log.txt").open("a", encoding="utf-8")
+        self._metrics = self.metrics_path.open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def say(self, text: str) -> None:
+        """One line for people: to the console and log.txt."""
+        if self.active:
+            print(text, flush=True)
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Record one optimiser step; `metrics` holds `step` (counted from 1), `loss`, and what else there is."""
+        if not self.active:
+            return
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            if name not in ("step", "time"):
+                self.tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
+        if metrics["step"] % self.every == 0 or metrics["step"] == self.max_steps:
+            self.say(console_line(metrics, self.max_steps))
+
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Record a measurement made while training."""
+        if not self.active:
+            return
+        for name, value in scores.items():
+            self.tensorboard.add_scalar(f"eval/{name}", value, step)
+        self.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def close(self) -> None:
+        if self.active:
+            self.tensorboard.close()
+            self._metrics.close()
+            self._log.close()
+
+
+def console_line(metrics: dict[str, Any], max_steps: int) -> str:
+    """One readable line of a step's metrics."""
+    left_s = int((max_steps - metrics["step"]) * metrics["step_seconds"])
+    line = (
+        f"step {metrics['step']}/{max_steps}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
+        f"grad {metrics['grad_norm']:.3f}  {metrics['samples_per_second']:.1f} samples/s  "
+        f"wait {metrics['data_wait_share']:.0%}  pad {metrics['padding_share']:.0%}  "
+        f"mem {metrics['peak_memory_gib']:.2f} GiB  left {left_s // 60}:{left_s % 60:02d}"
+    )
+    return line + (f"  refused {metrics['refused']:.0f}" if metrics["refused"] else "")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; a line cut by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`: a resumed run takes those steps again."""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def warn(text: str) -> None:
+    """A line on standard error, for what precedes a run's own log."""
+    print(text, file=sys.stderr, flush=True)

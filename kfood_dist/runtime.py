@@ -1,0 +1,68 @@
+"""Ranks and what they tell each other. `World` is the only reader of the launcher's rank variables.
+
+    environment of accelerate launch ──► World.from_environment ──► rank, size ──► all_sum, gather, barrier
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kfood_dist.errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among all processes of the run. A process started alone is rank 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "World":
+        """Read RANK, WORLD_SIZE and LOCAL_RANK as torchrun and accelerate set them (all or none)."""
+        env = os.environ if environment is None else environment
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        try:
+            rank, size, local_rank = (int(env.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True))
+        except ValueError:
+            raise LaunchError(
+                f"RANK, WORLD_SIZE or LOCAL_RANK is not a number: {[env.get(n) for n in names]}",
+                "unset them, or start through launch/train.sh",
+            ) from None
+        if not 0 <= rank < size:
+            raise LaunchError(f"RANK {rank} lies outside WORLD_SIZE {size}", "start through launch/train.sh")
+        return cls(rank, size, local_rank)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_sum(self, values: "torch.Tensor") -> "torch.Tensor":
+        """The element-wise sum of `values` over all ranks, in place; a no-op for one rank."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, item: Any) -> list[Any] | None:
+        """Every rank's picklable `item`, by rank, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [item]
+        import torch.distributed as dist
+
+        items: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(item, items)
+        return items
+
+    def barrier(self) -> None:
+        """Return once every rank is here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()

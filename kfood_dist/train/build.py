@@ -1,0 +1,152 @@
+"""Builds a run's parts from its recipe: data, model, engine, log; and puts them where the newest checkpoint was."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from kfood_dist.config import Recipe
+from kfood_dist.data.collate import StreamingCollator
+from kfood_dist.data.patches import VisionSpec
+from kfood_dist.data.plan import Plan
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.template import Template
+from kfood_dist.errors import CheckpointError
+from kfood_dist.model.adapters import attach_lora
+from kfood_dist.model.base import LANGUAGE_MODEL, load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.load import load_base
+from kfood_dist.model.loss import AnswerLoss
+from kfood_dist.monitor import RunLog
+from kfood_dist.runtime import World
+from kfood_dist.train.checkpoint import Checkpoint
+from kfood_dist.train.engine import Engine, build_accelerator, build_engine
+from kfood_dist.train.facts import machine_facts, model_facts
+from kfood_dist.train.loop import Trainer
+from kfood_dist.train.optim import build_optimizer
+
+
+def build_plan(recipe: Recipe, accumulation: int, world_size: int) -> Plan:
+    """The reading plan of the training split."""
+    num_samples = len(open_split(recipe.data.shards, "train"))
+    return Plan(num_samples, recipe.train.seed, world_size, recipe.train.micro_batch_size, accumulation)
+
+
+def num_steps(recipe: Recipe, accumulation: int, world_size: int) -> int:
+    """Optimiser steps of the whole run: `train.max_steps`, or as many as `train.epochs` take."""
+    plan = build_plan(recipe, accumulation, world_size)
+    return recipe.train.max_steps or recipe.train.epochs * plan.steps_per_epoch
+
+
+def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Checkpoint | None) -> tuple[Trainer, int]:
+    """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
+    config = load_config(recipe.model.base)
+    vision = load_vision_spec(recipe.model.base, config)
+    vision.require_fitting(recipe.data.image_size)
+    accelerator = build_accelerator(recipe, accumulation, world)
+    template = Template(
+        load_tokenizer(recipe.model.base), vision, recipe.data.system, recipe.data.prompt, recipe.data.max_length
+    )
+    collator = StreamingCollator(open_split(recipe.data.shards, "train"), template)
+    plan = build_plan(recipe, accumulation, world.size)
+    module = build_module(recipe, vision, accelerator.device)
+    engine = _build_engine(recipe, accelerator, module)
+
+    how = {
+        "world_size": world.size,
+        "distributed_type": accelerator.distributed_type.value,
+        "zero_stage": recipe.train.zero_stage,
+    }
+    start = resume(newest, how, plan, collator.shards.index_hash, engine) if newest else 0
+    max_steps = num_steps(recipe, accumulation, world.size)
+    log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
+    facts = {
+        **how,
+        "global_batch": plan.global_batch,
+        "gradient_accumulation_steps": accumulation,
+        "quantization": recipe.model.quantization,
+        "precision": recipe.model.precision,
+        **model_facts(module.model),
+        **machine_facts(),
+    }
+    trainer = Trainer(
+        recipe=recipe,
+        world=world,
+        device=accelerator.device,
+        plan=plan,
+        collator=collator,
+        validation=_validation(recipe, template),
+        module=module,
+        engine=engine,
+        log=log,
+        max_steps=max_steps,
+        adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
+        checkpoint_facts=how,
+        run_facts=facts,
+    )
+    _announce(trainer, start)
+    return trainer, start
+
+
+def build_module(recipe: Recipe, vision: VisionSpec, device: torch.device) -> AnswerLoss:
+    """The quantised base with fresh adapters, the same on every rank, ready to be wrapped."""
+    model = recipe.model
+    base = load_base(model.base, model.quantization, model.precision, model.attention, device)
+    if recipe.train.gradient_checkpointing:
+        # On the language model alone: the tower keeps nothing anyway. Re-entrant checkpointing would need inputs
+        # that require gradients, and the hook for that in transformers 5 also reaches the frozen tower.
+        base.get_submodule(LANGUAGE_MODEL).activation_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(recipe.train.seed)
+    return AnswerLoss(attach_lora(base, recipe.lora).train(), vision)
+
+
+def _build_engine(recipe: Recipe, accelerator: Accelerator, module: AnswerLoss) -> Engine:
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trainable, recipe.optim)
+    return build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm)
+
+
+def _validation(recipe: Recipe, template: Template) -> StreamingCollator | None:
+    if recipe.eval.every_steps is None:
+        return None
+    return StreamingCollator(open_split(recipe.data.shards, recipe.eval.split), template)
+
+
+def resume(newest: Checkpoint, how: dict[str, Any], plan: Plan, index_hash: str, engine: Engine) -> int:
+    """Load `newest` into the engine; returns the step to go on with. Raises CheckpointError if it does not fit."""
+    state = newest.state()
+    differing = [f"{key} was {state.get(key)} and is now {how[key]}" for key in how if state.get(key) != how[key]]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {newest.folder} was written by another kind of run: {'; '.join(differing)}",
+            "resume with the same launch/train.sh --processes and train.zero_stage, or set another run.dir",
+        )
+    start = plan.resume(state["data"], index_hash)
+    engine.load(newest.engine)
+    return start
+
+
+def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
+    """What evaluation and prediction must repeat exactly, kept with the adapter."""
+    return {
+        "base": recipe.model.base,
+        "system": recipe.data.system,
+        "prompt": recipe.data.prompt,
+        "image_size": recipe.data.image_size,
+        "resize": resize,
+        "max_length": recipe.data.max_length,
+        "quantization": recipe.model.quantization,
+        "precision": recipe.model.precision,
+        "attention": recipe.model.attention,
+    }
+
+
+def _announce(trainer: Trainer, start: int) -> None:
+    facts, plan = trainer.run_facts, trainer.plan
+    trainer.log.say(
+        f"{plan.num_samples} pictures, {trainer.max_steps} steps of {plan.global_batch} "
+        f"({plan.ranks} ranks × {plan.micro_batch} × accumulation {plan.accumulation}), "
+        f"{facts['distributed_type']} ZeRO {facts['zero_stage']}, {facts['quantization']}, "
+        f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained, on {facts['device']}"
+    )
+    if start:
+        trainer.log.say(f"resumed after step {start}")

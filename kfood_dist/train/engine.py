@@ -1,0 +1,171 @@
+"""One optimiser step on whatever runs below: DeepSpeed ZeRO, DDP, or a single process.
+
+    build_accelerator ──► Accelerator ──► build_engine ──► micro_step × n, step ──► gradient norm
+
+Both engines take a loss that is already normalised over the global batch, and average gradients over ranks; the
+caller multiplies by the world size. Neither divides by the accumulation again.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from kfood_dist.config import Recipe
+from kfood_dist.data.collate import Batch
+from kfood_dist.errors import CheckpointError, LaunchError
+from kfood_dist.runtime import World
+from kfood_dist.train.zero import deepspeed_config
+
+Output = tuple[torch.Tensor, torch.Tensor]
+
+
+class Engine(Protocol):
+    """What the training loop needs of its engine."""
+
+    optimizer: torch.optim.Optimizer
+
+    def forward(self, batch: Batch) -> Output:
+        """`AnswerLoss.forward`, without a backward pass."""
+
+    def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
+        """Forward and backward of one micro-batch's loss × scale; gradients are exchanged on the `last` one."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients; returns their global norm before clipping."""
+
+    def save(self, folder: Path) -> None:
+        """Write trainable weights and optimiser state; every rank calls it."""
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote on the same number of ranks."""
+
+
+def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accelerator:
+    """The Accelerator a recipe asks for, checked to be of the stated kind.
+
+    accelerate does not choose gloo for DeepSpeed on CPU, and turns silently into DDP when asked for the CPU.
+    """
+    cpu = not torch.cuda.is_available()
+    process_group = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+    if recipe.train.zero_stage == 0:
+        precision = "bf16" if recipe.model.precision == "bf16" else "no"
+        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=process_group if world.size > 1 else [])
+    config = deepspeed_config(recipe, accumulation, world.size)
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=process_group  # type: ignore[arg-type]
+    )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise LaunchError(
+            f"DeepSpeed was asked for, but accelerate set up {accelerator.distributed_type}",
+            "start through launch/train.sh, or set train.zero_stage=0 to train without DeepSpeed",
+        )
+    return accelerator
+
+
+def build_engine(
+    accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> Engine:
+    """Wrap the module and its optimiser for the accelerator's kind of training."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return ZeroEngine(accelerator, module, optimizer)
+    return PlainEngine(accelerator, module, optimizer, max_grad_norm)
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO. Clipping is DeepSpeed's own, configured from the recipe."""
+
+    _TAG = "zero"
+
+    def __init__(self, accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.engine, _ = accelerator.prepare(module, optimizer)
+        self.optimizer = optimizer
+
+    def forward(self, batch: Batch) -> Output:
+        return self.engine(batch)
+
+    def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss, hits = self.engine(batch)
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach(), hits
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=self._TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        loaded, _ = self.engine.load_checkpoint(
+            str(folder), tag=self._TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if loaded is None:
+            raise CheckpointError(f"{folder} holds no DeepSpeed state", "delete that checkpoint folder and start again")
+
+
+class PlainEngine:
+    """No sharding: DDP over several ranks, or a single process."""
+
+    _FILE = "state-of-all-ranks.pt"
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+    ):
+        self.accelerator = accelerator
+        # The model lies on its device already, and moving 4-bit weights again is not always allowed.
+        self.module, self.optimizer = accelerator.prepare(module, optimizer, device_placement=[False, False])
+        self.max_grad_norm = max_grad_norm
+        self.trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+    def forward(self, batch: Batch) -> Output:
+        return self.module(batch)
+
+    def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
+            loss, hits = self.module(batch)
+            self.accelerator.backward(loss * scale)
+        return loss.detach(), hits
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def save(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            weights = {name: parameter.detach() for name, parameter in self.trainable.items()}
+            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / self._FILE)
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / self._FILE, map_location=self.accelerator.device, weights_only=True)
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's whole weights by PEFT's names; under ZeRO-3, which shards them, a collective."""
+    from peft import get_peft_model_state_dict
+
+    sharded = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not sharded:
+        return get_peft_model_state_dict(model)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        return {name: weight.clone() for name, weight in get_peft_model_state_dict(model).items()}

@@ -1,0 +1,164 @@
+"""The training loop.
+
+    plan ──► stream of batches ──► train_step: count labels, forward and backward × accumulation, update
+                               └──► every so many steps: measure, checkpoint
+
+Always holds: the loss is the sum over all label tokens of the global batch divided by their number, however the batch
+is cut into ranks, micro-batches and accumulation; a step's random numbers depend on (seed, step, rank) alone.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kfood_dist.config import Recipe
+from kfood_dist.data.collate import Batch, StreamingCollator, stream
+from kfood_dist.data.plan import MicroBatch, Plan, deal
+from kfood_dist.model.adapters import save_adapter
+from kfood_dist.model.loss import AnswerLoss, exact_matches
+from kfood_dist.monitor import RunLog, StepMeter, peak_memory_gib
+from kfood_dist.runtime import World
+from kfood_dist.train import checkpoint
+from kfood_dist.train.engine import Engine, adapter_weights
+from kfood_dist.train.facts import optimizer_facts, write_run_json
+from kfood_dist.train.optim import learning_rate_at
+
+
+@dataclass
+class Trainer:
+    """A run's built parts; `train` and `train_step` are the whole story."""
+
+    recipe: Recipe
+    world: World
+    device: torch.device
+    plan: Plan
+    collator: StreamingCollator
+    validation: StreamingCollator | None
+    module: AnswerLoss
+    engine: Engine
+    log: RunLog
+    max_steps: int
+    adapter_facts: dict[str, Any]
+    checkpoint_facts: dict[str, Any]
+    run_facts: dict[str, Any]
+
+    def train(self, start: int) -> Path:
+        """Take the steps from `start` to `max_steps`; returns the last checkpoint's adapter folder."""
+        recipe = self.recipe.train
+        micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
+        batches = stream(self.collator, micro_batches, self.recipe.data.num_workers, self.device.type == "cuda")
+        last = start
+        for step in range(start, self.max_steps):
+            self.log.step(self.train_step(step, batches))
+            if step == start and self.world.is_main:
+                write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
+            done = step + 1
+            if self.validation and self.recipe.eval.every_steps and done % self.recipe.eval.every_steps == 0:
+                self.log.evaluation(done, self.validate())
+            if done % recipe.save_every_steps == 0 or done == self.max_steps:
+                self.save(done)
+                last = done
+        return self.checkpoints / f"step-{last:08d}" / "adapter"
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One optimiser step over the global batch; returns its metrics."""
+        meter = StepMeter()
+        seed_step(self.recipe.train.seed, step, self.world.rank)
+        meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
+        num_labels = torch.tensor(sum(b.num_label_tokens for b in meter.batches), device=self.device)
+        # The engine averages gradients over ranks; times the world size, they are summed.
+        scale = self.world.size / max(1, int(self.world.all_sum(num_labels)))
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(meter.batches):
+            loss, _ = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
+            loss_sum += loss
+        learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
+        grad_norm = self.engine.step(learning_rate)
+        for batch in meter.batches:
+            for key in batch.refused:
+                self.log.say(f"step {step + 1}: {key} left out, answer and image alone exceed data.max_length")
+        return {
+            "step": step + 1,
+            "epoch": self.plan.epoch_of(step),
+            "samples": self.plan.samples_before(step + 1),
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "peak_memory_gib": peak_memory_gib(),
+            **meter.reduce(self.world, loss_sum),
+            "time": time.time(),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Loss and exact match on the validation split, every sample once; training mode stays, dropout rests."""
+        assert self.validation is not None
+        recipe, num_samples = self.recipe, len(self.validation.shards)
+        chosen = np.arange(num_samples)[: recipe.eval.max_samples]
+        slots = deal(chosen, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
+        micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        with torch.no_grad(), resting_dropout(self.module):
+            for batch in stream(self.validation, micro_batches, recipe.data.num_workers):
+                on_device = batch.to(self.device)
+                loss, hits = self.engine.forward(on_device)
+                right = exact_matches(hits, on_device.labels)
+                counts = (loss, batch.num_label_tokens, right.sum(), len(batch.ids) + len(batch.refused))
+                totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
+        loss_sum, labels, right_sum, samples = self.world.all_sum(totals).tolist()
+        return {"loss": loss_sum / max(1.0, labels), "accuracy": right_sum / samples, "samples": samples}
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint of `done` steps; a collective."""
+
+        def write(target: checkpoint.Checkpoint) -> None:
+            self.engine.save(target.engine)
+            weights = adapter_weights(self.module.model)
+            if self.world.is_main:
+                save_adapter(self.module.model, target.adapter, self.adapter_facts, weights)
+
+        state = {"data": self.plan.state(done, self.collator.shards.index_hash), **self.checkpoint_facts}
+        began = time.perf_counter()
+        checkpoint.save(self.checkpoints, done, state, self.world, write, self.recipe.train.keep_checkpoints)
+        self.log.say(f"step {done}: checkpoint written in {time.perf_counter() - began:.1f} s")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.recipe.run.dir / "checkpoints"
+
+    def shut_down(self) -> None:
+        """Leave the process group; without it NCCL and gloo complain at exit."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _next(self, batches: Iterator[Batch], meter: StepMeter) -> Batch:
+        began = time.perf_counter()
+        batch = next(batches)
+        meter.waited_s += time.perf_counter() - began
+        return batch
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the step's dropout a function of (seed, step, rank), so that no random state needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+@contextmanager
+def resting_dropout(module: torch.nn.Module) -> Iterator[None]:
+    """Let dropout do nothing while the model stays in training mode.
+
+    `model.eval()` would let bitsandbytes repack 4-bit weights for inference on some CPUs, and training after that
+    is wrong.
+    """
+    layers = [m for m in module.modules() if isinstance(m, torch.nn.Dropout)]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()

@@ -1,0 +1,53 @@
+"""`kfood train`: from a recipe to a tuned adapter, in reading order: check, build, resume, train, publish."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from kfood_dist.config import Recipe, load_recipe, save_recipe
+from kfood_dist.runtime import World
+from kfood_dist.train import checkpoint
+from kfood_dist.train.preflight import preflight
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="recipe, such as launch/recipes/*.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; may be repeated"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as one rank of however many the launcher started; exit status 0 when the run is complete."""
+    recipe = load_recipe(args.config, args.set)
+    world = World.from_environment()
+    accumulation = preflight(recipe, world.size)
+    recipe.run.dir.mkdir(parents=True, exist_ok=True)
+
+    from kfood_dist.train.build import build_trainer, num_steps  # torch and all the rest
+
+    newest = checkpoint.newest(recipe.run.dir / "checkpoints")
+    if newest and newest.step >= num_steps(recipe, accumulation, world.size):
+        if world.is_main:
+            publish_adapter(newest.adapter, recipe.run.dir / "adapter")
+            print(f"{recipe.run.dir}: already trained, {newest.step} steps; adapter in {recipe.run.dir / 'adapter'}")
+        return 0
+    trainer, start = build_trainer(recipe, accumulation, world, newest)
+    if world.is_main:
+        save_recipe(recipe, recipe.run.dir / "recipe.yaml")
+    adapter = trainer.train(start)
+    if world.is_main:
+        publish_adapter(adapter, recipe.run.dir / "adapter")
+        trainer.log.say(f"done: {trainer.max_steps} steps; adapter in {recipe.run.dir / 'adapter'}")
+    trainer.log.close()
+    trainer.shut_down()
+    return 0
+
+
+def publish_adapter(source: Path, target: Path) -> None:
+    """Copy a checkpoint's adapter to where people look for it; the old one stays until the new one is whole."""
+    partial = target.with_name(".adapter.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)

@@ -1,0 +1,75 @@
+"""Everything that can be known to be wrong before a process group starts or a model loads, checked in a second.
+
+    recipe, world size ──► preflight ──► accumulation; or one error with its remedy
+
+The launcher runs it once, before it starts any rank; each rank runs it again, since a rank may be started otherwise.
+"""
+
+from typing import Any
+
+from kfood_dist.config import Recipe, load_recipe
+from kfood_dist.data.plan import accumulation_for
+from kfood_dist.data.shards import Manifest, load_manifest, open_split
+from kfood_dist.errors import CheckpointError, RecipeError
+from kfood_dist.model.base import require_base
+from kfood_dist.train import checkpoint
+from kfood_dist.train.zero import deepspeed_config
+
+# What may change between a run's start and its resume: it moves files, or says when to save and what to show.
+# (The batch may be cut differently too; the data position checks that the global batch stays.)
+CHANGEABLE = {
+    "data.shards", "data.num_workers", "model.base", "train.max_steps", "train.epochs", "train.save_every_steps",
+    "train.keep_checkpoints", "train.micro_batch_size", "train.gradient_accumulation_steps",
+    "train.global_batch_size", "train.gradient_checkpointing", "run.dir", "run.log_every_steps",
+}  # fmt: skip
+
+
+def preflight(recipe: Recipe, world_size: int) -> int:
+    """Check a recipe against shards, base model, DeepSpeed JSON, run directory and world size.
+
+    Returns the micro-steps per optimiser step. Raises RecipeError, ShardError, ModelError or CheckpointError.
+    """
+    train = recipe.train
+    accumulation = train.gradient_accumulation_steps
+    if train.global_batch_size is not None:
+        accumulation = accumulation_for(train.global_batch_size, train.micro_batch_size, world_size)
+    if train.zero_stage:
+        deepspeed_config(recipe, accumulation, world_size)
+    require_image_size(load_manifest(recipe.data.shards), recipe.data.image_size)
+    for split in {"train", recipe.eval.split} if recipe.eval.every_steps else {"train"}:
+        open_split(recipe.data.shards, split).close()
+    require_base(recipe.model.base)
+    _require_same_run(recipe)
+    return accumulation
+
+
+def require_image_size(manifest: Manifest, image_size: int) -> None:
+    """Raise RecipeError unless the shards were packed at the size the model will be shown."""
+    if manifest.image_size != image_size:
+        raise RecipeError(
+            f"data.image_size is {image_size}, but {manifest.folder} was packed at {manifest.image_size}",
+            f"set data.image_size={manifest.image_size}, or pack again with --image-size {image_size}",
+        )
+
+
+def _require_same_run(recipe: Recipe) -> None:
+    """A run directory with a checkpoint goes on with the recipe it began with, but for the CHANGEABLE keys."""
+    if checkpoint.newest(recipe.run.dir / "checkpoints") is None or not (recipe.run.dir / "recipe.yaml").is_file():
+        return
+    before = _flat(load_recipe(recipe.run.dir / "recipe.yaml"))
+    now = _flat(recipe)
+    changed = [
+        f"{key} was {before[key]} and is now {now[key]}"
+        for key in now
+        if now[key] != before[key] and key not in CHANGEABLE and not key.startswith("eval.")
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{recipe.run.dir} holds a run of another recipe: {'; '.join(changed)}",
+            "restore these settings to resume it, or set another run.dir",
+        )
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    tree = recipe.model_dump(mode="json")
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

@@ -1,0 +1,71 @@
+"""The DeepSpeed configuration of a run: memory strategy from the JSON, everything else from the recipe.
+
+    ds_configs/zero<stage>.json + recipe ──► deepspeed_config ──► one dict for DeepSpeed
+
+The recipe owns batch, accumulation, clipping, precision, optimiser and learning rate. accelerate would let the JSON
+win silently where the two differ, so a difference is refused here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kfood_dist.config import Recipe
+from kfood_dist.errors import RecipeError
+
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def config_path(recipe: Recipe) -> Path:
+    """The JSON a recipe means: its own, or the one shipped for its ZeRO stage."""
+    return recipe.train.deepspeed_config or SHIPPED / f"zero{recipe.train.zero_stage}.json"
+
+
+def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration. Raises RecipeError for an unreadable JSON or a conflict with the recipe."""
+    path = config_path(recipe)
+    strategy = _read(path)
+    owned = {
+        "train_batch_size": recipe.train.micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.optim.max_grad_norm,
+        "bf16": {"enabled": recipe.model.precision == "bf16"},
+        "fp16": {"enabled": False},
+    }
+    faults = [
+        f"{key} is {strategy[key]} there and {value} in the recipe"
+        for key, value in owned.items()
+        if key in strategy and strategy[key] != "auto" and strategy[key] != value
+    ]
+    faults += [f"{key} stands there, and belongs to the recipe" for key in ("optimizer", "scheduler") if key in strategy]
+    stage = strategy.get("zero_optimization", {}).get("stage")
+    if stage != recipe.train.zero_stage:
+        faults.append(f"zero_optimization.stage is {stage} there and train.zero_stage is {recipe.train.zero_stage}")
+    if faults:
+        raise RecipeError(
+            f"{path} conflicts with the recipe: {'; '.join(faults)}", "take these keys out of the JSON; the recipe owns them"
+        )
+    # Accumulate in float32: micro-batch gradients summed in bf16 lose their last bits to the running total.
+    return {
+        "data_types": {"grad_accum_dtype": "fp32"},
+        **strategy,
+        **owned,
+        "zero_allow_untested_optimizer": True,  # AdamW8bit is not on DeepSpeed's list; our tests are
+        "steps_per_print": 2**31,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"DeepSpeed config {path} cannot be read ({error.strerror})",
+            "set train.deepspeed_config to a file such as ds_configs/zero2.json",
+        ) from None
+    except ValueError as error:
+        raise RecipeError(f"DeepSpeed config {path} is not JSON ({error})", "mend that line") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise RecipeError(f"DeepSpeed config {path} has no zero_optimization section", "start from ds_configs/zero2.json")
+    return config
