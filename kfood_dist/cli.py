@@ -13,11 +13,17 @@ from kfood_dist.errors import KfoodError
 from kfood_dist.runtime import World
 
 VERBS = {
-    "mini": ("kfood_dist.practice.mini", "write a practice set in the AI-Hub layout and a tiny untrained model"),
+    "mini": (
+        "kfood_dist.practice.mini",
+        "write a practice set in the AI-Hub layout and a tiny untrained model",
+    ),
     "pack": ("kfood_dist.data.pack", "pack a folder or a CSV of pictures into WebDataset shards"),
     "verify": ("kfood_dist.data.verify", "check packed shards byte by byte"),
     "order": ("kfood_dist.data.order", "print who reads which sample at which step"),
-    "train": ("kfood_dist.train.main", "train by a recipe; resumes by itself (start it with launch/train.sh)"),
+    "train": (
+        "kfood_dist.train.main",
+        "train by a recipe; resumes by itself (start it with launch/train.sh)",
+    ),
     "eval": ("kfood_dist.evaluate.main", "measure a model on held-out pictures"),
     "compare": ("kfood_dist.evaluate.compare", "put reports side by side, such as base and tuned"),
     "predict": ("kfood_dist.evaluate.predict", "name the dish on single pictures"),

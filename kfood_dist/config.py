@@ -33,7 +33,9 @@ class Data(Section):
     max_length: Count = Field(1536, description="most tokens in one sample; longer ones lose text from the front")
     system: str = Field("You are a helpful assistant.", description="system text; empty for none")
     prompt: str = Field(
-        "이 음식의 이름은 무엇인가요? 음식 이름만 답하세요.", min_length=1, description="question put after the picture"
+        "이 음식의 이름은 무엇인가요? 음식 이름만 답하세요.",
+        min_length=1,
+        description="question put after the picture",
     )
     num_workers: int = Field(1, ge=0, description="loader processes per rank; 0 reads in the training process")
 
@@ -73,7 +75,8 @@ class Train(Section):
     micro_batch_size: Count = Field(4, description="samples per rank and micro-step")
     gradient_accumulation_steps: Count = Field(8, description="micro-steps per optimiser step")
     global_batch_size: Count | None = Field(
-        None, description="samples per optimiser step; if given, accumulation follows from it and the rank count"
+        None,
+        description="samples per optimiser step; if given, accumulation follows from it and the rank count",
     )
     max_steps: Count | None = Field(None, description="optimiser steps in all; overrides epochs")
     epochs: Count = Field(1, description="passes over the training split")
@@ -147,7 +150,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
-            f"recipe {path} cannot be read ({error.strerror})", "name one of launch/recipes/*.yaml or your own"
+            f"recipe {path} cannot be read ({error.strerror})",
+            "name one of launch/recipes/*.yaml or your own",
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         first_line = " ".join(str(error).split())

@@ -1,9 +1,11 @@
 """Ranks and what they tell each other. `World` is the only reader of the launcher's rank variables.
 
-    environment of accelerate launch ──► World.from_environment ──► rank, size ──► all_sum, gather, barrier
+environment of accelerate launch ──► World.from_environment ──► rank, size ──► all_sum, gather, barrier
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,9 @@ class World:
         env = os.environ if environment is None else environment
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         try:
-            rank, size, local_rank = (int(env.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True))
+            rank, size, local_rank = (
+                int(env.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)
+            )
         except ValueError:
             raise LaunchError(
                 f"RANK, WORLD_SIZE or LOCAL_RANK is not a number: {[env.get(n) for n in names]}",
@@ -66,3 +70,16 @@ class World:
             import torch.distributed as dist
 
             dist.barrier()
+
+
+def quiet_libraries() -> None:
+    """Keep notices a user can do nothing about out of a run's console; warnings of our own and errors stay."""
+    import transformers
+
+    for library in ("DeepSpeed", "bitsandbytes", "accelerate", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for library in ("torch", "transformers", "deepspeed", "peft"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=library)

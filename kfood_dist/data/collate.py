@@ -7,8 +7,9 @@ Always holds: each picture's patches and image tokens travel together; a sample 
 (`Batch.refused`) and never stalls a rank: if nothing remains, a filler without labels is put in its place.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,17 +44,17 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {
-            f.name: v.to(device, non_blocking=True)
-            for f in fields(self)
-            if torch.is_tensor(v := getattr(self, f.name))
-        }
-        return replace(self, **moved)
+        """The same batch on `device`."""
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader for its pinning thread."""
-        pinned = {f.name: v.pin_memory() for f in fields(self) if torch.is_tensor(v := getattr(self, f.name))}
-        return replace(self, **pinned)
+        return self._each_tensor(torch.Tensor.pin_memory)
+
+    def _each_tensor(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values.update({name: move(value) for name, value in values.items() if torch.is_tensor(value)})
+        return Batch(**values)
 
 
 class StreamingCollator(Dataset[Batch]):
@@ -120,7 +121,7 @@ def stream(
         DataLoader(
             collator,
             batch_size=None,
-            sampler=micro_batches,  # type: ignore[arg-type]  # any iterable of indices will do
+            sampler=micro_batches,
             num_workers=num_workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
@@ -128,5 +129,5 @@ def stream(
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch

@@ -36,7 +36,5 @@ def run(args: argparse.Namespace) -> int:
     for step, slots in plan.slots(first + args.start, first + plan.steps_per_epoch):
         for micro_step, ranks in enumerate(slots):
             for rank, ids in enumerate(ranks):
-                out.writelines(
-                    f"{step - first}, {micro_step}, {rank}, {keys[i].decode()}\n" for i in ids[ids >= 0]
-                )
+                out.writelines(f"{step - first}, {micro_step}, {rank}, {keys[i].decode()}\n" for i in ids[ids >= 0])
     return 0

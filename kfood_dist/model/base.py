@@ -1,6 +1,6 @@
 """The base model's folder, config, tokenizer and pictures: everything known before its weights are loaded.
 
-    `model.base` (folder or hub name) ──► require_base ──► load_config, load_tokenizer, load_vision_spec
+`model.base` (folder or hub name) ──► require_base ──► load_config, load_tokenizer, load_vision_spec
 """
 
 from pathlib import Path
@@ -33,7 +33,9 @@ def require_base(base: str) -> None:
 
 def _require_files(folder: Path) -> None:
     missing = [
-        pattern for pattern in ("config.json", "*.safetensors", "tokenizer_config.json") if not any(folder.glob(pattern))
+        pattern
+        for pattern in ("config.json", "*.safetensors", "tokenizer_config.json")
+        if not any(folder.glob(pattern))
     ]
     if missing:
         raise ModelError(
@@ -65,7 +67,9 @@ def load_config(base: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the config of base model {base} cannot be read ({_first_line(error)})", _REDOWNLOAD) from None
+        raise ModelError(
+            f"the config of base model {base} cannot be read ({_first_line(error)})", _REDOWNLOAD
+        ) from None
     if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
         raise ModelError(
             f"base model {base} is a {config.model_type}, which has no vision tower this trainer knows",

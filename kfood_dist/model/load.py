@@ -59,11 +59,11 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
 
 
 def linear_types(model: nn.Module) -> dict[str, dict[str, int]]:
-    """How many linear layers of which type each part has: {"model.visual": {"Linear": 5}, …}."""
+    """How many linear layers of which type each part has, adapters aside: {"model.visual": {"Linear": 5}, …}."""
     parts: dict[str, Counter[str]] = {LANGUAGE_MODEL: Counter(), VISION_TOWER: Counter(), HEAD: Counter()}
     for name, module in model.named_modules():
         for part, counts in parts.items():
-            if name.startswith(part) and isinstance(module, nn.Linear):
+            if name.startswith(part) and isinstance(module, nn.Linear) and ".lora_" not in name:
                 counts[type(module).__name__] += 1
     return {part: dict(counts) for part, counts in parts.items()}
 

@@ -44,7 +44,11 @@ def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Check
     vision.require_fitting(recipe.data.image_size)
     accelerator = build_accelerator(recipe, accumulation, world)
     template = Template(
-        load_tokenizer(recipe.model.base), vision, recipe.data.system, recipe.data.prompt, recipe.data.max_length
+        load_tokenizer(recipe.model.base),
+        vision,
+        recipe.data.system,
+        recipe.data.prompt,
+        recipe.data.max_length,
     )
     collator = StreamingCollator(open_split(recipe.data.shards, "train"), template)
     plan = build_plan(recipe, accumulation, world.size)

@@ -43,7 +43,8 @@ class Checkpoint:
             state = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"checkpoint {self.folder} has no readable {STATE_FILE} ({error})", "delete that folder and start again"
+                f"checkpoint {self.folder} has no readable {STATE_FILE} ({error})",
+                "delete that folder and start again",
             ) from None
         if state.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
@@ -60,7 +61,12 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def save(
-    folder: Path, step: int, state: dict[str, Any], world: World, write: Callable[[Checkpoint], None], keep: int
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    world: World,
+    write: Callable[[Checkpoint], None],
+    keep: int,
 ) -> Checkpoint:
     """Write a checkpoint of `step` steps, make it visible at once, and prune to the `keep` newest.
 

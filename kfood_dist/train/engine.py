@@ -51,12 +51,15 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
     """
     cpu = not torch.cuda.is_available()
     process_group = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+    precision = "bf16" if recipe.model.precision == "bf16" else "no"
     if recipe.train.zero_stage == 0:
-        precision = "bf16" if recipe.model.precision == "bf16" else "no"
         return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=process_group if world.size > 1 else [])
     config = deepspeed_config(recipe, accumulation, world.size)
     accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=process_group  # type: ignore[arg-type]
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulation,
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        kwargs_handlers=process_group,
     )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise LaunchError(

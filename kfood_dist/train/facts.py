@@ -15,7 +15,17 @@ from kfood_dist.model.adapters import adapted_modules
 from kfood_dist.model.load import count_parameters, linear_types
 from kfood_dist.train.optim import state_dtypes
 
-_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "webdataset", "numpy", "pillow")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "webdataset",
+    "numpy",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -4,16 +4,22 @@ import argparse
 import shutil
 from pathlib import Path
 
-from kfood_dist.config import Recipe, load_recipe, save_recipe
-from kfood_dist.runtime import World
+from kfood_dist.config import load_recipe, save_recipe
+from kfood_dist.runtime import World, quiet_libraries
 from kfood_dist.train import checkpoint
 from kfood_dist.train.preflight import preflight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="recipe, such as launch/recipes/*.yaml")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; may be repeated"
+        "--config", type=Path, required=True, metavar="RECIPE", help="recipe, such as launch/recipes/*.yaml"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one key; may be repeated",
     )
 
 
@@ -24,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     accumulation = preflight(recipe, world.size)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
 
+    quiet_libraries()
     from kfood_dist.train.build import build_trainer, num_steps  # torch and all the rest
 
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")

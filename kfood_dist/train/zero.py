@@ -38,13 +38,16 @@ def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict
         for key, value in owned.items()
         if key in strategy and strategy[key] != "auto" and strategy[key] != value
     ]
-    faults += [f"{key} stands there, and belongs to the recipe" for key in ("optimizer", "scheduler") if key in strategy]
+    faults += [
+        f"{key} stands there, and belongs to the recipe" for key in ("optimizer", "scheduler") if key in strategy
+    ]
     stage = strategy.get("zero_optimization", {}).get("stage")
     if stage != recipe.train.zero_stage:
         faults.append(f"zero_optimization.stage is {stage} there and train.zero_stage is {recipe.train.zero_stage}")
     if faults:
         raise RecipeError(
-            f"{path} conflicts with the recipe: {'; '.join(faults)}", "take these keys out of the JSON; the recipe owns them"
+            f"{path} conflicts with the recipe: {'; '.join(faults)}",
+            "take these keys out of the JSON; the recipe owns them",
         )
     # Accumulate in float32: micro-batch gradients summed in bf16 lose their last bits to the running total.
     return {
@@ -67,5 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(f"DeepSpeed config {path} is not JSON ({error})", "mend that line") from None
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise RecipeError(f"DeepSpeed config {path} has no zero_optimization section", "start from ds_configs/zero2.json")
+        raise RecipeError(
+            f"DeepSpeed config {path} has no zero_optimization section", "start from ds_configs/zero2.json"
+        )
     return config

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# bash launch/eval.sh [--processes N] …what `kfood eval` takes…
+# Measures a model on held-out pictures, spread over all GPUs of this machine or job.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/python.sh"
+exec "$PYTHON" -m kfood_dist.launch eval "$@"

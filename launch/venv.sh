@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes the checkout's .venv with the tested pins, or does nothing if it is up to date.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+
+wanted="$(cat setup.cfg launch/constraints.txt | sha256sum | cut -d' ' -f1)"
+[ "$(cat .venv/kfood-stamp 2>/dev/null || true)" = "$wanted" ] && { echo "venv: .venv is up to date"; exit 0; }
+
+for candidate in "${PYTHON:-}" python3.12 python3.11 python3; do
+  [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+    && { python="$candidate"; break; }
+done
+[ -n "${python:-}" ] || { echo "venv: no Python 3.11 or 3.12 found; install one, or name it: PYTHON=/path/to/python3.12" >&2; exit 2; }
+"$python" -c 'import ensurepip' 2>/dev/null \
+  || { echo "venv: $python has no ensurepip; run: apt-get install python3-venv" >&2; exit 2; }
+
+echo "venv: installing into .venv with $("$python" --version) (a few minutes the first time)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[test]'
+echo "$wanted" > .venv/kfood-stamp
