@@ -1,0 +1,198 @@
+"""The loss module against the model's own loss, golden mRoPE positions, and what it keeps for the backward pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kfood_dist.config import Lora
+from kfood_dist.data.collate import Batch, StreamingCollator
+from kfood_dist.data.patches import VisionSpec
+from kfood_dist.data.plan import MicroBatch
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.template import Template
+from kfood_dist.model.adapters import attach_lora
+from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.load import load_base
+from kfood_dist.model.loss import AnswerLoss, exact_matches, normalise_patches
+from kfood_dist.train.loop import resting_dropout
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vision(tiny_model: Path) -> VisionSpec:
+    return load_vision_spec(str(tiny_model), load_config(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def collator(tiny_model: Path, tiny_shards: Path, vision: VisionSpec) -> StreamingCollator:
+    template = Template(load_tokenizer(str(tiny_model)), vision, "", "이 음식의 이름은?", 1536)
+    return StreamingCollator(open_split(tiny_shards, "train"), template)
+
+
+def build(tiny_model: Path, vision: VisionSpec, quantization: str = "none", precision: str = "fp32") -> AnswerLoss:
+    torch.manual_seed(0)
+    base = load_base(str(tiny_model), quantization, precision, "sdpa", CPU)
+    model = attach_lora(base, Lora(dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return AnswerLoss(model, vision)
+
+
+def model_inputs(batch: Batch, vision: VisionSpec) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "mm_token_type_ids": batch.mm_token_type_ids,
+        "image_grid_thw": batch.image_grid_thw,
+        "pixel_values": normalise_patches(batch.patches, vision),
+    }
+
+
+def test_the_sum_equals_the_models_own_logits_and_labels(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
+    loss, hits = module(batch)
+    logits = module.model(**model_inputs(batch, vision)).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert hits.shape == (batch.num_label_tokens,)
+
+
+def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    module = build(tiny_model, vision)
+    together = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])[0]
+    alone = sum(module(collator[MicroBatch(0, 0, (i,), i)])[0].item() for i in range(4))
+    assert together.item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_filler_adds_nothing_and_can_go_backward(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    module = build(tiny_model, vision)
+    loss, hits = module(collator[MicroBatch(0, 0, (), 5)])
+    loss.backward()
+    assert loss.item() == 0 and hits.numel() == 0
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    assert all(g is not None and not g.any() for g in gradients)
+
+
+def test_golden_mrope_positions(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    """Text counts on in all three axes; the picture's 8 × 8 tokens share one time and spread over height and width."""
+    batch = collator[MicroBatch(0, 0, (0,), 0)]
+    model = build(tiny_model, vision).model.get_base_model().model
+    positions = model.compute_3d_position_ids(
+        input_ids=batch.input_ids,
+        image_grid_thw=batch.image_grid_thw,
+        video_grid_thw=None,
+        inputs_embeds=None,
+        attention_mask=batch.attention_mask,
+        past_key_values=None,
+        mm_token_type_ids=batch.mm_token_type_ids,
+    )
+    start = int(batch.mm_token_type_ids[0].argmax())
+    rest = batch.input_ids.shape[1] - start - 64
+    ahead = list(range(start))
+    behind = [start + 8 + i for i in range(rest)]
+    time = ahead + [start] * 64 + behind
+    height = ahead + [start + i // 8 for i in range(64)] + behind
+    width = ahead + [start + i % 8 for i in range(64)] + behind
+    assert positions[:, 0].tolist() == [time, height, width]
+
+
+def test_without_token_types_positions_would_be_wrong(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    """The trap itself: transformers falls back to one-dimensional positions in silence."""
+    module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0,), 0)]
+    inputs = model_inputs(batch, vision)
+    right = module.model(**inputs).logits
+    inputs.pop("mm_token_type_ids")
+    assert not torch.allclose(module.model(**inputs).logits, right, atol=1e-3)
+
+
+def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    module = build(tiny_model, vision)
+    tower = module.model.get_base_model().model.visual
+    inside, kept = [False], [0]
+    tower.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
+    tower.register_forward_hook(lambda *_: inside.__setitem__(0, False))
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[0] += inside[0]
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = module(collator[MicroBatch(0, 0, (0, 1), 0)])
+    loss.backward()
+    assert kept == [0]
+    assert all(p.grad is None for p in tower.parameters())
+
+
+def test_checkpointing_of_the_language_model_leaves_the_gradients_alone(tiny_model, vision, collator) -> None:
+    batch = collator[MicroBatch(0, 0, (0, 1), 0)]
+    gradients = []
+    for recompute in (False, True):
+        module = build(tiny_model, vision)
+        if recompute:
+            language_model = module.model.get_base_model().model.language_model
+            language_model.activation_checkpointing_enable({"use_reentrant": False})
+        module.train()(batch)[0].backward()
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_exact_matches_needs_every_label_token(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    batch = collator[MicroBatch(0, 0, (0, 1, 2), 0)]
+    hits = torch.ones(batch.num_label_tokens, dtype=torch.bool)
+    assert exact_matches(hits, batch.labels).tolist() == [True, True, True]
+    first = int((batch.labels[0] != -100).sum())
+    hits[first] = False  # the first token of the second answer
+    assert exact_matches(hits, batch.labels).tolist() == [True, False, True]
+
+
+def test_teacher_forced_match_is_the_match_of_greedy_generation(tiny_model, tiny_shards, vision, collator) -> None:
+    """Tune the tiny model on six pictures until some are right, then compare with `generate`, picture by picture."""
+    module = build(tiny_model, vision)
+    batch = collator[MicroBatch(0, 0, tuple(range(6)), 0)]
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-3)
+    for _ in range(60):
+        loss, hits = module(batch)
+        right = exact_matches(hits, batch.labels)
+        if 2 <= right.sum() < 6:
+            break
+        (loss / batch.num_label_tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 2 <= right.sum() < 6
+    asking = StreamingCollator(open_split(tiny_shards, "train"), collator.template, for_generation=True)
+    question = asking[MicroBatch(0, 0, tuple(range(6)), 0)]
+    with torch.no_grad():
+        out = module.model.generate(**model_inputs(question, vision), max_new_tokens=40, do_sample=False)
+    answers = [collator.template.decode(row[question.input_ids.shape[1] :]) for row in out]
+    names = [collator.shards.label(i).name for i in range(6)]
+    assert [a == n for a, n in zip(answers, names, strict=True)] == right.tolist()
+
+
+def test_measuring_between_steps_does_not_repack_4_bit_weights(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    """In evaluation mode bitsandbytes repacks them for inference on some CPUs, and training after that is wrong."""
+    module, batch = build(tiny_model, vision, "nf4", "bf16").train(), collator[MicroBatch(0, 0, (0, 1), 0)]
+    before = raw_bytes(module)
+    loss = module(batch)[0].item()
+    with torch.no_grad(), resting_dropout(module):
+        module(batch)
+    after = raw_bytes(module)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert module(batch)[0].item() == loss
+
+
+def raw_bytes(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The frozen weights as bytes: packed 4-bit codes stored as bfloat16 may read as NaN, which equals nothing."""
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: p.detach().contiguous().view(torch.uint8).clone() for name, p in frozen.items()}
+
+
+def test_resting_dropout_rests_dropout_alone_and_wakes_it_again() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)).train()
+    with resting_dropout(module):
+        assert module.training and module[0].training and not module[1].training
+    assert module[1].training
