@@ -3,8 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfood_dist.cli import main
+from kfood_dist.config import Data, Lora
+from kfood_dist.data.collate import StreamingCollator
+from kfood_dist.data.plan import MicroBatch, order
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.template import Template
+from kfood_dist.model.adapters import attach_lora, save_adapter
+from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.load import load_base
+from kfood_dist.model.loss import AnswerLoss
 from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
 
@@ -34,3 +44,30 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Pat
     out = tmp_path_factory.mktemp("packed") / "shards"
     assert main(["pack", str(pictures), str(out), "--split", "0.5,0.2,0.3"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
+    """An adapter of the tiny model that has learned to answer with dish names, if not always the right ones."""
+    data = Data(shards=tiny_shards)
+    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)))
+    shards = open_split(tiny_shards, "train")
+    template = Template(load_tokenizer(str(tiny_model)), vision, data.system, data.prompt, data.max_length)
+    collator = StreamingCollator(shards, template)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = attach_lora(load_base(str(tiny_model), "none", "fp32", "sdpa", torch.device("cpu")), Lora(dropout=0.0))
+        module = AnswerLoss(model, vision)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for step in range(20):
+            ids = tuple(int(i) for i in order(0, step, len(shards))[:8])
+            batch = collator[MicroBatch(step, 0, ids, filler=0)]
+            loss, _ = module(batch)
+            (loss / batch.num_label_tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    facts = data.model_dump(include={"system", "prompt", "image_size", "max_length"})
+    facts |= {"resize": "squash", "quantization": "nf4", "precision": "bf16", "attention": "sdpa"}
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(model, folder, facts | {"base": str(tiny_model)})
+    return folder

@@ -1,7 +1,7 @@
 """Dish names: one normalisation for training, evaluation and prediction, and what counts as a match.
 
-    text of a folder, a CSV or a model ──► normalise ──► a name of at most 12 syllables
-    a class and its aliases            ──► accepted  ──► the set of names that are right for it
+text of a folder, a CSV or a model ──► normalise ──► a name of at most 12 syllables
+a class and its aliases            ──► accepted  ──► the set of names that are right for it
 """
 
 import csv
@@ -66,7 +66,9 @@ def load_classes(path: Path) -> list[DishClass]:
             f"class list {path} cannot be read ({error.strerror})", "name an existing .tsv with --classes"
         ) from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"class list {path} is not a UTF-8 table ({error})", "save it as UTF-8, tab-separated") from None
+        raise SourceError(
+            f"class list {path} is not a UTF-8 table ({error})", "save it as UTF-8, tab-separated"
+        ) from None
     if not rows or not {"category", "name"} <= set(rows[0]):
         raise SourceError(
             f"class list {path} lacks the columns category and name",

@@ -1,0 +1,72 @@
+"""Which sample goes where: classes, groups, splits and the order within a split. Pure, and quick.
+
+    prepared pictures ──► part_ambiguous ──► those whose bytes have one label only
+                      ──► classes_of     ──► class list (unless one was given)
+                      ──► place          ──► the samples of each split, in a seeded shuffled order
+
+Always holds: the order of the pictures that come in decides nothing.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kfood_dist.data.labels import DishClass
+from kfood_dist.data.prepare import Prepared, Refusal
+from kfood_dist.data.shards import SPLITS
+from kfood_dist.data.split import assign_splits, keyed_digest
+
+# 13 hex digits, 52 bits: exact as a JSON number in every reader. Two files that meet by chance share a group,
+# which only makes the group wider.
+_GROUP_DIGITS = 13
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with its place: `label` is its class id; `group` holds what must stay in one split."""
+
+    picture: Prepared
+    label: int
+    group: int
+
+
+def part_ambiguous(pictures: Sequence[Prepared]) -> tuple[list[Prepared], list[Refusal]]:
+    """Refuse every copy of a file that occurs under two labels: nobody here knows which is right."""
+    labels_of: dict[str, set[str]] = defaultdict(set)
+    for picture in pictures:
+        labels_of[picture.sha256].add(picture.record.label)
+    clear, refused = [], []
+    for picture in pictures:
+        labels = labels_of[picture.sha256]
+        if len(labels) == 1:
+            clear.append(picture)
+        else:
+            detail = f"the same bytes are labelled {' and '.join(sorted(labels))}"
+            refused.append(Refusal(picture.record.source, picture.record.label, "ambiguous", detail))
+    return clear, refused
+
+
+def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
+    """The classes that occur, sorted by name, each with the commonest of its pictures' categories."""
+    categories: dict[str, Counter[str]] = defaultdict(Counter)
+    for picture in pictures:
+        categories[picture.record.label][picture.record.category] += 1
+    return [
+        DishClass(name, min(counts, key=lambda category: (-counts[category], category)))
+        for name, counts in sorted(categories.items())
+    ]
+
+
+def place(
+    pictures: Sequence[Prepared], classes: Sequence[DishClass], fractions: Mapping[str, float], seed: int
+) -> dict[str, list[Sample]]:
+    """The samples of train, val and test, each in its shuffled order."""
+    ids = {dish.name: i for i, dish in enumerate(classes)}
+    groups = [int(picture.sha256[:_GROUP_DIGITS], 16) for picture in pictures]
+    splits = assign_splits(groups, [picture.record.label for picture in pictures], fractions, seed)
+    placed: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    for picture, group, split in zip(pictures, groups, splits, strict=True):
+        placed[split].append(Sample(picture, ids[picture.record.label], group))
+    for samples in placed.values():
+        samples.sort(key=lambda sample: keyed_digest(seed, "order", sample.picture.record.source))
+    return placed

@@ -1,0 +1,309 @@
+"""`kfood doctor`: what this machine has, what is missing, and the command that mends it.
+
+    each check ──► Findings (OK, WARN or FAULT, what was found, the remedy) ──► one line each ──► 1 if any fault
+
+Always holds: a check says what it saw by doing the thing where that takes seconds; a check that crashes is a fault of
+its own and stops no other; nothing is fetched and nothing is left behind.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kfood_dist.doctor_trials import adamw8bit_step, compile_complaint, nf4_error
+from kfood_dist.errors import KfoodError
+
+OK, WARN, FAULT = "OK", "WARN", "FAULT"
+DISTRIBUTION = "kfood_dist"
+
+PYTHONS = ((3, 11), (3, 12))  # python_requires in setup.cfg, and what is tested
+_GIB = 2**30
+_NEEDED_GIB, _WANTED_GIB = 2.0, 20.0  # a run of the tiny model; a 3B model in bf16 with room for shards and runs
+_SHM_GIB = 0.25  # Docker gives 64 MiB unless told otherwise: too little for loader processes
+
+# QLoRA (arXiv 2305.14314): NF4 of normally distributed weights errs by some 9% of their size, and so does a product.
+_NF4_ERROR = (0.02, 0.2)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found: its level, what it is, and what to do about it unless it is fine."""
+
+    level: str
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.what}" + (f" → {self.remedy}" if self.remedy else "")
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `kfood doctor`."""
+    parser.description = (
+        "Check what training needs on this machine by trying it, and name the remedy for each fault. Exit status 1 "
+        "if there is a fault. Nothing is downloaded."
+    )
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="also check that this shard folder can be read")
+    parser.add_argument("--model", metavar="BASE", help="also check that this base model is there and fits")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make every check, print each finding as it comes; 1 if any is a fault."""
+    faults = 0
+    for name, check in checks(args.shards, args.model).items():
+        for finding in examine(name, check):
+            print(finding, flush=True)
+            faults += finding.level == FAULT
+    print(f"{faults} faults" if faults else "no faults")
+    return 1 if faults else 0
+
+
+def checks(shards: Path | None, model: str | None) -> dict[str, Check]:
+    """Every check by name, cheap ones first."""
+    found: dict[str, Check] = {
+        "python": check_python,
+        "packages": check_packages,
+        "torch": check_torch,
+        "gpu": check_gpus,
+        "torchvision": check_torchvision,
+        "bitsandbytes": check_bitsandbytes,
+        "deepspeed": check_deepspeed,
+        "compiler": check_compiler,
+        "disk": partial(check_disk, Path.cwd()),
+        "shared memory": check_shared_memory,
+    }
+    if shards is not None:
+        found["shards"] = partial(check_shards, shards)
+    if model is not None:
+        found["model"] = partial(check_model, model, shards)
+    return found
+
+
+def examine(name: str, check: Check) -> Iterator[Finding]:
+    """The findings of one check; its own crash is one, and a KfoodError carries its remedy along."""
+    try:
+        yield from check()
+    except KfoodError as error:
+        yield Finding(FAULT, f"{name}: {error.what}", error.remedy)
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0][:200]
+        yield Finding(FAULT, f"{name}: {type(error).__name__}: {first_line}", _REINSTALL)
+
+
+_REINSTALL = "install the tested versions: pip install -c launch/constraints.txt -e ."
+
+
+def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Iterator[Finding]:
+    """Python is one of the versions that are tested."""
+    told = f"Python {version[0]}.{version[1]} ({sys.executable})"
+    if version in PYTHONS:
+        yield Finding(OK, told)
+    else:
+        yield Finding(FAULT, f"{told} is not 3.11 or 3.12", "make the environment anew with python3.11 or python3.12")
+
+
+def check_packages(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
+    """Every dependency is installed in a version between its floor and its ceiling, as setup.cfg states them."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(WARN, f"{distribution} runs from its source folder, not installed", "pip install -e .")
+        return
+    requirements = [Requirement(text) for text in wanted]
+    needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    faults = [fault for r in needed if (fault := _package_fault(r))]
+    for fault in faults:
+        yield Finding(FAULT, fault, _REINSTALL)
+    if not faults:
+        shown = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
+        versions = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in needed if r.name in shown)
+        yield Finding(OK, f"{len(needed)} packages in the stated versions: {versions}" if versions else "no packages")
+
+
+def _package_fault(requirement: Any) -> str | None:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is not installed"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return f"{requirement.name} is {version}; {requirement.specifier} is needed"
+    return None
+
+
+def check_torch() -> Iterator[Finding]:
+    """torch computes, and sees the GPU if the machine has one."""
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    assert float(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum()) == 8.0, "2×2 ones multiply wrongly"
+    has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    if has_driver and not torch.cuda.is_available():
+        remedy = (
+            "install the ordinary torch wheel: pip install --force-reinstall torch"
+            if not torch.version.cuda
+            else "compare `nvidia-smi` with torch's CUDA version, and check CUDA_VISIBLE_DEVICES"
+        )
+        yield Finding(FAULT, f"torch {torch.__version__} ({build}) cannot use this machine's NVIDIA driver", remedy)
+    else:
+        yield Finding(OK, f"torch {torch.__version__} ({build}), {torch.get_num_threads()} threads")
+
+
+def check_gpus() -> Iterator[Finding]:
+    """Each GPU, its memory, and whether it computes in bf16."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding(WARN, "no GPU: training runs on the CPU", "fine for the practice set; a 3B model needs a GPU")
+        return
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        free, total = (n / _GIB for n in torch.cuda.mem_get_info(i))
+        told = (
+            f"GPU {i}: {facts.name}, {total:.0f} GiB ({free:.0f} free), compute capability {facts.major}.{facts.minor}"
+        )
+        if facts.major >= 8:  # Ampere is the first with bf16 units; below, torch emulates it
+            yield Finding(OK, f"{told}, bf16")
+        else:
+            yield Finding(WARN, f"{told}, no bf16", "set model.precision=fp32")
+
+
+def check_torchvision() -> Iterator[Finding]:
+    """torchvision is not needed; but one that does not fit torch breaks transformers."""
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(OK, "torchvision is not installed, and not needed")
+        return
+    try:
+        importlib.import_module("torchvision")
+        yield Finding(OK, f"torchvision {version}")
+    except Exception as error:
+        yield Finding(
+            FAULT,
+            f"torchvision {version} does not load ({type(error).__name__}), and transformers will trip over it",
+            "pip uninstall torchvision, or install the one made for this torch",
+        )
+
+
+def check_bitsandbytes() -> Iterator[Finding]:
+    """bitsandbytes multiplies in 4-bit, and takes an 8-bit AdamW step, on the device training would use."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    error = nf4_error(device)
+    low, high = _NF4_ERROR
+    if low < error < high:
+        yield Finding(OK, f"bitsandbytes multiplies in NF4 on {device} (relative error {error:.3f})")
+    else:
+        yield Finding(
+            FAULT, f"bitsandbytes in NF4 on {device}: relative error {error:.3f}, not {low} to {high}", _REINSTALL
+        )
+    dtype, moved = adamw8bit_step(device)
+    if dtype == torch.uint8 and 0.9 < moved < 1.1:
+        yield Finding(OK, f"bitsandbytes takes an AdamW step with 8-bit states on {device}")
+    else:
+        yield Finding(
+            FAULT,
+            f"bitsandbytes' AdamW8bit on {device}: states in {dtype}, a first step of {moved:.2f} learning rates",
+            _REINSTALL,
+        )
+
+
+def check_deepspeed() -> Iterator[Finding]:
+    """DeepSpeed can be imported."""
+    with redirect_stdout(io.StringIO()):  # it greets on standard output
+        deepspeed = importlib.import_module("deepspeed")
+    yield Finding(OK, f"deepspeed {deepspeed.__version__} can be imported")
+
+
+def check_compiler() -> Iterator[Finding]:
+    """What DeepSpeed builds a small op with when several ranks train on a CPU: C++, Python's headers, ninja."""
+    import torch
+
+    # Runs on a GPU do not build that op.
+    level = WARN if torch.cuda.is_available() else FAULT
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        yield Finding(level, "no C++ compiler", "sudo apt-get install g++, or train without DeepSpeed")
+    elif fault := compile_complaint(compiler):
+        remedy = f"sudo apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-dev g++"
+        yield Finding(level, f"{compiler} does not build an extension ({fault})", remedy)
+    else:
+        yield Finding(OK, f"{compiler} builds extensions")
+    if shutil.which("ninja") is None:
+        remedy = f"put the environment's programs on the PATH: . {sys.prefix}/bin/activate"
+        yield Finding(level, "ninja is not on the PATH", remedy)
+
+
+def check_disk(folder: Path, needed_gib: float = _NEEDED_GIB, wanted_gib: float = _WANTED_GIB) -> Iterator[Finding]:
+    """Free space where the command was given, as runs and shards land below it by default."""
+    free = shutil.disk_usage(folder).free / _GIB
+    told = f"{free:.1f} GiB free in {folder}"
+    remedy = "make room, or put shards and run.dir on another disk"
+    if free < needed_gib:
+        yield Finding(FAULT, f"{told}, less than {needed_gib:g}", remedy)
+    elif free < wanted_gib:
+        yield Finding(WARN, f"{told}; a 3B model and its runs want {wanted_gib:g}", remedy)
+    else:
+        yield Finding(OK, told)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm"), wanted_gib: float = _SHM_GIB) -> Iterator[Finding]:
+    """Room for the batches that loader processes hand over."""
+    if not folder.is_dir():
+        return
+    total = shutil.disk_usage(folder).total / _GIB
+    if total < wanted_gib:
+        remedy = "start the container with --shm-size=2g, or set data.num_workers=0"
+        yield Finding(WARN, f"only {total * 1024:.0f} MiB of shared memory in {folder}", remedy)
+    else:
+        yield Finding(OK, f"{total:.1f} GiB of shared memory")
+
+
+def check_shards(folder: Path) -> Iterator[Finding]:
+    """The manifest and every index of a shard folder read, and the ends of each split open as pictures."""
+    from kfood_dist.data.images import decode_rgb
+    from kfood_dist.data.shards import load_manifest, open_split
+
+    manifest = load_manifest(folder)
+    counts = []
+    for split in manifest.splits:
+        shards = open_split(folder, split)
+        for i in {0, len(shards) - 1}:
+            decode_rgb(shards.read(i))
+        shards.close()
+        counts.append(f"{split} {len(shards)}")
+    yield Finding(
+        OK if counts else FAULT,
+        f"{folder}: {len(manifest.classes)} dishes at {manifest.image_size} px, {', '.join(counts) or 'no pictures'}",
+        "" if counts else "pack it again",
+    )
+
+
+def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
+    """The base model's files are there and its tokenizer, config and picture settings read; no weights."""
+    from kfood_dist.data.shards import load_manifest
+    from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
+
+    require_base(base)
+    config = load_config(base)
+    vision = load_vision_spec(base, config)
+    load_tokenizer(base)
+    if shards is not None:
+        vision.require_fitting(load_manifest(shards).image_size)
+    yield Finding(OK, f"{base}: {config.model_type}, {vision.unit} pixels per image token")

@@ -1,0 +1,112 @@
+"""This rank's share of an evaluation: its batches, answered.
+
+    positions ──► batches by position ──► dealt to ranks whole ──► greedy answers ──► Part, to be gathered
+
+Always holds: which pictures share a batch does not depend on the number of ranks; a picture is among the records or
+among those refused as too long.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from kfood_dist.data.collate import StreamingCollator
+from kfood_dist.data.labels import is_match, normalise
+from kfood_dist.data.plan import EMPTY, MicroBatch, deal
+from kfood_dist.data.shards import ShardSplit
+from kfood_dist.data.template import Template
+from kfood_dist.errors import KfoodError
+from kfood_dist.evaluate.generate import Answerer, load_answerer
+from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.task import Task
+from kfood_dist.runtime import World
+
+# Ranks meet only at the end; the first may have to wait for one that loads its weights from a slow disk.
+_TIMEOUT = timedelta(hours=1)
+
+
+@contextmanager
+def process_group(world: World, device: torch.device) -> Iterator[None]:
+    """The ranks connected, if there are several: over NCCL where each has its GPU, else over gloo."""
+    if world.size == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def any_rank(world: World, flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; every rank asks."""
+    return bool(world.all_sum(torch.tensor([int(flag)], device=device)).item())
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank found out: records by position in the index, refused positions, and the time it took."""
+
+    records: dict[int, Record]
+    refused: list[int]
+    seconds: float
+
+
+def my_batches(num_samples: int, batch_size: int, world: World) -> list[tuple[int, ...]]:
+    """The batches of this rank: batch b of the split goes to rank b modulo the world size, whole.
+
+    A rank may have one batch less than another: nothing is exchanged before all have finished.
+    """
+    slots = deal(np.arange(num_samples), world.size, batch_size)[:, world.rank]
+    batches = (tuple(int(i) for i in ids if i != EMPTY) for ids in slots)
+    return [ids for ids in batches if ids]
+
+
+def answer_part(task: Task, template: Template, world: World, device: torch.device) -> Part | KfoodError:
+    """Answer this rank's batches. A user's mistake is returned, so that rank 0 tells of it whoever met it."""
+    try:
+        collator = StreamingCollator(task.shards, template, for_generation=True)
+        answerer = load_answerer(task.settings, template, task.model, task.adapter, device, task.max_new_tokens)
+        started = time.perf_counter()
+        records: dict[int, Record] = {}
+        refused: list[int] = []
+        batches = my_batches(task.num_samples, task.batch_size, world)
+        for ids in tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True):
+            answered = answer_batch(collator, answerer, ids)
+            records |= answered
+            refused += [i for i in ids if i not in answered]
+        return Part(records, refused, time.perf_counter() - started)
+    except KfoodError as error:
+        return error
+
+
+def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int, ...]) -> dict[int, Record]:
+    """The records of one batch by position in the index; a picture refused as too long has none."""
+    sizes = collator.shards.index["width"].astype(int) * collator.shards.index["height"]
+    batch = collator[MicroBatch(step=0, micro_step=0, ids=ids, filler=int(sizes.argmin()))]
+    answers = answerer.answer(batch) if batch.ids else []  # otherwise it holds the filler alone
+    return {
+        i: make_record(collator.shards, i, answer.text, answer.confidence)
+        for i, answer in zip(batch.ids, answers, strict=True)
+    }
+
+
+def make_record(shards: ShardSplit, i: int, text: str, confidence: float) -> Record:
+    """What becomes of picture i answered with `text`; no text, and so wrong, where it was refused."""
+    dish = shards.label(i)
+    return Record(
+        key=shards.key(i),
+        source=shards.metadata(i)["source"],
+        label=dish.name,
+        prediction=normalise(text),
+        raw=text,
+        correct=is_match(text, dish),
+        confidence=confidence,
+    )

@@ -1,0 +1,86 @@
+"""Do the pictures, the prompt, the base and the adapter fit each other? Told before any weights are loaded.
+
+settings + manifest ──► require_same_pictures
+settings + base + adapter ──► build_template ──► Template, ready to encode
+"""
+
+import json
+from pathlib import Path
+
+from kfood_dist.data.patches import VisionSpec
+from kfood_dist.data.shards import Manifest
+from kfood_dist.data.template import SampleTooLong, Template
+from kfood_dist.errors import ModelError, RecipeError
+from kfood_dist.evaluate.settings import Settings
+from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
+
+
+def require_same_pictures(settings: Settings, manifest: Manifest) -> None:
+    """Raise RecipeError unless the packed pictures have the size, and were resized the way, the settings say."""
+    if manifest.image_size != settings.image_size:
+        raise RecipeError(
+            f"the pictures in {manifest.folder} are {manifest.image_size} pixels wide, those asked about "
+            f"{settings.image_size}",
+            f"name shards packed with --image-size {settings.image_size}; without an adapter, "
+            f"--set data.image_size={manifest.image_size} does as well",
+        )
+    if settings.resize not in (None, manifest.resize):
+        raise RecipeError(
+            f"the pictures in {manifest.folder} were resized by {manifest.resize!r}, the adapter's by "
+            f"{settings.resize!r}",
+            f"name shards packed with --resize {settings.resize}",
+        )
+
+
+def build_template(settings: Settings, base: str, adapter: Path | None) -> Template:
+    """The prompt template of `base` under these settings.
+
+    Raises ModelError if `base` is not there or not usable, or the adapter is not one of it; RecipeError if a picture
+    of that size does not fit the model or the length.
+    """
+    require_base(base)
+    vision = load_vision_spec(base, load_config(base))
+    vision.require_fitting(settings.image_size)
+    template = Template(load_tokenizer(base), vision, settings.system, settings.prompt, settings.max_length)
+    try:
+        template.encode(_grid(vision, settings.image_size), None)
+    except SampleTooLong:
+        raise RecipeError(
+            f"data.max_length {settings.max_length} is too short for a picture of {settings.image_size} pixels",
+            "raise data.max_length",
+        ) from None
+    if adapter is not None:
+        require_adapter_fits(base, adapter)
+    return template
+
+
+def _grid(vision: VisionSpec, image_size: int) -> tuple[int, int, int]:
+    return (1, image_size // vision.patch_size, image_size // vision.patch_size)
+
+
+def require_adapter_fits(base: str, adapter: Path) -> None:
+    """Raise ModelError unless every matrix of a LoRA adapter has its layer in `base`, whose weights are not read.
+
+    peft itself only warns of matrices that are missing, and goes on with a half-adapted model.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        modules = dict(AutoModelForImageTextToText.from_config(load_config(base)).named_modules())
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", "np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"adapter {adapter} is damaged ({error})", "copy it from its run again") from None
+    for name, shape in shapes.items():
+        path, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        features = getattr(modules.get(path), "in_features" if part.startswith("A") else "out_features", None)
+        if part and features != shape[1 if part.startswith("A") else 0]:
+            raise ModelError(
+                f"adapter {adapter} does not fit base model {base}: {path} "
+                + ("is not in it" if features is None else f"has {features} features, not {shape}"),
+                "name the base model that the adapter was trained on",
+            )

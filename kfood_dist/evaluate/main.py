@@ -1,0 +1,170 @@
+"""`kfood eval`: how many held-out pictures a model names right.
+
+    arguments ──► check: shards, settings, model and prompt fit (seconds, no weights) ──► Task
+    Task ──► this rank's batches ──► greedy answers ──► gathered on rank 0, in the order of the index
+    records ──► report.json, predictions.jsonl, report.html, TensorBoard
+
+Always holds: every picture of the split is answered exactly once. Batches are cut by position and dealt to the
+ranks whole, so the same pictures share a batch whatever the rank count: predictions.jsonl is the same to the byte.
+"""
+
+import argparse
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfood_dist.errors import KfoodError
+from kfood_dist.evaluate import panel
+from kfood_dist.evaluate.fit import build_template
+from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.page import interval, percent, report_page
+from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
+from kfood_dist.evaluate.settings import add_model_arguments, base_fingerprint, sha256_file
+from kfood_dist.evaluate.task import Task, check, find_earlier
+from kfood_dist.runtime import World, quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+    from kfood_dist.evaluate.ask import Part
+
+_PACKAGES = ("kfood_dist", "torch", "transformers", "peft", "bitsandbytes")
+_SHOWN = 24  # pictures on the page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `kfood eval`."""
+    parser.description = (
+        "Ask a model the name of every picture of a split, and write how many it names right: report.json, "
+        "predictions.jsonl and report.html. Greedy answers, strict exact match. Runs alone or under accelerate "
+        "launch. Run again with the same inputs, it reuses the report."
+    )
+    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="folder that `kfood pack` wrote")
+    parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    add_model_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="pictures per batch (default: the recipe's)")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the recipe's)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures; they lie shuffled")
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="also log accuracy and a panel of pictures here"
+    )
+    parser.add_argument("--step", type=int, default=0, metavar="N", help="step to log them at (default: 0)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, or reuse the report of an earlier run with the same inputs."""
+    world = World.from_environment()
+    task = check(args)
+    earlier = find_earlier(task) if world.is_main else None
+    if world.size == 1 and earlier:
+        return reuse(task, earlier)
+    from kfood_dist.evaluate.ask import answer_part, any_rank, process_group
+    from kfood_dist.evaluate.generate import pick_device
+
+    quiet_libraries()
+    template = build_template(task.settings, task.model, task.adapter)
+    device = pick_device(world)
+    with process_group(world, device):
+        if any_rank(world, earlier is not None, device):
+            return reuse(task, earlier) if earlier else 0
+        parts = world.gather(answer_part(task, template, world, device))
+    if parts is not None:
+        conclude(task, parts, world, device)
+    return 0
+
+
+def preflight(args: argparse.Namespace) -> bool:
+    """For a launcher, before it starts any rank: raise every mistake that can be told; reuse an earlier report.
+
+    True if an earlier report answers the question, so that there is nothing to start.
+    """
+    task = check(args)
+    if earlier := find_earlier(task):
+        reuse(task, earlier)
+        return True
+    build_template(task.settings, task.model, task.adapter)
+    return False
+
+
+def conclude(task: Task, parts: list["Part | KfoodError"], world: World, device: "torch.device") -> None:
+    """Put the ranks' parts together and write everything, on rank 0. Raises the first mistake a rank met."""
+    from kfood_dist.evaluate.ask import make_record
+
+    for part in parts:
+        if isinstance(part, KfoodError):
+            raise part
+    whole = [part for part in parts if not isinstance(part, KfoodError)]
+    refused = sorted(i for part in whole for i in part.refused)
+    found = {i: make_record(task.shards, i, "", 0.0) for i in refused}
+    found |= {i: record for part in whole for i, record in part.records.items()}
+    assert sorted(found) == list(range(task.num_samples)), "a picture was left out"
+    records = [found[i] for i in range(task.num_samples)]
+    seconds = max(part.seconds for part in whole)
+    report = build_report(records, [task.shards.key(i) for i in refused], _facts(task, world, device, seconds))
+    task.out.mkdir(parents=True, exist_ok=True)
+    if task.tensorboard:
+        log(task, report["accuracy"], records)
+    write_report(task.out, report, records, report_page(report, _samples(task, records, _SHOWN)))
+    print(describe(load_report(task.out)))
+
+
+def _facts(task: Task, world: World, device: "torch.device", seconds: float) -> dict[str, Any]:
+    import torch
+
+    fingerprint = task.inputs["model_fingerprint"] or base_fingerprint(task.model)  # a hub model is here by now
+    weights = task.adapter / "adapter_model.safetensors" if task.adapter else None
+    return {
+        "model": task.model,
+        "adapter": str(task.adapter) if task.adapter else None,
+        "adapter_sha256": sha256_file(weights) if weights else None,
+        "shards": str(task.shards.manifest.folder),
+        "index_hash": task.shards.index_hash,
+        "split": task.shards.split,
+        "image_size": task.settings.image_size,
+        "settings": task.inputs["settings"],
+        "samples_per_second": round(task.num_samples / seconds, 2),
+        "seconds": round(seconds, 2),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "inputs": task.inputs | {"model_fingerprint": fingerprint},
+    }
+
+
+def reuse(task: Task, report: Report) -> int:
+    """Say that nothing need be done, and log to TensorBoard what an earlier run did not."""
+    assert report.predictions is not None
+    print(f"reused {report.path}: the same pictures, model and settings")
+    if task.tensorboard and not panel.is_logged(task.tensorboard, task.shards.split, task.step):
+        log(task, report.accuracy, report.predictions)
+    print(describe(report))
+    return 0
+
+
+def log(task: Task, accuracy: float, records: list[Record]) -> None:
+    """Write the evaluation to the task's TensorBoard folder."""
+    assert task.tensorboard is not None
+    panel.log(task.tensorboard, task.shards.split, task.step, accuracy, _samples(task, records, panel.NUM_PICTURES))
+
+
+def _samples(task: Task, records: list[Record], count: int) -> list[tuple[Record, bytes]]:
+    return [(records[i], task.shards.read(i)) for i in panel.choose(count, len(records))]
+
+
+def describe(report: Report) -> str:
+    """The result in two lines, for the console."""
+    refused = f", {len(report.raw['refused'])} refused as too long" if report.raw["refused"] else ""
+    return (
+        f"{report.split}: {report.correct} of {report.images} pictures right{refused}; accuracy "
+        f"{percent(report.accuracy)}, 95% interval {interval(report.wilson_95)}\n"
+        f"page: {report.path.with_name(PAGE)}"
+    )

@@ -1,0 +1,89 @@
+"""What a set of answers is worth: shares with their uncertainty, by dish, and what was taken for what.
+
+    records ──► accuracy, Wilson interval, by dish, confusions
+    records of two models ──► McNemar's exact test
+
+Pure integers and floats from the standard library; nothing here knows a model or a file.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Z_95 = 1.959963984540054  # the standard normal's 0.975 quantile
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture's answer: `prediction` is `raw` normalised, `confidence` the probability of `raw`, 0 to 1."""
+
+    key: str
+    source: str
+    label: str
+    prediction: str
+    raw: str
+    correct: bool
+    confidence: float
+
+
+def wilson_95(correct: int, total: int) -> tuple[float, float]:
+    """The 95% score interval of the share `correct / total` (E. B. Wilson, JASA 22, 1927, p. 209).
+
+    Unlike the textbook interval it stays within 0 and 1, and is no single point when all or none are correct.
+    """
+    if not 0 <= correct <= total or total == 0:
+        raise ValueError(f"{correct} of {total} is not a share")
+    share, z2 = correct / total, Z_95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    # At the ends the bound is exactly 0 or 1; only rounding would say otherwise.
+    low = 0.0 if correct == 0 else max(0.0, centre - half)
+    high = 1.0 if correct == total else min(1.0, centre + half)
+    return low, high
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value that two models are equally often right (Q. McNemar, Psychometrika 12, 1947).
+
+    `only_first` and `only_second` count the pictures that just one of them names right. If both are equally
+    good, each such picture falls to either side like a fair coin.
+    """
+    discordant, fewer = only_first + only_second, min(only_first, only_second)
+    if fewer < 0:
+        raise ValueError(f"{fewer} is not a count")
+    ways = tail = 1  # whole numbers: no rounding however many pictures there are
+    for k in range(fewer):
+        ways = ways * (discordant - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def summarise(records: Sequence[Record]) -> dict[str, Any]:
+    """`accuracy, correct, images, wilson_95` of at least one record."""
+    correct = sum(r.correct for r in records)
+    return {
+        "accuracy": correct / len(records),
+        "correct": correct,
+        "images": len(records),
+        "wilson_95": list(wilson_95(correct, len(records))),
+    }
+
+
+def by_class(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """{label: {images, correct, accuracy}}, by label."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for record in records:
+        groups[record.label].append(record.correct)
+    return {
+        label: {"images": len(hits), "correct": sum(hits), "accuracy": sum(hits) / len(hits)}
+        for label, hits in sorted(groups.items())
+    }
+
+
+def confusions(records: Iterable[Record], top: int = 20) -> list[dict[str, Any]]:
+    """The most frequent wrong answers, [{label, prediction, count}], most frequent first."""
+    wrong = Counter((r.label, r.prediction) for r in records if not r.correct)
+    ranked = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
+    return [{"label": label, "prediction": answer, "count": n} for (label, answer), n in ranked[:top]]

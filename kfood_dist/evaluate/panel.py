@@ -1,0 +1,137 @@
+"""Evaluation in TensorBoard: the accuracy, and a panel of pictures with the expected and the predicted name.
+
+    records, pictures ──► grid of captioned cells ──► one event file, moved whole into the log folder
+
+Pillow's own font has no Hangul. Where a font that has it is installed, the names stand under the pictures;
+elsewhere the cells are numbered. In both cases a table of number, expected and predicted name stands under TEXT,
+where the browser draws the letters.
+
+Always holds: one event file per split and step, named so; written again, it replaces the earlier one.
+"""
+
+import io
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from kfood_dist.evaluate.metrics import Record
+
+NUM_PICTURES = 16
+_COLUMNS = 4
+_CELL_PX, _CAPTION_PX, _EDGE_PX, _FONT_PX = 200, 44, 4, 14  # a name of 12 syllables fits a cell
+_GOOD, _BAD, _INK, _PAPER = (26, 127, 55), (196, 48, 43), (20, 20, 20), (255, 255, 255)
+
+_FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
+_FONT_PATTERNS = (
+    "*Nanum*.tt[fc]",
+    "*Noto*CJK*.[to]t[fc]",
+    "*Noto*KR*.[to]tf",
+    "*UnBatang*.ttf",
+    "*Baekmuk*.ttf",
+)
+
+Sample = tuple[Record, bytes]
+
+
+def choose(count: int, total: int) -> list[int]:
+    """`count` positions spread evenly over `total`, fewer if there are fewer; the same for every model."""
+    return [i * total // min(count, total) for i in range(min(count, total))]
+
+
+def is_logged(folder: Path, split: str, step: int) -> bool:
+    """Whether `log` has written this split and step into `folder`."""
+    return any(folder.glob(f"events.out.tfevents.*{_suffix(split, step)}"))
+
+
+def log(folder: Path, split: str, step: int, accuracy: float, samples: Sequence[Sample]) -> None:
+    """Write `SPLIT/accuracy`, the panel `SPLIT/predictions` and its table into a TensorBoard folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        writer = SummaryWriter(unfinished, filename_suffix=_suffix(split, step))
+        writer.add_scalar(f"{split}/accuracy", accuracy, step)
+        writer.add_image(f"{split}/predictions", draw(samples, hangul_font()), step, dataformats="HWC")
+        writer.add_text(f"{split}/predictions", caption_table(record for record, _ in samples), step)
+        writer.close()
+        for earlier in folder.glob(f"events.out.tfevents.*{_suffix(split, step)}"):
+            earlier.unlink()
+        for file in Path(unfinished).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def _suffix(split: str, step: int) -> str:
+    return f".{split}-{step:08d}"
+
+
+def caption_table(records: Iterable[Record]) -> str:
+    """The panel's captions as a Markdown table, numbered as the pictures are: row by row from 1."""
+    rows = [
+        f"| {i} | {_plain(r.label)} | {_plain(r.prediction) or '(nothing)'} | {'✓' if r.correct else '✗'} |"
+        for i, r in enumerate(records, start=1)
+    ]
+    return "\n".join(["| # | expected | predicted | |", "|---|---|---|---|", *rows])
+
+
+def _plain(name: str) -> str:
+    # What Markdown or HTML would take for markup; a model may write anything.
+    return "".join("·" if c in "|<>&`*[]\\" else c for c in name)
+
+
+def draw(samples: Sequence[Sample], font_path: str | None) -> np.ndarray:
+    """The panel as RGB, uint8 (height, width, 3): rows of captioned pictures, edged green (right) or red."""
+    font = ImageFont.truetype(font_path, _FONT_PX) if font_path else ImageFont.load_default(_FONT_PX)
+    rows = -(-len(samples) // _COLUMNS)
+    panel = Image.new("RGB", (_COLUMNS * _CELL_PX, rows * (_CELL_PX + _CAPTION_PX)), _PAPER)
+    for i, (record, jpeg) in enumerate(samples):
+        left, top = i % _COLUMNS * _CELL_PX, i // _COLUMNS * (_CELL_PX + _CAPTION_PX)
+        panel.paste(_picture(record, jpeg), (left, top))
+        pen, place = ImageDraw.Draw(panel), (left + _EDGE_PX, top + _CELL_PX)
+        tone = _GOOD if record.correct else _BAD
+        if font_path:
+            pen.text(place, f"{i + 1}  {record.label}", fill=_INK, font=font)
+            pen.text((place[0], place[1] + 20), f"→ {record.prediction}", fill=tone, font=font)
+        else:
+            pen.text(place, f"#{i + 1}  {'right' if record.correct else 'wrong'}", fill=tone, font=font)
+            pen.text((place[0], place[1] + 20), "names: see TEXT", fill=_INK, font=font)
+    return np.asarray(panel)
+
+
+def _picture(record: Record, jpeg: bytes) -> Image.Image:
+    edged = Image.new("RGB", (_CELL_PX, _CELL_PX), _GOOD if record.correct else _BAD)
+    side = _CELL_PX - 2 * _EDGE_PX
+    with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as picture:
+        edged.paste(picture.convert("RGB").resize((side, side)), (_EDGE_PX, _EDGE_PX))
+    return edged
+
+
+def hangul_font() -> str | None:
+    """The path of an installed font that has Hangul, or None."""
+    return next((path for path in _candidates() if has_hangul(path)), None)
+
+
+def has_hangul(path: str) -> bool:
+    """Whether a font file draws 가 and 힣 as two things, neither of them its sign for a missing letter."""
+    try:
+        font = ImageFont.truetype(path, _FONT_PX)
+    except OSError:
+        return False
+    drawn = {bytes(font.getmask(letter)) for letter in ("가", "힣", "\U0010fffe")}
+    return len(drawn) == 3
+
+
+def _candidates() -> Iterable[str]:
+    if shutil.which("fc-list"):
+        listed = subprocess.run(
+            ["fc-list", ":lang=ko", "file"], capture_output=True, text=True, timeout=20, check=False
+        )
+        yield from sorted(line.rstrip().rstrip(":") for line in listed.stdout.splitlines())
+    for folder in _FONT_FOLDERS:
+        for pattern in _FONT_PATTERNS:
+            yield from sorted(map(str, Path(folder).expanduser().rglob(pattern)))

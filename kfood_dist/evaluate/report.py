@@ -1,0 +1,163 @@
+"""The files an evaluation leaves, written whole and read back with suspicion.
+
+    records + facts ──► predictions.jsonl, report.html, then report.json, each by a temporary name
+    report.json (or its folder) ──► load_report ──► Report ──► compare, re-use
+
+Always holds: where report.json is, the other files are whole and belong to it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kfood_dist.errors import KfoodError
+from kfood_dist.evaluate.metrics import Record, by_class, confusions, summarise
+from kfood_dist.evaluate.settings import sha256_file
+
+FORMAT, VERSION = "kfood-report", 1  # the version rises whenever the same inputs would be scored otherwise
+REPORT, PREDICTIONS, PAGE = "report.json", "predictions.jsonl", "report.html"
+
+
+class ReportError(KfoodError):
+    """A report is missing or damaged, or two reports are not about the same pictures."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report read back; `raw` is its whole JSON, `predictions` None where predictions.jsonl is not beside it."""
+
+    path: Path
+    raw: dict[str, Any]
+    accuracy: float
+    correct: int
+    images: int
+    wilson_95: tuple[float, float]
+    index_hash: str
+    split: str
+    per_class: dict[str, dict[str, Any]]
+    predictions: list[Record] | None
+
+
+def build_report(records: Sequence[Record], refused: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+    """The whole report.json: what came out first, then under what circumstances (`facts`)."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **summarise(records),
+        "refused": list(refused),
+        **facts,
+        "per_class": by_class(records),
+        "confusions": confusions(records),
+    }
+
+
+def write_report(out: Path, report: dict[str, Any], records: Sequence[Record], page: str) -> None:
+    """Write an evaluation's three files into `out`; an older report.json goes first, the new one comes last."""
+    with suppress(FileNotFoundError):
+        (out / REPORT).unlink()
+    write_whole(out / PREDICTIONS, "".join(_line(r) for r in records))
+    write_whole(out / PAGE, page)
+    report = report | {"predictions_sha256": sha256_file(out / PREDICTIONS)}
+    write_whole(out / REPORT, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 text file so that its name only ever stands for the whole of it."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(unfinished, path)
+    finally:
+        with suppress(FileNotFoundError):
+            unfinished.unlink()
+
+
+def reusable(out: Path, inputs: dict[str, Any]) -> Report | None:
+    """The report in `out`, if it answers exactly these inputs and its files are whole."""
+    try:
+        report = load_report(out)
+    except ReportError:
+        return None
+    whole = report.predictions is not None and (out / PAGE).is_file()
+    return report if whole and report.raw.get("inputs") == inputs else None
+
+
+def load_report(path: Path) -> Report:
+    """Read a report.json, or the one in a folder, and the predictions beside it.
+
+    Raises ReportError if it is missing, of another format, at odds with itself or with those predictions.
+    """
+    path = path / REPORT if path.is_dir() else path
+    raw = _read_json(path)
+    try:
+        report = Report(
+            path=path,
+            raw=raw,
+            accuracy=float(raw["accuracy"]),
+            correct=int(raw["correct"]),
+            images=int(raw["images"]),
+            wilson_95=(float(raw["wilson_95"][0]), float(raw["wilson_95"][1])),
+            index_hash=str(raw["index_hash"]),
+            split=str(raw["split"]),
+            per_class={str(k): _class_row(v) for k, v in raw["per_class"].items()},
+            predictions=_read_predictions(path.with_name(PREDICTIONS), raw.get("predictions_sha256")),
+        )
+        _require_consistent(report)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ReportError(f"{path} is damaged ({type(error).__name__}: {error})", _AGAIN) from None
+    return report
+
+
+_AGAIN = "make it again with `kfood eval … --out`"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(
+            f"report {path} cannot be read ({error.strerror})",
+            "name a report.json or the --out of a `kfood eval`",
+        ) from None
+    except (ValueError, RecursionError):
+        raise ReportError(f"{path} is not JSON", _AGAIN) from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise ReportError(f"{path} is not a report of `kfood eval`", "name a report.json or the folder that holds it")
+    if raw.get("version") != VERSION:
+        raise ReportError(f"{path} is of version {raw.get('version')!r}; version {VERSION} is read here", _AGAIN)
+    return raw
+
+
+def _class_row(row: Any) -> dict[str, Any]:
+    return {"images": int(row["images"]), "correct": int(row["correct"]), "accuracy": float(row["accuracy"])}
+
+
+def _read_predictions(path: Path, sha256: str | None) -> list[Record] | None:
+    if not path.is_file():
+        return None
+    if sha256 is not None and sha256_file(path) != sha256:
+        raise ValueError(f"{path.name} beside it is not the one it was written with")
+    with open(path, encoding="utf-8") as file:
+        return [Record(**json.loads(line)) for line in file]
+
+
+def _require_consistent(report: Report) -> None:
+    rows = report.per_class.values()
+    counted = (sum(r["images"] for r in rows), sum(r["correct"] for r in rows))
+    if counted != (report.images, report.correct) or report.images <= 0:
+        raise ValueError("its dishes do not add up to its total")
+    if not math.isclose(report.accuracy, report.correct / report.images, abs_tol=1e-9):
+        raise ValueError("its accuracy is not correct / images")
+    if report.predictions is not None and (
+        len(report.predictions) != report.images or sum(r.correct for r in report.predictions) != report.correct
+    ):
+        raise ValueError(f"{PREDICTIONS} beside it tells another result")
+
+
+def _line(record: Record) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False) + "\n"

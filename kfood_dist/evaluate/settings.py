@@ -1,0 +1,180 @@
+"""Under what settings a model is asked, and what identifies it: all that is known before torch is needed.
+
+    adapter's kfood.json, else --config RECIPE, else the recipe's defaults ──► Settings
+    base folder or hub name, adapter folder ──► fingerprints of their files
+
+Always holds: prompt, picture size and length are those the adapter was trained with. Settings that only say how to
+compute (quantisation, precision, attention) may be overridden by name with `--set model.…`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kfood_dist import config
+from kfood_dist.config import Data, Eval, Model, Recipe
+from kfood_dist.data.images import RESIZE_POLICIES
+from kfood_dist.errors import KfoodError, ModelError, RecipeError
+
+DATA_KEYS = ("system", "prompt", "image_size", "max_length")
+MODEL_KEYS = ("quantization", "precision", "attention")
+
+# A file up to this size is known by its content; a larger one by size and time, as reading it takes too long.
+_HASHED_BYTES = 64 * 2**20
+_BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model sees a picture and is asked about it. `resize` is None where nothing says how to."""
+
+    system: str
+    prompt: str
+    image_size: int
+    max_length: int
+    resize: str | None
+    quantization: str
+    precision: str
+    attention: str
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that name a model and its settings."""
+    parser.add_argument("--model", required=True, metavar="BASE", help="folder or hub name of the base model")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="trained adapter, such as runs/NAME/adapter; its prompt and picture size are used",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="RECIPE",
+        help="recipe whose prompt, picture size and precision are used where the adapter does not say "
+        "(default: the recipe's defaults)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one recipe setting, such as model.quantization=none; may be repeated",
+    )
+
+
+def resolve_settings(args: argparse.Namespace) -> tuple[Settings, Eval]:
+    """The settings that `args` ask for, and the recipe's `eval` section.
+
+    Raises RecipeError for a wrong recipe, or a `--set` that contradicts how the adapter was trained;
+    ModelError for a folder without an adapter, or facts beside it that are damaged.
+    """
+    recipe = config.load_recipe(args.config, args.set) if args.config else _default_recipe(args.set)
+    facts = _adapter_facts(args.adapter) if args.adapter else {}
+    chosen = {text.partition("=")[0].strip() for text in args.set}
+    _require_no_contradiction(recipe, facts, chosen, args.adapter)
+    kept = {key: facts[key] for key in MODEL_KEYS if key in facts and f"model.{key}" not in chosen}
+    try:
+        data = Data.model_validate(recipe.data.model_dump() | {k: facts[k] for k in DATA_KEYS if k in facts})
+        model = Model.model_validate(recipe.model.model_dump() | kept)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ModelError(
+            f"{args.adapter}/kfood.json: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", _COPY_ADAPTER
+        ) from None
+    resize = facts.get("resize")
+    if resize not in (None, *RESIZE_POLICIES):
+        raise ModelError(f"{args.adapter}/kfood.json: resize {resize!r} is unknown", _COPY_ADAPTER)
+    values = {key: getattr(data, key) for key in DATA_KEYS} | {key: getattr(model, key) for key in MODEL_KEYS}
+    return Settings(**values, resize=resize), recipe.eval
+
+
+def _default_recipe(overrides: list[str]) -> Recipe:
+    # The three keys without a default say nothing about how a model is asked.
+    tree: dict[str, Any] = {"data": {"shards": "."}, "model": {"base": "."}, "run": {"dir": "."}}
+    faults = [fault for text in overrides if (fault := config._apply_override(tree, text))]
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults += [config._describe(e) for e in error.errors()]
+    if faults:
+        raise RecipeError(config._join("--set", faults), "its keys are those of a recipe, see launch/recipes")
+    return recipe
+
+
+def _adapter_facts(folder: Path) -> dict[str, Any]:
+    from kfood_dist.model.adapters import read_adapter_facts
+
+    try:
+        facts = read_adapter_facts(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}/kfood.json cannot be read ({error})", _COPY_ADAPTER) from None
+    if not isinstance(facts, dict):
+        raise ModelError(f"{folder}/kfood.json is not a JSON object", _COPY_ADAPTER)
+    return facts
+
+
+_COPY_ADAPTER = "copy the whole adapter folder from its run again"
+
+
+def _require_no_contradiction(recipe: Recipe, facts: dict[str, Any], chosen: set[str], adapter: Path | None) -> None:
+    for key in DATA_KEYS:
+        asked = getattr(recipe.data, key)
+        if f"data.{key}" in chosen and facts.get(key, asked) != asked:
+            raise RecipeError(
+                f"--set data.{key}={asked} contradicts adapter {adapter}, trained with {facts[key]!r}",
+                "leave that --set out",
+            )
+
+
+def base_fingerprint(base: str) -> str | None:
+    """What identifies a base model's files, as a SHA-256 in hex; None if they are not on this machine."""
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        import huggingface_hub
+
+        try:
+            cached = huggingface_hub.try_to_load_from_cache(base, "config.json")
+        except ValueError:  # not a hub name; `require_base` says so
+            return None
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    return _fingerprint(sorted(file for pattern in _BASE_FILES for file in folder.glob(pattern)))
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """What identifies an adapter's weights and their configuration, as a SHA-256 in hex."""
+    return _fingerprint([folder / name for name in _ADAPTER_FILES])
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(files: list[Path]) -> str:
+    facts = []
+    for file in files:
+        status = file.stat()
+        known_by = sha256_file(file) if status.st_size <= _HASHED_BYTES else f"mtime {status.st_mtime_ns}"
+        facts.append([file.name, status.st_size, known_by])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def require_folder_possible(folder: Path | None, option: str) -> None:
+    """Raise KfoodError, without making it, if an output folder could not be made or written to."""
+    if folder is None:
+        return
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        fault = "is not a folder" if not nearest.is_dir() else "may not be written to"
+        raise KfoodError(f"{option} {folder}: {nearest} {fault}", "name another folder")

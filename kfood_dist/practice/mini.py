@@ -1,0 +1,125 @@
+"""`kfood mini DIR`: a practice set and a tiny model, so that every other verb can be tried in minutes without real data.
+
+    options ──► DIR/.mini-unfinished.json ──► images ──► model ──► DIR/mini.json
+
+What always holds: `images` and `model` have their names only when they are whole, and `mini.json` is written last. So a run that was
+cut off is finished by the next one with the same options, and a finished folder is used again as it is.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kfood_dist.errors import SourceError
+from kfood_dist.practice.pictures import DISHES, MAX_PER_CLASS, write_pictures
+
+FORMAT, VERSION = "kfood-mini", 1  # the version rises whenever the same options would draw other bytes
+DONE, UNFINISHED = "mini.json", ".mini-unfinished.json"
+_PARTS = ("images", "model")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `kfood mini`."""
+    parser.description = (
+        "Draw a practice set of Korean dishes in the folder layout of the AI-Hub set (DIR/images) and write a tiny, untrained "
+        "Qwen2.5-VL (DIR/model). Every other verb can be tried on them in minutes, without real pictures or a download."
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write; made if missing, used again if complete")
+    parser.add_argument(
+        "--per-class", type=int, default=80, metavar="N", help="pictures of each of the ten dishes (default: 80)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="other pictures and other weights for another number (default: 0)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write, finish or re-use the practice set. Raises SourceError when DIR holds something else."""
+    folder, wanted = args.folder, describe(args.per_class, args.seed)
+    if _check(folder, wanted):
+        print(f"reused {folder}: {wanted['images']} pictures and the tiny model are there already")
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / UNFINISHED, wanted)
+    _finish(folder, "images", lambda part: _draw(part, args.per_class, args.seed))
+    _finish(folder, "model", lambda part: _model(part, args.seed))
+    os.replace(folder / UNFINISHED, folder / DONE)
+    print(f"wrote {folder}: {wanted['images']} pictures of {len(DISHES)} dishes in images/, a tiny Qwen2.5-VL in model/")
+    return 0
+
+
+def describe(per_class: int, seed: int) -> dict[str, Any]:
+    """What a practice set of these options holds, as mini.json records it. Raises SourceError for options out of range."""
+    if not 1 <= per_class <= MAX_PER_CLASS:
+        raise SourceError(f"--per-class {per_class} is not between 1 and {MAX_PER_CLASS}", "leave it out for 80")
+    if seed < 0:
+        raise SourceError(f"--seed {seed} is negative", "choose 0 or any whole number above")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "seed": seed,
+        "per_class": per_class,
+        "images": per_class * len(DISHES),
+        "dishes": [f"{dish.id:03d} {dish.category} {dish.name}" for dish in DISHES],
+    }
+
+
+def _check(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `folder` already holds all that is wanted. Raises SourceError when it holds anything but that, whole or begun."""
+    if folder.exists() and not folder.is_dir():
+        raise SourceError(f"{folder} is a file", "name a folder to write the practice set into")
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    found = _read_json(folder / DONE) or _read_json(folder / UNFINISHED)
+    if found is None:
+        raise SourceError(f"{folder} holds something other than a practice set", "name a new or empty folder")
+    if found != wanted:
+        told = f"--per-class {found.get('per_class')} --seed {found.get('seed')}, version {found.get('version')}"
+        raise SourceError(
+            f"{folder} holds another practice set ({told})", "name a new folder, repeat those options, or delete this folder"
+        )
+    whole = (folder / DONE).exists() and all((folder / part).is_dir() for part in _PARTS)
+    return whole and sum(1 for file in (folder / "images").glob("*/*/*/Img_*")) == wanted["images"]
+
+
+def _finish(folder: Path, part: str, write: Callable[[Path], None]) -> None:
+    """Write DIR/part by `write`, under another name until it is whole; leave nothing behind on failure."""
+    if (folder / part).exists():
+        return
+    unfinished = folder / f".{part}-unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        write(unfinished)
+        os.replace(unfinished, folder / part)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _draw(folder: Path, per_class: int, seed: int) -> None:
+    total = per_class * len(DISHES)
+    for _ in tqdm(write_pictures(folder, DISHES, per_class, seed), "drawing", total, unit=" pictures", disable=None):
+        pass
+
+
+def _model(folder: Path, seed: int) -> None:
+    from kfood_dist.practice.tiny_model import write_model
+
+    write_model(folder, seed)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

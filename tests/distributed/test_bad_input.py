@@ -1,0 +1,78 @@
+"""What a user gets wrong is said in one message with its remedy, before anything loads or is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from running import kfood, start, write_recipe
+
+
+def refused(recipe: Path, complaint: str, *overrides: str, processes: int = 1) -> None:
+    """The launcher refuses the recipe with status 2 and one message, and makes no run directory."""
+    process = start(recipe, processes, overrides)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert complaint in output
+    assert "→" in output, "no remedy"
+    assert "Traceback" not in output
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards)
+
+
+def test_unknown_key_and_wrong_type_together(recipe: Path) -> None:
+    refused(recipe, "train.max_step: no such key; did you mean max_steps?", "train.max_step=3", "lora.r=many")
+    refused(recipe, "lora.r: input should be a valid integer", "train.max_step=3", "lora.r=many")
+
+
+def test_a_base_model_that_is_not_there(recipe: Path, tmp_path: Path) -> None:
+    refused(recipe, "does not exist", f"model.base={tmp_path / 'missing'}")
+    refused(recipe, "hf download nobody/no-such-model", "model.base=nobody/no-such-model")
+
+
+def test_shards_that_are_no_shards(recipe: Path, tmp_path: Path, tiny_shards: Path) -> None:
+    refused(recipe, "missing", f"data.shards={tmp_path / 'missing'}")
+    (tmp_path / "empty").mkdir()
+    refused(recipe, "manifest.json", f"data.shards={tmp_path / 'empty'}")
+    copy = shutil.copytree(tiny_shards, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    refused(recipe, "version", f"data.shards={copy}")
+    refused(recipe, "data.image_size is 448", "data.image_size=448")
+
+
+def test_a_deepspeed_json_that_conflicts(recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 5}))
+    refused(
+        recipe,
+        "gradient_accumulation_steps is 5 there and 2 in the recipe",
+        f"train.deepspeed_config={path}",
+        processes=2,
+    )
+
+
+def test_a_world_that_does_not_divide_the_global_batch(recipe: Path) -> None:
+    refused(recipe, "a global batch of 9 cannot be cut", "train.global_batch_size=9", processes=2)
+
+
+def test_a_rank_started_by_hand_says_the_same(recipe: Path) -> None:
+    done = kfood("train", "--config", str(recipe), "--set", "train.max_step=3")
+    assert done.returncode == 2
+    assert "did you mean max_steps?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("make", [False, True], ids=["missing", "empty"])
+def test_a_source_with_nothing_in_it(tmp_path: Path, make: bool) -> None:
+    source = tmp_path / "source"
+    if make:
+        source.mkdir()
+    done = kfood("pack", str(source), str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert str(source) in done.stderr and "→" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,71 @@
+"""`kfood eval` on two ranks over gloo: the same bytes as on one, and mistakes told whichever rank meets them."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from running import ROOT, environment
+
+from kfood_dist.data.shards import open_split
+
+
+def evaluate(*words: str | Path, processes: int, timeout_s: float = 180) -> "subprocess.CompletedProcess[str]":
+    """Run `launch/eval.sh`. One thread per rank: how many share a sum is no business of this test."""
+    return subprocess.run(
+        ["bash", str(ROOT / "launch/eval.sh"), "--processes", str(processes), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        timeout=timeout_s,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture
+def words(tiny_shards: Path, tiny_model: Path, tiny_adapter: Path) -> list[str | Path]:
+    return ["--shards", tiny_shards, "--model", tiny_model, "--adapter", tiny_adapter, "--batch-size", "3"]
+
+
+def test_two_ranks_answer_as_one(words, tiny_shards: Path, tmp_path: Path):
+    """In 4-bit and bf16, where another batch could round to another answer."""
+    for processes in (1, 2):
+        done = evaluate(*words, "--out", tmp_path / str(processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (tmp_path / n / "predictions.jsonl" for n in "12")
+    assert two.read_bytes() == one.read_bytes()
+    keys = [json.loads(line)["key"] for line in two.read_text(encoding="utf-8").splitlines()]
+    shards = open_split(tiny_shards, "test")
+    assert keys == [shards.key(i) for i in range(len(shards))]
+    reports = [json.loads((tmp_path / n / "report.json").read_text(encoding="utf-8")) for n in "12"]
+    assert [report["world_size"] for report in reports] == [1, 2]
+    for key in ("accuracy", "correct", "images", "wilson_95", "per_class", "confusions", "inputs"):
+        assert reports[0][key] == reports[1][key]
+
+    # Two ranks reuse what one wrote: neither waits for the other.
+    again = evaluate(*words, "--out", tmp_path / "1", processes=2)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("reused ") == 1
+
+
+def test_more_ranks_than_batches(words, tmp_path: Path):
+    done = evaluate(*words, "--limit", "2", "--out", tmp_path / "out", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["images"] == 2
+
+
+def test_a_fault_only_the_second_rank_meets_is_told(words, tiny_shards: Path, tmp_path: Path):
+    """The second batch, which is the second rank's, holds a picture with a flipped byte."""
+    copy = shutil.copytree(tiny_shards, tmp_path / "shards")
+    shards = open_split(copy, "test")
+    tar = next(copy.glob("test-*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[int(shards.index["image_offset"][4]) + 100] ^= 1
+    tar.write_bytes(bytes(data))
+    done = evaluate(*words, "--shards", copy, "--out", tmp_path / "out", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("kfood eval: ") == 1
+    assert f"has wrong bytes at {shards.key(4)}" in done.stderr
+    assert not (tmp_path / "out").exists()

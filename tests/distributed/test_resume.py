@@ -1,0 +1,70 @@
+"""A run that was killed and started again ends as if nothing had happened, to the bit."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from running import adapter_bytes, metrics, start, train, write_recipe
+
+STEPS = 8
+EXACT = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
+
+
+def exact(run: Path) -> list[list[float]]:
+    return [[row[name] for name in EXACT] for row in metrics(run)]
+
+
+def write(folder: Path, model: Path, shards: Path, **train_section) -> Path:
+    section = {"max_steps": STEPS, "save_every_steps": 3, **train_section}
+    return write_recipe(folder / "recipe.yaml", model, shards, train=section)
+
+
+def kill_after_step(process, run: Path, step: int) -> None:
+    """SIGKILL the launcher and every rank as soon as `step` is on record."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(("processes", "zero_stage"), [(2, 2), (1, 0)], ids=["zero2, 2 ranks", "plain, 1 process"])
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int, zero_stage: int
+) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = write(tmp_path / "whole", tiny_model, tiny_shards, zero_stage=zero_stage)
+    train(whole, processes)
+    killed = write(tmp_path / "killed", tiny_model, tiny_shards, zero_stage=zero_stage)
+    run = tmp_path / "killed" / "run"
+    kill_after_step(start(killed, processes), run, step=5)
+    assert not (run / "adapter").exists()
+    output = train(killed, processes)
+    assert "resumed after step 3" in output
+    assert exact(run) == exact(tmp_path / "whole" / "run")
+    assert [row[0] for row in exact(run)] == list(range(1, STEPS + 1))
+    assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole" / "run")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+    again = train(killed, processes)
+    assert f"already trained, {STEPS} steps" in again
+    assert len(exact(run)) == STEPS
+
+
+def test_a_run_directory_of_another_recipe_is_refused(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+    recipe = write(tmp_path, tiny_model, tiny_shards, max_steps=1, zero_stage=0)
+    train(recipe, 1)
+    process = start(recipe, 1, ["optim.learning_rate=0.5", "train.max_steps=2"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "holds a run of another recipe: optim.learning_rate was 0.001 and is now 0.5" in output
+    process = start(recipe, 1, ["train.gradient_accumulation_steps=4", "train.max_steps=2"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "global_batch was 4 and is now 8" in output

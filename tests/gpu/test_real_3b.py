@@ -1,0 +1,107 @@
+"""The real 3B shape with random weights on one card: it trains in 4 bits, resumes, and what it costs is recorded.
+
+Skipped where there is no GPU. `KFOOD_GPU_REPORT=FILE` keeps the figures, one JSON line per variant. On a machine
+without a GPU the same code runs on a model of tiny sizes with `KFOOD_GPU_REHEARSAL=1`, to know that it would work.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import metrics, train, write_recipe
+
+from kfood_dist.practice.tiny_model import build_config, preprocessor_settings, train_tokenizer
+
+REHEARSAL = os.environ.get("KFOOD_GPU_REHEARSAL") == "1"
+SHAPE = Path(__file__).resolve().parents[1] / "unit" / "qwen2_5_vl_3b.json"
+STEPS = 20
+VARIANTS = [(0, True), (0, False), (2, True), (2, False)]  # ZeRO stage (0: without DeepSpeed), recomputation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not (torch.cuda.is_available() or REHEARSAL), reason="no NVIDIA GPU on this machine"),
+]
+
+
+def random_config(tokenizer: Any) -> Any:
+    """The real 3B configuration, with the practice tokenizer's ids for the special tokens."""
+    from transformers import Qwen2_5_VLConfig
+
+    tiny = build_config(tokenizer)
+    if REHEARSAL:
+        return tiny
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return Qwen2_5_VLConfig(**{**json.loads(SHAPE.read_text()), **{name: getattr(tiny, name) for name in names}})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    folder, tokenizer = tmp_path_factory.mktemp("base"), train_tokenizer()
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2_5_VLForConditionalGeneration(random_config(tokenizer)).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_settings()))
+    return folder
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: f"zero{v[0]}-{'recompute' if v[1] else 'keep'}")
+def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Iterator[Path]:
+    """Twenty steps of 32 samples with one variant; its checkpoint at step 10 is kept."""
+    stage, recompute = request.param
+    folder = tmp_path_factory.mktemp("variant")
+    section = {
+        "micro_batch_size": 4 if REHEARSAL else 16,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "save_every_steps": STEPS // 2,
+        "zero_stage": stage,
+        "gradient_checkpointing": recompute,
+    }
+    recipe = write_recipe(folder / "recipe.yaml", base, tiny_shards, optim={"learning_rate": 1e-4}, train=section)
+    train(recipe, 1)
+    yield folder / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_it_trains_in_4_bits_and_says_what_it_cost(run: Path) -> None:
+    facts, rows = json.loads((run / "run.json").read_text()), metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert set(facts["linear_layers"]["model.language_model"]) == {"Linear4bit"}
+    assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
+    assert facts["optimizer_state_dtypes"] == ["uint8"]
+    if not REHEARSAL:
+        assert facts["adapted_modules"] == 252
+        assert facts["trainable_parameters"] == 29_933_568
+    settled = [row["samples_per_second"] for row in rows[5:]]
+    report = {
+        **{name: facts[name] for name in ("device", "distributed_type", "zero_stage", "versions")},
+        "recipe": (run / "recipe.yaml").read_text(),
+        "median_samples_per_second": sorted(settled)[len(settled) // 2],
+        "peak_memory_gib": max(row["peak_memory_gib"] for row in rows),
+        "losses": [row["loss"] for row in rows],
+    }
+    if target := os.environ.get("KFOOD_GPU_REPORT"):
+        with open(target, "a", encoding="utf-8") as file:
+            file.write(json.dumps(report, ensure_ascii=False) + "\n")
+
+
+def test_a_checkpoint_resumes(run: Path) -> None:
+    """CUDA's backward passes may add in another order from run to run, so losses agree closely, not to the bit."""
+    before = [row["loss"] for row in metrics(run)]
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    output = train(run.parent / "recipe.yaml", 1)
+    assert f"resumed after step {STEPS // 2}" in output
+    assert [row["loss"] for row in metrics(run)] == pytest.approx(before, rel=0.02)

@@ -1,0 +1,71 @@
+"""The README's commands are the ones the scripts run, in every language, and every file it names is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kfood_dist.cli import VERBS, build_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ("README.md", "README.ko.md")
+
+
+def commands(name: str) -> list[str]:
+    """All commands of a README's bash blocks, comments cut off."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def quickstart_commands() -> list[str]:
+    """The commands launch/quickstart.sh runs, its variables filled in."""
+    text = (ROOT / "launch/quickstart.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    variables = {**dict(re.findall(r"^(\w+)=(\S+)$", text, flags=re.MULTILINE))}
+    lines = [line for line in text.splitlines() if line.startswith(("bash ", "$kfood "))]
+    for _ in range(2):
+        lines = [re.sub(r"\$(\w+)", lambda m: variables[m[1]], line) for line in lines]
+    return [" ".join(line.split()) for line in lines]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_two_commands_come_first(name: str) -> None:
+    assert commands(name)[:2] == ["bash launch/quickstart.sh", "bash launch/test.sh"]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_steps_are_those_of_quickstart(name: str) -> None:
+    steps = quickstart_commands()
+    assert len(steps) == 7
+    assert commands(name)[2:9] == steps
+
+
+def test_both_languages_name_the_same_commands() -> None:
+    assert commands("README.md") == commands("README.ko.md")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_verb_option_and_file_named_exists(name: str) -> None:
+    for command in commands(name):
+        words = command.split()
+        for word in words:
+            if word.startswith(("launch/", "ds_configs/")) or word == "shards/kfood150.tsv":
+                assert (ROOT / word).is_file(), command
+        if words[0] == ".venv/bin/kfood":
+            assert words[1] in VERBS, command
+            options = build_parser(words[1])._subparsers._group_actions[0].choices[words[1]]._option_string_actions
+            assert all(w in options for w in words if w.startswith("--")), command
+
+
+def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as left:
+            build_parser(verb).parse_args([verb, "--help"])
+        assert left.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) >= 5
+
+
+def test_links_lead_somewhere() -> None:
+    for readme in (*READMES, "ds_configs/README.md", "shards/README.md"):
+        folder = (ROOT / readme).parent
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / readme).read_text(encoding="utf-8")):
+            assert (folder / target).exists(), f"{readme}: {target}"

@@ -1,0 +1,168 @@
+"""`kfood doctor`: each check finds what is there, names the remedy for what is not, and survives its own crash."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import environment, kfood
+
+from kfood_dist import doctor
+from kfood_dist.cli import main
+from kfood_dist.doctor import FAULT, OK, WARN, Finding
+from kfood_dist.doctor_trials import adamw8bit_step, compile_complaint, nf4_error
+from kfood_dist.errors import ShardError
+
+CPU = torch.device("cpu")
+
+
+def levels(findings) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+def test_this_machine_passes(tiny_shards: Path, tiny_model: Path):
+    """The whole command: what the other tests need is what it checks."""
+    done = kfood("doctor", "--shards", str(tiny_shards), "--model", str(tiny_model))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "no faults"
+    assert all(line.split()[0] in (OK, WARN) for line in lines[:-1])
+    assert all(" → " in line for line in lines if line.startswith(WARN))
+    for words in ("NF4", "8-bit states", "deepspeed", "GiB free", "4 dishes at 224 px", "qwen2_5_vl"):
+        assert words in done.stdout
+
+
+def test_faults_make_the_status_1_and_stop_no_check(tmp_path: Path, tiny_model: Path, capsys):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    assert main(["doctor", "--shards", str(tmp_path / "none"), "--model", str(tmp_path / "model")]) == 1
+    out = capsys.readouterr().out
+    assert "FAULT shards: shard folder" in out and "→ name the OUT of a `kfood pack SOURCE OUT`" in out
+    assert "lacks config.json" in out
+    assert out.splitlines()[-1] == "2 faults"
+
+
+def test_only_tested_pythons_pass():
+    assert [levels(doctor.check_python((3, minor))) for minor in (10, 11, 12, 13)] == [[FAULT], [OK], [OK], [FAULT]]
+
+
+def test_a_check_that_crashes_is_a_finding():
+    def crash():
+        yield Finding(OK, "so far")
+        raise RuntimeError("long\ntrace")
+
+    def mistake():
+        raise ShardError("bad shard", "pack again")
+
+    assert list(doctor.examine("disk", crash))[1].what == "disk: RuntimeError: long"
+    assert list(doctor.examine("shards", mistake)) == [Finding(FAULT, "shards: bad shard", "pack again")]
+
+
+def test_versions_outside_the_stated_range_are_faults(tmp_path: Path, monkeypatch):
+    """A distribution of its own that asks for what cannot be, beside what is there and what another platform needs."""
+    info = tmp_path / "greedy-1.dist-info"
+    info.mkdir()
+    wanted = (
+        "transformers>=99",
+        "no-such-thing>=1",
+        "numpy>=2",
+        'torch<1; sys_platform == "never"',
+        'pip<1; extra == "x"',
+    )
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: greedy\nVersion: 1\n" + "".join(f"Requires-Dist: {w}\n" for w in wanted)
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = list(doctor.check_packages("greedy"))
+    assert levels(found) == [FAULT, FAULT]
+    assert found[0].what.startswith("transformers is 5.") and found[0].what.endswith(">=99 is needed")
+    assert found[1].what == "no-such-thing is not installed"
+    assert levels(doctor.check_packages("not-installed-anywhere")) == [WARN]
+    assert levels(doctor.check_packages()) == [OK]
+
+
+def test_four_bits_really_are_tried():
+    assert 0.05 < nf4_error(CPU) < 0.15  # four bits of a normal distribution; unquantised bf16 would be near 0.003
+
+
+def test_eight_bit_states_really_are_tried():
+    dtype, moved = adamw8bit_step(CPU)
+    assert dtype == torch.uint8
+    assert moved == pytest.approx(1.0, abs=0.02)  # Adam's first step is the learning rate
+
+
+def test_wrong_arithmetic_is_a_fault(monkeypatch):
+    monkeypatch.setattr(doctor, "nf4_error", lambda device: 0.003)
+    monkeypatch.setattr(doctor, "adamw8bit_step", lambda device: (torch.float32, 1.0))
+    assert levels(doctor.check_bitsandbytes()) == [FAULT, FAULT]
+
+
+def test_compiler(tmp_path: Path):
+    assert compile_complaint(shutil.which("c++") or "c++") is None
+    assert compile_complaint(str(tmp_path / "none")) == "No such file or directory"
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert compile_complaint(str(broken)) == "fatal error: Python.h: No such file"
+
+
+def test_no_compiler_and_no_ninja(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    found = list(doctor.check_compiler())
+    assert [finding.what for finding in found] == ["no C++ compiler", "ninja is not on the PATH"]
+    assert "apt-get install g++" in found[0].remedy and f"{sys.prefix}/bin/activate" in found[1].remedy
+    assert set(levels(found)) == {WARN if torch.cuda.is_available() else FAULT}
+
+
+def test_disk_and_shared_memory(tmp_path: Path):
+    free = shutil.disk_usage(tmp_path).free / 2**30
+    assert levels(doctor.check_disk(tmp_path, 0, free / 2)) == [OK]
+    assert levels(doctor.check_disk(tmp_path, free / 2, free * 2)) == [WARN]
+    assert levels(doctor.check_disk(tmp_path, free * 2, free * 3)) == [FAULT]
+    assert levels(doctor.check_shared_memory(tmp_path, wanted_gib=1e9)) == [WARN]
+    assert levels(doctor.check_shared_memory(tmp_path / "none")) == []
+
+
+def test_a_damaged_shard_is_found(tiny_shards: Path, tmp_path: Path):
+    copy = shutil.copytree(tiny_shards, tmp_path / "shards")
+    assert levels(doctor.examine("shards", lambda: doctor.check_shards(copy))) == [OK]
+    tar = next(copy.glob("test-*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    (found,) = doctor.examine("shards", lambda: doctor.check_shards(copy))
+    assert found.level == FAULT and "bytes, not the" in found.what and "kfood verify" in found.remedy
+
+
+def test_pictures_that_do_not_fit_the_model_are_told(tiny_model: Path, pictures: Path, tmp_path: Path, capsys):
+    assert main(["pack", str(pictures), str(tmp_path / "odd"), "--image-size", "50"]) == 0
+    (found,) = doctor.examine("model", lambda: doctor.check_model(str(tiny_model), tmp_path / "odd"))
+    assert found.level == FAULT and "50 is not a multiple of the model's 28 pixels" in found.what
+
+
+def test_torchvision_is_not_needed_but_must_load(tmp_path: Path, monkeypatch):
+    info = tmp_path / "torchvision-0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.0\n")
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    assert levels(doctor.check_torchvision()) == [OK]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    (found,) = doctor.check_torchvision()
+    assert found.level == FAULT and found.what.startswith("torchvision 0.0 does not load")
+
+
+def test_nothing_is_left_behind(tmp_path: Path):
+    """Nor does anything leave the machine: proxies that answer nothing change nothing."""
+    import subprocess
+
+    env = environment() | {
+        "TMPDIR": str(tmp_path),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+    }
+    command = [sys.executable, "-m", "kfood_dist", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert os.listdir(tmp_path) == []

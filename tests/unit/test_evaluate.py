@@ -1,0 +1,369 @@
+"""`kfood eval` in one process: what it asks, what it writes, what it reuses, what it refuses before weights load."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kfood_dist.cli import build_parser, main
+from kfood_dist.data.collate import StreamingCollator
+from kfood_dist.data.images import prepare_jpeg
+from kfood_dist.data.plan import MicroBatch
+from kfood_dist.data.shards import ShardSplit, open_split
+from kfood_dist.evaluate import ask, panel
+from kfood_dist.evaluate.fit import build_template
+from kfood_dist.evaluate.generate import Answerer, load_answerer
+from kfood_dist.evaluate.main import conclude
+from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.settings import Settings, resolve_settings
+from kfood_dist.evaluate.task import Task, check, find_earlier
+from kfood_dist.model.loss import AnswerLoss
+from kfood_dist.runtime import World
+
+EXACT = ("--set", "model.quantization=none", "--set", "model.precision=fp32")
+
+
+@pytest.fixture
+def words(tiny_shards: Path, tiny_model: Path, tiny_adapter: Path, tmp_path: Path) -> list[str]:
+    """The command line of an evaluation of the tiny adapter, into tmp_path/out."""
+    named = {"shards": tiny_shards, "model": tiny_model, "adapter": tiny_adapter, "out": tmp_path / "out"}
+    return ["eval", *(word for name, value in named.items() for word in (f"--{name}", str(value)))]
+
+
+def parse(words: list[str]):
+    return build_parser("eval").parse_args(words)
+
+
+def load(words: list[str]) -> tuple[Task, Answerer, StreamingCollator]:
+    task = check(parse(words))
+    template = build_template(task.settings, task.model, task.adapter)
+    device = torch.device("cpu")
+    answerer = load_answerer(task.settings, template, task.model, task.adapter, device, task.max_new_tokens)
+    return task, answerer, StreamingCollator(task.shards, template, for_generation=True)
+
+
+def micro_batch(*ids: int) -> MicroBatch:
+    return MicroBatch(0, 0, ids, 0)
+
+
+def read(folder: Path) -> tuple[dict, list[dict]]:
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return report, [json.loads(line) for line in lines]
+
+
+def test_what_an_evaluation_writes(words, tiny_shards, tmp_path, capsys):
+    assert main([*words, "--tensorboard", str(tmp_path / "tb"), "--step", "7"]) == 0
+    report, records = read(tmp_path / "out")
+    shards = open_split(tiny_shards, "test")
+    assert [r["key"] for r in records] == [shards.key(i) for i in range(len(shards))]
+    assert [r["source"] for r in records] == [shards.metadata(i)["source"] for i in range(len(shards))]
+    assert report["images"] == len(shards) == sum(row["images"] for row in report["per_class"].values())
+    assert report["correct"] == sum(r["correct"] for r in records) > 0
+    assert report["settings"]["prompt"].startswith("이 음식") and report["settings"]["quantization"] == "nf4"
+    assert (report["index_hash"], report["world_size"], report["refused"]) == (shards.index_hash, 1, [])
+    assert f"test: {report['correct']} of {len(shards)} pictures right" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == min(24, len(shards))
+    assert "http" not in page and "<script" not in page
+    assert not list((tmp_path / "out").glob(".*"))
+
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (accuracy,) = events.Scalars("test/accuracy")
+    assert (accuracy.step, accuracy.value) == (7, pytest.approx(report["accuracy"]))
+    (image,) = events.Images("test/predictions")
+    assert image.width == 4 * 200 and image.height >= 4 * 200  # 16 pictures, four in a row
+    (text,) = events.Tensors("test/predictions/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    shown = [records[i] for i in panel.choose(16, len(records))]
+    assert all(f"| {r['label']} | {r['prediction']} |" in table for r in shown)
+
+
+def test_the_same_question_is_not_asked_twice(words, tmp_path, capsys):
+    assert main([*words, "--limit", "5"]) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert main([*words, "--limit", "5", "--tensorboard", str(tmp_path / "tb")]) == 0
+    assert capsys.readouterr().out.startswith("reused ")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert len(list((tmp_path / "tb").iterdir())) == 1  # what the first run did not log is logged now
+    assert main([*words, "--limit", "5", "--tensorboard", str(tmp_path / "tb")]) == 0
+    assert len(list((tmp_path / "tb").iterdir())) == 1
+
+
+def test_another_question_is_not_answered_from_memory(words, tiny_adapter, tiny_model, tmp_path, monkeypatch):
+    assert main([*words, "--limit", "2"]) == 0
+
+    def answered(*changed: str) -> bool:
+        return find_earlier(check(parse([*words, "--limit", "2", *changed]))) is not None
+
+    assert answered()
+    assert not answered("--limit", "3")
+    assert not answered("--split", "val")
+    assert not answered("--max-new-tokens", "5")
+    assert not answered("--batch-size", "3")
+    assert not answered(*EXACT)
+    for name, folder in (("adapter", tiny_adapter), ("model", tiny_model)):
+        copy = shutil.copytree(folder, tmp_path / name)
+        weights = next(copy.glob("*.safetensors"))
+        assert not answered(f"--{name}", str(copy))
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+        assert (
+            check(parse([*words, f"--{name}", str(copy)])).inputs[f"{name}_fingerprint"]
+            != (check(parse(words)).inputs[f"{name}_fingerprint"])
+        )
+    (tmp_path / "out" / "predictions.jsonl").write_text("")
+    assert not answered()
+
+
+def test_confidence_is_the_probability_of_the_answer(words):
+    """Against the training loss of the very same text: -log p(answer and its end token)."""
+    task, answerer, collator = load([*words, *EXACT])
+    answers = answerer.answer(collator[micro_batch(*range(6))])
+    checked = 0
+    for i, answer in enumerate(answers):
+        assert answer.confidence == pytest.approx(likelihood(task, answerer, i, answer.text), rel=1e-3)
+        checked += answer.confidence > 0.01
+    assert checked >= 3
+
+
+def likelihood(task: Task, answerer: Answerer, i: int, text: str) -> float:
+    """p(text and its end token) under the training loss, for picture i."""
+
+    collator = StreamingCollator(task.shards, answerer.template)
+    batch = collator[micro_batch(i)]
+    encoded = answerer.template.encode(tuple(batch.image_grid_thw[0].tolist()), text)
+    batch = type(batch)(
+        input_ids=torch.from_numpy(encoded.ids)[None],
+        attention_mask=torch.ones(1, len(encoded), dtype=torch.long),
+        mm_token_type_ids=torch.from_numpy(encoded.is_image.astype(np.int64))[None],
+        labels=torch.from_numpy(encoded.labels)[None],
+        patches=batch.patches,
+        image_grid_thw=batch.image_grid_thw,
+    )
+    with torch.no_grad():
+        loss, _ = AnswerLoss(answerer.model, answerer.template.vision)(batch)
+    return float(torch.exp(-loss))
+
+
+def test_greedy_answers_end_where_training_ends_them(words):
+    _, answerer, collator = load([*words, *EXACT])
+    answers = answerer.answer(collator[micro_batch(*range(len(collator.shards)))])
+    names = {dish.name for dish in collator.shards.classes}
+    assert {answer.text for answer in answers} & names
+    assert all("<|" not in answer.text for answer in answers)
+
+
+def test_a_base_that_ships_sampling_and_penalties_is_still_asked_greedily(words, tiny_model, tmp_path):
+    plain = main([*words, *EXACT, "--limit", "4"])
+    model = shutil.copytree(tiny_model, tmp_path / "spiced")
+    spice = json.loads((model / "generation_config.json").read_text())
+    spice |= {"do_sample": True, "temperature": 1.5, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1}
+    (model / "generation_config.json").write_text(json.dumps(spice))
+    out = tmp_path / "out2"
+    spiced = main([*words, *EXACT, "--limit", "4", "--model", str(model), "--out", str(out)])
+    assert plain == spiced == 0
+    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "out" / "predictions.jsonl").read_bytes()
+
+
+def test_batches_are_the_same_for_any_number_of_ranks():
+    for num_samples in range(1, 40):
+        for batch_size in (1, 3, 8):
+            alone = ask.my_batches(num_samples, batch_size, World())
+            assert [i for ids in alone for i in ids] == list(range(num_samples))
+            for size in (2, 3, 5):
+                ranks = [ask.my_batches(num_samples, batch_size, World(r, size, r)) for r in range(size)]
+                assert sorted(ids for mine in ranks for ids in mine) == alone
+                assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+
+
+# Settings
+
+
+def settings_of(*words: str) -> Settings:
+    return resolve_settings(build_parser("predict").parse_args(["predict", "x.jpg", "--model", "m", *words]))[0]
+
+
+def facts_of(adapter: Path, copy: Path, **changes: object) -> str:
+    shutil.copytree(adapter, copy)
+    facts = json.loads((copy / "kfood.json").read_text(encoding="utf-8")) | changes
+    (copy / "kfood.json").write_text(json.dumps(facts), encoding="utf-8")
+    return str(copy)
+
+
+def test_settings_come_from_the_adapter_then_the_recipe_then_the_defaults(tiny_adapter, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {shards: s, prompt: 이름은, max_length: 99}\nmodel: {base: b}\nrun: {dir: r}\n", "utf-8")
+    adapter = facts_of(tiny_adapter, tmp_path / "a", prompt="무엇?", image_size=56, resize="crop", precision="fp32")
+    assert settings_of().prompt.startswith("이 음식")
+    assert (settings_of("--config", str(recipe)).prompt, settings_of("--config", str(recipe)).max_length) == (
+        "이름은",
+        99,
+    )
+    found = settings_of("--config", str(recipe), "--adapter", adapter)
+    assert (found.prompt, found.image_size, found.resize, found.precision) == ("무엇?", 56, "crop", "fp32")
+    assert settings_of("--adapter", adapter, "--set", "model.precision=bf16").precision == "bf16"
+    assert settings_of("--set", "data.image_size=112").image_size == 112
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (["--set", "data.prompt=다른 물음"], "contradicts adapter"),
+        (["--set", "model.precison=fp32"], "did you mean precision?"),
+        (["--set", "nonsense"], "write it as section.key=value"),
+        (["--shards", "nowhere"], "shard folder nowhere does not exist"),
+        (["--split", "night"], "choose one of: train, val, test"),
+        (["--model", "./nowhere"], "base model folder nowhere does not exist"),
+        (["--adapter", "nowhere"], "nowhere holds no adapter"),
+        (["--out", "{file}"], "--out {file}: {file} is not a folder"),
+    ],
+)
+def test_mistakes_are_told_before_torch_computes(words, tmp_path, capsys, extra, told):
+    (tmp_path / "file").write_text("")
+    file = str(tmp_path / "file")
+    assert main([*words, *(word.replace("{file}", file) for word in extra)]) == 2
+    assert told.replace("{file}", file) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"image_size": 56}, "are 224 pixels wide, those asked about 56"),
+        ({"resize": "crop"}, "were resized by 'squash', the adapter's by 'crop'"),
+        ({"resize": "melt"}, "resize 'melt' is unknown"),
+        ({"max_length": 60}, "data.max_length 60 is too short for a picture of 224 pixels"),
+        ({"max_length": "long"}, "kfood.json: max_length"),
+    ],
+)
+def test_pictures_that_are_not_the_adapters_are_refused(words, tiny_adapter, tmp_path, capsys, changes, told):
+    assert main([*words, "--adapter", facts_of(tiny_adapter, tmp_path / "a", **changes)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_damaged_facts_are_refused(words, tiny_adapter, tmp_path, capsys):
+    copy = shutil.copytree(tiny_adapter, tmp_path / "a")
+    for content, told in (("{", "cannot be read"), ("[]", "is not a JSON object")):
+        (copy / "kfood.json").write_text(content)
+        assert main([*words, "--adapter", str(copy)]) == 2
+        assert f"kfood.json {told}" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_refused(words, tiny_adapter, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    copy = shutil.copytree(tiny_adapter, tmp_path / "a")
+    tensors = load_file(tiny_adapter / "adapter_model.safetensors")
+    name = next(n for n in tensors if "layers.3" in n and n.endswith("q_proj.lora_A.weight"))
+    for changed, told in (
+        ({name: np.zeros((16, 2048), np.float32)}, "has 256 features, not (16, 2048)"),
+        ({name.replace("layers.3", "layers.35"): tensors[name]}, "layers.35.self_attn.q_proj is not in it"),
+    ):
+        save_file(tensors | changed, copy / "adapter_model.safetensors")
+        assert main([*words, "--adapter", str(copy)]) == 2
+        assert told in capsys.readouterr().err
+    (copy / "adapter_model.safetensors").write_bytes(b"cut")
+    assert main([*words, "--adapter", str(copy)]) == 2
+    assert f"adapter {copy} is damaged" in capsys.readouterr().err
+
+
+def test_a_picture_too_long_is_refused_alone(words, pictures):
+    """One packed picture is larger than the rest, so that it alone cannot fit."""
+    task, answerer, collator = load(words)
+    large = prepare_jpeg(next(pictures.rglob("Img_*")).read_bytes(), 448)
+
+    class OneLarge(ShardSplit):
+        def read(self, i: int) -> bytes:
+            return large if i == 1 else super().read(i)
+
+    manifest = task.shards.manifest
+    collator.shards = OneLarge(manifest, "test", manifest.shards_of("test"), task.shards.index.copy())
+    collator.shards.index["width"][1] = collator.shards.index["height"][1] = 448
+    answerer.template.max_length = 120  # holds 64 image tokens and some text, not 256
+    assert list(ask.answer_batch(collator, answerer, (0, 1, 2))) == [0, 2]
+    assert ask.answer_batch(collator, answerer, (1,)) == {}
+
+
+def test_refused_pictures_count_as_wrong_by_name(words, tmp_path):
+    task = check(parse([*words, "--limit", "3"]))
+    right = {i: ask.make_record(task.shards, i, task.shards.label(i).name, 0.9) for i in (0, 2)}
+    parts = [ask.Part({0: right[0]}, [1], 1.0), ask.Part({2: right[2]}, [], 1.0)]
+    conclude(task, parts, World(), torch.device("cpu"))
+    report, records = read(tmp_path / "out")
+    assert (report["correct"], report["images"], report["refused"]) == (2, 3, ["test-00000001"])
+    assert [(r["raw"], r["correct"]) for r in records][1] == ("", False)
+    with pytest.raises(AssertionError, match="a picture was left out"):
+        conclude(task, parts[:1], World(), torch.device("cpu"))
+
+
+# Panel
+
+
+def test_the_panel_draws_names_where_a_font_has_hangul(tmp_path):
+    record = Record("k", "s", "김밥", "파|전<b>", "x", False, 0.5)
+    assert "| 1 | 김밥 | 파·전·b· | ✗ |" in panel.caption_table([record])
+    jpeg = prepare_jpeg(_png(), 56)
+    drawn = panel.draw([(record, jpeg)] * 5, None)
+    assert drawn.shape == (2 * (200 + 44), 4 * 200, 3) and drawn.dtype == np.uint8
+    assert not panel.has_hangul("/nowhere.ttf")
+    font = panel.hangul_font()
+    if font:
+        assert (panel.draw([(record, jpeg)], font) != panel.draw([(record, jpeg)], None)).any()
+
+
+def test_a_font_without_hangul_is_not_taken(tmp_path):
+    fonts = sorted(Path("/usr/share/fonts").rglob("DejaVuSans.ttf"))
+    if not fonts:
+        pytest.skip("DejaVu Sans, a font without Hangul, is not installed")
+    assert not panel.has_hangul(str(fonts[0]))
+    record = Record("k", "s", "Gimbap", "Pajeon", "x", True, 0.5)  # it does have these letters
+    drawn = [panel.draw([(record, prepare_jpeg(_png(), 56))], font) for font in (None, str(fonts[0]))]
+    assert (drawn[0] != drawn[1]).any()
+
+
+def _png() -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_step_logged_again_is_replaced(tmp_path):
+    samples = [(Record("k", "s", "김밥", "김밥", "김밥", True, 0.5), prepare_jpeg(_png(), 56))]
+    assert not panel.is_logged(tmp_path, "test", 7)
+    for accuracy, step in ((0.25, 7), (0.5, 7), (0.75, 17)):
+        panel.log(tmp_path, "test", step, accuracy, samples)
+    assert panel.is_logged(tmp_path, "test", 7) and not panel.is_logged(tmp_path, "val", 7)
+    assert len(list(tmp_path.iterdir())) == 2
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("test/accuracy")] == [(7, 0.5), (17, 0.75)]
+
+
+def test_pictures_are_chosen_evenly():
+    assert panel.choose(4, 8) == [0, 2, 4, 6]
+    assert panel.choose(16, 3) == [0, 1, 2]
+
+
+def test_reuse_needs_no_torch(words, tmp_path):
+    import subprocess
+
+    base = [w for w in words if w not in ("--adapter", words[words.index("--adapter") + 1])]
+    assert main([*base, "--limit", "1"]) == 0
+    code = (
+        "import sys; from kfood_dist.cli import main; status = main(sys.argv[1:]);"
+        "sys.exit(status or ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *base, "--limit", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("reused ")

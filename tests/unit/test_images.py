@@ -1,0 +1,201 @@
+import io
+
+import numpy as np
+import pytest
+from pictures import encoded, picture
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from kfood_dist.data.images import ImageRejected, decode_rgb, prepare_jpeg
+
+RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 160, 60), (40, 60, 200), (255, 255, 255)
+
+
+def quarters(width=120, height=80):
+    """Red and green above, blue and white below: shows which way is up and which is left."""
+    image = Image.new("RGB", (width, height))
+    for i, colour in enumerate((RED, GREEN, BLUE, WHITE)):
+        left, top = i % 2 * width // 2, i // 2 * height // 2
+        image.paste(colour, (left, top, left + width // 2, top + height // 2))
+    return image
+
+
+def corners(pixels):
+    """The colours well inside the four quarters, row by row."""
+    height, width, _ = pixels.shape
+    return [tuple(pixels[y, x]) for y in (height // 4, height * 3 // 4) for x in (width // 4, width * 3 // 4)]
+
+
+def assert_colours(found, expected, tolerance=12):
+    difference = np.abs(np.array(found, dtype=int) - np.array(expected, dtype=int)).max()
+    assert difference <= tolerance, f"{found} is not {expected}"
+
+
+# What a camera stores for each EXIF orientation (TIFF 6.0): the upright picture, turned the other way.
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation_is_applied(orientation):
+    stored = quarters() if STORED[orientation] is None else quarters().transpose(STORED[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    prepared = decode_rgb(prepare_jpeg(encoded(stored, exif=exif, quality=95), 64))
+    assert_colours(corners(prepared), [RED, GREEN, BLUE, WHITE])
+
+
+def test_the_aspect_ratio_of_a_turned_picture_is_the_upright_one():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.new("RGB", (400, 200), RED)
+    pixels = decode_rgb(prepare_jpeg(encoded(stored, exif=exif), 64, "letterbox"))
+    assert_colours([pixels[32, 4], pixels[4, 32]], [(114, 114, 114), RED])
+
+
+def test_a_broken_exif_block_does_not_cost_the_picture():
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n4\nno hexadecimal digits")
+    with_text = encoded(quarters(), "PNG", pnginfo=text)
+    with pytest.raises(ValueError, match="fromhex"):
+        Image.open(io.BytesIO(with_text)).getexif()
+    for data in (encoded(quarters(), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff broken"), with_text):
+        assert_colours(corners(decode_rgb(prepare_jpeg(data, 64))), [RED, GREEN, BLUE, WHITE])
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("RGB", "JPEG"),
+        ("RGB", "PNG"),
+        ("RGB", "BMP"),
+        ("RGB", "GIF"),
+        ("RGB", "WEBP"),
+        ("RGB", "MPO"),
+        ("CMYK", "JPEG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("RGBA", "PNG"),
+    ],
+)
+def test_every_kind_of_file_comes_out_as_the_same_rgb_square(mode, kind):
+    image = quarters().quantize(16) if mode == "P" else quarters().convert(mode)
+    pixels = decode_rgb(prepare_jpeg(encoded(image, kind), 64))
+    assert pixels.shape == (64, 64, 3)
+    assert pixels.dtype == np.uint8
+    assert_colours(corners(pixels), [RED, GREEN, BLUE, WHITE], tolerance=20)
+
+
+def test_transparent_parts_lie_on_white():
+    image = Image.new("RGBA", (80, 80), (*RED, 0))
+    image.paste((*RED, 255), (0, 0, 40, 80))
+    palette = Image.new("P", (80, 80), 1)
+    palette.putpalette([*RED, *GREEN])
+    palette.paste(0, (0, 0, 40, 80))
+    for data in (encoded(image, "PNG"), encoded(palette, "PNG", transparency=1)):
+        assert_colours(corners(decode_rgb(prepare_jpeg(data, 64)))[:2], [RED, WHITE])
+
+
+def test_16_bit_grey_keeps_its_gradations():
+    grey = np.repeat(np.linspace(0, 65535, 64).astype(np.uint16)[None], 64, axis=0)
+    pixels = decode_rgb(prepare_jpeg(encoded(Image.fromarray(grey), "PNG"), 64))
+    assert_colours(pixels[32, [0, 16, 32, 48, 63], 0], (grey[0, [0, 16, 32, 48, 63]] >> 8), tolerance=6)
+
+
+def test_policies_do_what_they_say_to_a_wide_picture():
+    image = Image.new("RGB", (400, 200), GREEN)
+    image.paste(RED, (0, 0, 60, 200))
+    data = encoded(image, "PNG")
+    squash, letterbox, crop = (decode_rgb(prepare_jpeg(data, 64, p)) for p in ("squash", "letterbox", "crop"))
+    assert {p.shape for p in (squash, letterbox, crop)} == {(64, 64, 3)}
+    assert_colours([squash[32, 4], squash[4, 32]], [RED, GREEN])
+    assert_colours([letterbox[32, 4], letterbox[4, 32], letterbox[60, 32]], [RED, (114,) * 3, (114,) * 3])
+    assert_colours([crop[32, 4], crop[4, 32]], [GREEN, GREEN])
+    with pytest.raises(ValueError, match="stretch"):
+        prepare_jpeg(data, 64, "stretch")
+
+
+@pytest.mark.parametrize("shape", [(33, 4000), (4000, 33), (97, 101), (64, 64)])
+@pytest.mark.parametrize("policy", ["squash", "letterbox", "crop"])
+def test_any_shape_fills_the_square(shape, policy):
+    pixels = decode_rgb(prepare_jpeg(encoded(picture(1, *shape)), 64, policy))
+    assert pixels.shape == (64, 64, 3)
+
+
+def test_scaled_decoding_stays_close_to_full_decoding():
+    """The same pixels as a PNG, which decodes in full only: the difference must not be seen (over 38 dB)."""
+    image = picture(2, 1600, 1200)
+    jpeg = encoded(image, quality=95)
+    same_as_png = encoded(Image.open(io.BytesIO(jpeg)), "PNG")
+    for policy in ("squash", "letterbox", "crop"):
+        scaled, full = (decode_rgb(prepare_jpeg(d, 64, policy, 95)) for d in (jpeg, same_as_png))
+        error = np.mean((scaled.astype(float) - full.astype(float)) ** 2)
+        assert 10 * np.log10(255**2 / max(error, 1e-9)) > 38
+
+
+def test_fine_detail_survives_scaled_decoding():
+    """A pattern just below what the target can show is gone if the decoder scaled to less than twice the target."""
+    x = np.arange(1024)
+    stripes = (127 + 100 * np.sin(2 * np.pi * x * 20 / 1024)).astype(np.uint8)
+    image = Image.fromarray(np.repeat(stripes[None], 1024, axis=0)).convert("RGB")
+    pixels = decode_rgb(prepare_jpeg(encoded(image, quality=95), 64, quality=95))
+    assert pixels[32, :, 0].std() > 55
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"not a picture at all", "unreadable"),
+        (b"\xff\xd8\xff\xe0" + bytes(64), "unreadable"),
+        (encoded(picture(3))[:-400], "unreadable"),
+        (encoded(picture(3), "PNG")[:900], "unreadable"),
+        (encoded(picture(3, 31, 90)), "too_small"),
+        (encoded(Image.new("1", (10001, 10000)), "PNG"), "too_large"),
+        (encoded(Image.new("1", (20000, 20000)), "PNG"), "too_large"),
+    ],
+)
+def test_what_cannot_be_used_says_why_in_one_word(data, reason):
+    with pytest.raises(ImageRejected) as rejected:
+        prepare_jpeg(data, 64)
+    assert rejected.value.reason == reason
+    assert rejected.value.detail
+    assert "0x" not in rejected.value.detail.replace("0x…", "")  # no address that differs from run to run
+
+
+def test_limits_are_inclusive_and_can_be_set():
+    assert prepare_jpeg(encoded(picture(4, 32, 32)), 64)
+    with pytest.raises(ImageRejected, match="too_small"):
+        prepare_jpeg(encoded(picture(4, 96, 72)), 64, min_side=73)
+    assert prepare_jpeg(encoded(picture(4, 100, 100)), 64, max_pixels=10_000)
+    with pytest.raises(ImageRejected, match="too_large"):
+        prepare_jpeg(encoded(picture(4, 100, 101)), 64, max_pixels=10_000)
+
+
+def test_the_same_bytes_come_out_each_time_and_quality_counts():
+    data = encoded(picture(5, 300, 200))
+    assert prepare_jpeg(data, 64) == prepare_jpeg(data, 64)
+    assert len(prepare_jpeg(data, 64, quality=30)) < len(prepare_jpeg(data, 64, quality=95))
+
+
+def test_the_packed_jpeg_is_plain_and_carries_no_metadata():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(io.BytesIO(prepare_jpeg(encoded(picture(6), exif=exif), 64))) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
+        assert not image.getexif()
+        assert "progressive" not in image.info
+
+
+def test_decoding_something_else_is_refused():
+    for data in (b"", b"junk", encoded(picture(7), "PNG"), encoded(picture(7))[:300]):
+        with pytest.raises(ImageRejected, match="unreadable"):
+            decode_rgb(data)

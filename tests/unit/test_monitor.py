@@ -1,0 +1,94 @@
+"""Metrics in three places, read back with TensorBoard's own reader; a resumed run leaves no doubled steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kfood_dist.data.collate import Batch
+from kfood_dist.monitor import RunLog, StepMeter, read_metrics
+from kfood_dist.runtime import World
+
+
+def row(step: int, loss: float) -> dict[str, float]:
+    return {
+        "step": step,
+        "loss": loss,
+        "learning_rate": 1e-3,
+        "grad_norm": 0.5,
+        "samples": 4 * step,
+        "samples_per_second": 10.0,
+        "label_tokens_per_second": 50.0,
+        "data_wait_share": 0.1,
+        "padding_share": 0.2,
+        "peak_memory_gib": 1.5,
+        "refused": 0.0,
+        "step_seconds": 0.4,
+    }
+
+
+def write(folder: Path, start: int, losses: list[float]) -> None:
+    log = RunLog(folder, World(), start, max_steps=10, every=2)
+    for i, loss in enumerate(losses):
+        log.step(row(start + i + 1, loss))
+    log.evaluation(start + len(losses), {"accuracy": 0.75})
+    log.close()
+
+
+def test_one_dict_reaches_file_console_and_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 0, [3.0, 2.0, 1.0])
+    assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 2.0, 1.0]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if "loss" in line] == ["2/10"]
+    assert "lr 1.00e-03" in lines[0] and "wait 10%" in lines[0] and "pad 20%" in lines[0]
+    assert "loss 2.0000" in (tmp_path / "log.txt").read_text()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/padding_share"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert events.Scalars("eval/accuracy")[0].value == 0.75
+
+
+def test_a_resumed_run_takes_back_the_steps_it_repeats(tmp_path: Path) -> None:
+    write(tmp_path, 0, [3.0, 2.0, 1.0])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # a line cut by a kill
+    write(tmp_path, 2, [0.5, 0.25])
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 3.0),
+        (2, 2.0),
+        (3, 0.5),
+        (4, 0.25),
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.0), (3, 0.5), (4, 0.25)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, World(rank=1, size=2), 0, 10, 1)
+    log.say("hello")
+    log.step(row(1, 1.0))
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_meter_divides_by_the_label_tokens_and_counts_padding() -> None:
+    batch = Batch(
+        input_ids=torch.zeros(2, 5, dtype=torch.long),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
+        mm_token_type_ids=torch.zeros(2, 5, dtype=torch.long),
+        labels=torch.tensor([[-100, -100, 5, 6, 7], [-100, 8, -100, -100, -100]]),
+        patches=torch.zeros(0, 588, dtype=torch.uint8),
+        image_grid_thw=torch.zeros(2, 3, dtype=torch.long),
+        ids=(3, 4),
+        refused=("train-00000009",),
+    )
+    totals = StepMeter(batches=[batch]).reduce(World(), torch.tensor(8.0))
+    assert totals["loss"] == 2.0
+    assert totals["padding_share"] == pytest.approx(0.3)
+    assert totals["refused"] == 1
+    assert totals["samples_per_second"] == pytest.approx(totals["label_tokens_per_second"] / 2)
+    json.dumps(totals)

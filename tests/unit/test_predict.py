@@ -1,0 +1,119 @@
+"""`kfood predict`: the same answers as `kfood eval` gives, from the pictures as they were before packing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_evaluate import EXACT, likelihood, load, micro_batch, read
+
+from kfood_dist.cli import main
+from kfood_dist.data.labels import normalise
+from kfood_dist.evaluate.generate import Answer
+from kfood_dist.evaluate.predict import rank_others
+
+
+@pytest.fixture
+def words(tiny_model: Path, tiny_adapter: Path) -> list[str]:
+    return ["--model", str(tiny_model), "--adapter", str(tiny_adapter)]
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_picture_file_is_answered_as_its_packed_self(words, tiny_shards, pictures, tmp_path, capsys):
+    """In float32, where a batch of one and of many round alike."""
+    out = tmp_path / "out"
+    asked = ["eval", "--shards", str(tiny_shards), "--out", str(out), "--limit", "6", *words, *EXACT]
+    assert main(asked) == 0
+    _, records = read(out)
+    capsys.readouterr()
+    files = [str(pictures / record["source"]) for record in records]
+    assert main(["predict", *files, *words, *EXACT, "--alternatives", "2"]) == 0
+    found = lines(capsys)
+    assert [line["image"] for line in found] == files
+    assert [line["name"] for line in found] == [record["prediction"] for record in records]
+    assert [line["confidence"] for line in found] == pytest.approx([r["confidence"] for r in records], rel=1e-3)
+    assert all(set(line) == {"image", "name", "confidence", "alternatives"} for line in found)
+
+
+def test_alternatives_carry_the_probability_of_their_text(words, tiny_shards, tmp_path):
+    """Against the training loss of the very same text, for whatever the beam search found."""
+    asked = ["eval", "--shards", str(tiny_shards), "--out", str(tmp_path / "out"), *words, *EXACT]
+    task, answerer, collator = load(asked)
+    checked = 0
+    for i in range(3):
+        beams = answerer.alternatives(collator[micro_batch(i)], num_beams=4)
+        assert [b.confidence for b in beams] == sorted((b.confidence for b in beams), reverse=True)
+        assert len({b.text for b in beams}) == 4
+        for beam in beams:
+            if beam.confidence > 1e-3:
+                assert beam.confidence == pytest.approx(likelihood(task, answerer, i, beam.text), rel=1e-2)
+                checked += 1
+    assert checked >= 6
+
+
+def test_alternatives_are_other_names_likeliest_first(words, pictures, capsys):
+    file = str(next(pictures.rglob("Img_*")))
+    assert main(["predict", file, *words, "--alternatives", "3"]) == 0
+    (line,) = lines(capsys)
+    others = [other["name"] for other in line["alternatives"]]
+    assert 1 <= len(others) <= 3
+    assert line["name"] not in others and len(set(others)) == len(others)
+    assert all(normalise(name) == name for name in others)
+    assert main(["predict", file, *words, "--alternatives", "0"]) == 0
+    assert lines(capsys)[0]["alternatives"] == []
+
+
+def test_texts_of_one_name_add_up():
+    answers = [Answer("김밥", 0.5), Answer("파전", 0.2), Answer("파 전", 0.1), Answer("만두국", 0.25), Answer("", 0.1)]
+    assert rank_others(answers, "김밥") == [
+        {"name": "파전", "confidence": 0.3},
+        {"name": "만두국", "confidence": 0.25},
+    ]
+
+
+def test_what_cannot_be_read_stops_no_other(words, pictures, tmp_path, capsys):
+    good = str(next(pictures.rglob("Img_*")))
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("no picture")
+    bad = [str(tmp_path / name) for name in ("empty.jpg", "text.jpg", "none.jpg", "")]
+    assert main(["predict", *bad[:2], good, *bad[2:], *words, "--alternatives", "0"]) == 1
+    found = lines(capsys)
+    assert [("error" in line, "name" in line) for line in found] == [
+        (True, False),
+        (True, False),
+        (False, True),
+        (True, False),
+        (True, False),
+    ]
+    assert found[0]["error"] == "empty: 0 bytes"
+    assert found[3]["error"] == "cannot be read: No such file or directory"
+
+
+def test_the_adapters_own_picture_size_and_policy_are_used(words, tiny_adapter, pictures, tmp_path, capsys):
+    """An adapter that says 56 px and crop sees another picture than one that says 224 px and squash."""
+    from test_evaluate import facts_of
+
+    small = facts_of(tiny_adapter, tmp_path / "small", image_size=56, resize="crop")
+    file = str(next(pictures.rglob("Img_*")))
+    assert main(["predict", file, *words, "--alternatives", "0"]) == 0
+    assert main(["predict", file, *words[:2], "--adapter", small, "--alternatives", "0"]) == 0
+    large, cropped = lines(capsys)
+    assert large["confidence"] != cropped["confidence"]
+    odd = facts_of(tiny_adapter, tmp_path / "odd", image_size=57)
+    assert main(["predict", file, *words[:2], "--adapter", odd]) == 2
+    assert "57 is not a multiple of the model's 28 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "./nowhere"], "base model folder nowhere does not exist"),
+        (["--model", "{model}", "--adapter", "./nowhere"], "nowhere holds no adapter"),
+        (["--model", "{model}", "--config", "none.yaml"], "recipe none.yaml cannot be read"),
+    ],
+)
+def test_mistakes_are_told(tiny_model, capsys, words, told):
+    assert main(["predict", "x.jpg", *(word.replace("{model}", str(tiny_model)) for word in words)]) == 2
+    assert told in capsys.readouterr().err

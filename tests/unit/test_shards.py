@@ -1,0 +1,299 @@
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from pictures import write_folder
+from PIL import Image
+
+from kfood_dist.data.pack import pack
+from kfood_dist.data.pack_options import PackOptions
+from kfood_dist.data.shards import INDEX_DTYPE, load_manifest, open_split
+from kfood_dist.data.split import parse_fractions
+from kfood_dist.errors import ShardError
+
+OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Two dishes of twelve pictures: 18 train samples in 3 shards, 6 test samples, no val."""
+    root = tmp_path_factory.mktemp("packed")
+    pack(write_folder(root / "source", {"구이/구이/불고기": 12, "한과/약과": 12}), root / "out", OPTIONS)
+    return root / "out"
+
+
+@pytest.fixture
+def copied(packed, tmp_path):
+    """A copy of the packed folder, to damage."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in packed.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def edit_manifest(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_manifest_says_what_is_there(packed):
+    manifest = load_manifest(packed)
+    assert [(c.name, c.category) for c in manifest.classes] == [("불고기", "구이"), ("약과", "한과")]
+    assert (manifest.image_size, manifest.resize) == (32, "squash")
+    assert manifest.splits == ("train", "test")
+    assert [s.samples for s in manifest.shards_of("train")] == [7, 7, 4]
+    assert manifest.raw["splits"]["train"] == {
+        "samples": 18,
+        "groups": 18,
+        "per_class": {"불고기": 9, "약과": 9},
+    }
+    assert manifest.raw["splits"]["val"] == {"samples": 0, "groups": 0, "per_class": {"불고기": 0, "약과": 0}}
+    assert manifest.raw["rejected"] == {"count": 0, "share": 0.0, "by_reason": {}}
+
+
+def test_samples_are_read_by_offset_through_all_shards(packed):
+    split = open_split(packed, "train")
+    assert len(split) == 18
+    assert split.index.dtype == INDEX_DTYPE
+    sources = set()
+    for i in range(len(split)):
+        assert split.key(i) == f"train-{i:08d}"
+        with Image.open(io.BytesIO(split.read(i))) as image:
+            assert (image.format, image.size) == ("JPEG", (32, 32))
+        said = split.metadata(i)
+        assert said == {
+            "label": split.label(i).name,
+            "category": split.label(i).category,
+            "source": said["source"],
+            "width": 32,
+            "height": 32,
+            "group": int(split.index["group"][i]),
+        }
+        assert said["label"] in said["source"]
+        assert split.index["tokens"][i] == len(said["label"].encode()) + 1
+        sources.add(said["source"])
+    assert len(sources) == 18
+    assert split.read(-1) == split.read(17)
+
+
+def test_plain_tar_and_plain_webdataset_find_the_same_samples(packed):
+    split = open_split(packed, "train")
+    urls = [str(packed / f"train-{n:06d}.tar") for n in range(3)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    assert [s["__key__"] for s in samples] == [split.key(i) for i in range(18)]
+    assert [s["json"] for s in samples] == [split.metadata(i) for i in range(18)]
+    assert all(s["jpg"].size == (32, 32) for s in samples)
+    members = []
+    for url in urls:
+        with tarfile.open(url) as tar:
+            members += tar.getmembers()
+    assert [m.name for m in members] == [f"train-{i:08d}.{x}" for i in range(18) for x in ("jpg", "json")]
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+
+
+def test_the_index_hash_is_that_of_this_split_and_data_set(packed, tmp_path):
+    train, test = open_split(packed, "train").index_hash, open_split(packed, "test").index_hash
+    assert len(train) == 64
+    assert train != test
+    assert train == open_split(packed, "train").index_hash
+
+
+def test_a_split_works_in_a_forked_process_and_after_pickling(packed):
+    split = open_split(packed, "train")
+    first = split.read(0)
+
+    def child(connection):
+        connection.send((split.read(0), split.read(17), split.metadata(3)))
+
+    here, there = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(there,))
+    process.start()
+    assert here.recv() == (first, split.read(17), split.metadata(3))
+    process.join()
+    assert split.read(0) == first
+
+    pickled = pickle.dumps(split)
+    assert len(pickled) < 2000  # names the folder; carries no index
+    copy = pickle.loads(pickled)
+    assert copy.read(5) == split.read(5)
+    assert copy.index_hash == split.index_hash
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(split.read, (5,)) == split.read(5)
+
+
+def test_a_forked_process_opens_the_files_itself(copied):
+    split = open_split(copied, "test")
+    assert split.read(0)
+    (copied / "new").write_bytes(bytes((copied / "test-000000.tar").stat().st_size))
+    os.replace(copied / "new", copied / "test-000000.tar")
+    assert split.read(0)  # still the file that was opened
+    child = os.fork()
+    if child == 0:
+        try:
+            split.read(0)
+        except ShardError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+def test_a_pickled_split_finds_its_folder_from_anywhere(packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(packed.parent)
+    pickled = pickle.dumps(open_split(packed.relative_to(packed.parent), "test"))
+    monkeypatch.chdir(tmp_path)
+    assert len(pickle.loads(pickled)) == 6
+
+
+def test_descriptors_are_few_and_given_back(packed, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    split = open_split(packed, "train")
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.setattr("kfood_dist.data.shards._MAX_OPEN_SHARDS", 2)
+    for i in (0, 8, 17, 0, 8):
+        split.read(i)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    split.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert split.read(0)
+    split.close()
+
+
+def test_reading_shards_and_packing_need_no_torch():
+    modules = ["shards", "sources", "images", "split", "prepare", "tars", "place", "write", "pack", "verify"]
+    imports = "; ".join(f"import kfood_dist.data.{module}" for module in modules)
+    code = f"import sys; sys.modules['torch'] = None; {imports}; from webdataset import TarWriter"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"import sys; {imports}; assert 'torch' not in sys.modules and 'webdataset' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what is wrong is said
+
+
+def test_a_folder_that_was_not_packed_is_refused(tmp_path, packed):
+    with pytest.raises(ShardError, match="none does not exist"):
+        load_manifest(tmp_path / "none")
+    with pytest.raises(ShardError, match=r"has no manifest\.json → pack it with `kfood pack SOURCE OUT`"):
+        load_manifest(tmp_path)
+    with pytest.raises(ShardError, match=r"does not exist"):
+        open_split(packed / "manifest.json", "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b"3"])
+def test_a_manifest_that_is_no_json_object_is_refused(copied, content):
+    (copied / "manifest.json").write_bytes(content)
+    with pytest.raises(ShardError, match=r"is not (a )?JSON"):
+        load_manifest(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda m: m.update(format="other"), "of format 'other', not 'kfood-shards'"),
+        (lambda m: m.pop("format"), "of format None"),
+        (lambda m: m.update(version=2), "of version 2; version 1 is read here"),
+        (lambda m: m.pop("classes"), "damaged .KeyError: 'classes'"),
+        (lambda m: m.update(classes=[3]), "damaged"),
+        (lambda m: m.update(image_size="224"), "damaged"),
+        (lambda m: m.update(shards={}) or m.update(splits=[]), "damaged"),
+        (lambda m: m["shards"][0].update(path="../manifest.json"), "not a plain file name"),
+        (lambda m: m["shards"][0]["index"].update(path="/etc/passwd"), "not a plain file name"),
+        (lambda m: m["shards"][0].update(split="holdout"), "'holdout' is none of train, val, test"),
+        (lambda m: m["shards"][0].update(bytes=-1), "not a count"),
+        (lambda m: m["rejected"].update(share="none"), "damaged"),
+    ],
+)
+def test_a_manifest_of_another_format_or_version_or_damaged_is_refused(copied, change, fault):
+    edit_manifest(copied, change)
+    with pytest.raises(ShardError, match=fault):
+        load_manifest(copied)
+
+
+@pytest.mark.parametrize("split", ["val", "holdout", ""])
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(packed, split):
+    with pytest.raises(ShardError, match=f"no samples in split '{split}' → choose one of: train, test"):
+        open_split(packed, split)
+
+
+def test_missing_and_cut_files_are_named_before_anything_is_read(copied):
+    os.truncate(copied / "train-000001.tar", 5000)
+    with pytest.raises(ShardError, match=r"train-000001.tar has 5,000 bytes, not the .*`kfood verify"):
+        open_split(copied, "train")
+    (copied / "train-000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"train-000001.tar cannot be opened \(No such file"):
+        open_split(copied, "train")
+    assert len(open_split(copied, "test")) == 6
+    (copied / "test-000000.index.npy").unlink()
+    with pytest.raises(ShardError, match=r"test-000000.index.npy cannot be opened"):
+        open_split(copied, "test")
+
+
+def test_one_flipped_byte_in_a_sample_is_noticed_when_it_is_read(copied):
+    row = open_split(copied, "train").index[9]
+    flip(copied / "train-000001.tar", int(row["image_offset"]) + 200)
+    split = open_split(copied, "train")
+    with pytest.raises(ShardError, match=r"train-000001.tar has wrong bytes at train-00000009 \(image: crc32"):
+        split.read(9)
+    assert split.metadata(9)
+    assert split.read(8) and split.read(10)
+    flip(copied / "train-000001.tar", int(row["json_offset"]) + 3)
+    with pytest.raises(ShardError, match=r"train-00000009 \(json: crc32"):
+        split.metadata(9)
+
+
+def test_a_shard_cut_while_it_is_open_is_noticed(copied):
+    split = open_split(copied, "test")
+    os.truncate(copied / "test-000000.tar", int(split.index["image_offset"][5]) + 10)
+    with pytest.raises(ShardError, match=r"test-000000.tar ends inside test-00000005"):
+        split.read(5)
+    assert split.read(0)
+
+
+def test_a_label_changed_in_the_index_is_noticed(copied):
+    """The crc32 of a picture says nothing of its label: the index itself is checked against the manifest."""
+    path = copied / "train-000000.index.npy"
+    index = np.load(path)
+    index["label"] = 1 - index["label"]
+    np.save(path, index)
+    with pytest.raises(ShardError, match=r"train-000000.index.npy is not the index that the manifest"):
+        open_split(copied, "train")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "junk", "other_dtype", "short", "class"])
+def test_an_index_of_another_kind_is_refused_even_if_the_manifest_names_it(copied, kind):
+    path = copied / "test-000000.index.npy"
+    index = np.load(path)
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"key": 1}))
+    elif kind == "junk":
+        path.write_bytes(b"\x93NUMPY junk")
+    elif kind == "other_dtype":
+        np.save(path, index["key"])
+    elif kind == "short":
+        np.save(path, index[:-1])
+    else:
+        index["label"][0] = 2
+        np.save(path, index)
+    data = path.read_bytes()
+    described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(copied, lambda m: m["shards"][-1].update(index=described))
+    with pytest.raises(ShardError, match=r"test-000000.index.npy (is not a numpy|does not hold|names a class)"):
+        open_split(copied, "test")

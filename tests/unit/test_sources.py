@@ -1,0 +1,279 @@
+import os
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pictures import encoded, picture, write_folder
+
+from kfood_dist.data.images import ImageRejected
+from kfood_dist.data.labels import DishClass
+from kfood_dist.data.sources import read_picture, scan
+from kfood_dist.errors import SourceError
+
+JPEG = encoded(picture())
+
+
+def put(path: Path, data: bytes = JPEG) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_csv(path: Path, *rows: str, header="image_path,label", encoding="utf-8") -> Path:
+    path.write_bytes("\n".join([header, *rows, ""]).encode(encoding))
+    return path
+
+
+def problems(records):
+    return {record.source: record.problem for record in records}
+
+
+# --- folders
+
+
+@pytest.mark.parametrize(
+    ("path", "label", "category"),
+    [
+        ("구이/갈비구이/a.jpg", "갈비구이", "구이"),
+        ("구이/구이/갈비구이/a.jpg", "갈비구이", "구이"),
+        ("kfood/구이/구이/갈비구이/a.jpg", "갈비구이", "구이"),
+        ("구이/구이/갈비구이/갈비구이/a.jpg", "갈비구이", "구이"),
+        ("만두/만두/만두/a.jpg", "만두", "만두"),
+        ("kfood/만두/만두/만두/a.jpg", "만두", "만두"),
+        ("만두/만두/a.jpg", "만두", "만두"),
+        ("갈비구이/a.jpg", "갈비구이", ""),
+        ("찌개/김치 찌개/a.jpg", "김치찌개", "찌개"),
+    ],
+)
+def test_the_class_is_the_own_folder_wherever_category_folders_repeat(tmp_path, path, label, category):
+    put(tmp_path / path)
+    (record,) = scan(tmp_path)
+    assert (record.label, record.category, record.source) == (label, category, path)
+    assert record.problem is None
+    assert read_picture(record) == JPEG
+
+
+def test_pictures_straight_in_the_source_are_of_the_dish_it_is_named_after(tmp_path):
+    put(tmp_path / "약과" / "a.jpg")
+    (record,) = scan(tmp_path / "약과")
+    assert (record.label, record.category, record.source) == ("약과", "", "a.jpg")
+
+
+def test_only_pictures_count_in_capitals_too(tmp_path):
+    names = ["a.jpg", "b.JPG", "c.jpeg", "d.PNG", "e.gif", "f.bmp", "g.WebP"]
+    others = [
+        "crop_area.properties",
+        "org_url.csv",
+        ".DS_Store",
+        "Thumbs.db",
+        "._a.jpg",
+        ".hidden.jpg",
+        "jpg",
+    ]
+    for name in names + others:
+        put(tmp_path / "구이" / "불고기" / name)
+    put(tmp_path / ".trash" / "불고기" / "x.jpg")
+    assert [os.path.basename(r.source) for r in scan(tmp_path)] == names
+
+
+def test_names_in_nfd_are_compared_in_nfc_and_opened_by_their_real_path(tmp_path):
+    apart = unicodedata.normalize("NFD", "구이/갈비구이/사진.jpg")
+    put(tmp_path / apart)
+    put(tmp_path / "구이/갈비구이/b.jpg")
+    records = scan(tmp_path)
+    assert {r.label for r in records} == {"갈비구이"}
+    assert {r.category for r in records} == {"구이"}
+    assert {r.source for r in records} == {"구이/갈비구이/사진.jpg", "구이/갈비구이/b.jpg"}
+    assert all(read_picture(r) == JPEG for r in records)
+
+
+def test_names_in_cp949_are_read_as_korean(tmp_path):
+    folder = os.fsencode(tmp_path) + "/구이/불고기".encode("cp949")
+    os.makedirs(folder)
+    Path(os.fsdecode(folder + b"/a.jpg")).write_bytes(JPEG)
+    (record,) = scan(tmp_path)
+    assert (record.source, record.label, record.category) == ("구이/불고기/a.jpg", "불고기", "구이")
+    assert read_picture(record) == JPEG
+
+
+def test_links_are_followed_once_and_loops_end(tmp_path):
+    root = write_folder(tmp_path / "source", {"구이/불고기": 2})
+    elsewhere = write_folder(tmp_path / "elsewhere", {"약과": 1})
+    (root / "구이" / "불고기" / "up").symlink_to(root)
+    (root / "가" / "나").mkdir(parents=True)
+    (root / "가" / "나" / "again").symlink_to(root / "가")
+    (root / "한과").symlink_to(elsewhere)
+    (root / "self").symlink_to(root / "self")
+    (root / "구이" / "불고기" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    records = scan(root)
+    assert {r.source: r.label for r in records if r.problem is None} == {
+        "구이/불고기/Img_0000.jpg": "불고기",
+        "구이/불고기/Img_0001.jpg": "불고기",
+        "한과/약과/Img_0000.jpg": "약과",
+    }
+    assert problems(records)["구이/불고기/gone.jpg"] == "missing"
+
+
+def test_something_that_is_no_file_is_not_waited_for(tmp_path):
+    put(tmp_path / "불고기" / "a.jpg")
+    os.mkfifo(tmp_path / "불고기" / "b.jpg")
+    assert problems(scan(tmp_path)) == {"불고기/a.jpg": None, "불고기/b.jpg": "missing"}
+
+
+def test_labels_are_those_of_the_class_list_when_there_is_one(tmp_path):
+    for name in ("국/만둣국", "국/떡국", "빵/식빵", "국/" + "가" * 13):
+        put(tmp_path / name / "a.jpg")
+    classes = [DishClass("떡국_만두국", "국물", ("만둣국",)), DishClass("약과", "한과")]
+    records = {r.source.split("/")[1]: r for r in scan(tmp_path, classes=classes)}
+    assert (records["만둣국"].label, records["만둣국"].category) == ("떡국_만두국", "국물")
+    assert (records["떡국"].label, records["떡국"].problem) == ("떡국_만두국", None)
+    assert records["식빵"].problem == "unknown_label"
+    assert records["가" * 13].problem == "bad_label"
+
+
+# --- CSV
+
+# Rows of the real lists, as they are: `train_4.csv` ends its lines with CR LF and names some pictures twice.
+REAL_ROWS = [
+    "dataset/kfood/나물/나물/가지볶음/Img_040_0782.jpg,가지볶음",
+    "dataset/kfood/찌개/찌개/김치찌개/Img_119_0012.JPG,김치찌개",
+    "dataset/kfood/탕/탕/곰탕_설렁탕/Img_136_0441.jpeg,곰탕_설렁탕",
+    "dataset/kfood/만두/만두/만두/Img_049_0100.png,만두",
+    "dataset/kfood/나물/나물/가지볶음/Img_040_0782.jpg,가지볶음",
+]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_the_real_lists_are_read_as_they_are(tmp_path, ending):
+    for row in REAL_ROWS:
+        put(tmp_path / row.split(",")[0])
+    path = tmp_path / "train.csv"
+    path.write_bytes(ending.join(["image_path,label", *REAL_ROWS, ""]).encode())
+    records = scan(path)
+    assert Counter(r.problem for r in records) == {None: 4, "duplicate_row": 1}
+    sound = [r for r in records if r.problem is None]
+    assert {(r.category, r.label) for r in sound} == {
+        ("나물", "가지볶음"),
+        ("찌개", "김치찌개"),
+        ("탕", "곰탕_설렁탕"),
+        ("만두", "만두"),
+    }
+    assert all(read_picture(r) == JPEG for r in sound)
+
+
+def test_paths_start_at_the_csv_or_at_the_image_root(tmp_path):
+    put(tmp_path / "pictures" / "구이" / "불고기" / "a.jpg")
+    path = write_csv(tmp_path / "list.csv", "구이/불고기/a.jpg,불고기")
+    assert problems(scan(path)) == {"구이/불고기/a.jpg": "missing"}
+    (record,) = scan(path, image_root=tmp_path / "pictures")
+    assert record.problem is None
+    assert read_picture(record) == JPEG
+    with pytest.raises(SourceError, match=r"image root .*none is not a folder"):
+        scan(path, image_root=tmp_path / "none")
+    with pytest.raises(SourceError, match="--image-root does not go with the folder"):
+        scan(tmp_path, image_root=tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949"])
+def test_a_list_may_be_utf8_with_or_without_mark_or_cp949(tmp_path, encoding):
+    put(tmp_path / "구이/불고기/a.jpg")
+    (record,) = scan(write_csv(tmp_path / "list.csv", "구이/불고기/a.jpg,불고기", encoding=encoding))
+    assert (record.label, record.problem) == ("불고기", None)
+
+
+def test_a_list_written_elsewhere_finds_its_files(tmp_path):
+    """NFC names in the list and NFD on the disk, the other way round, and Windows' separators."""
+    apart = unicodedata.normalize("NFD", "구이/불고기/a.jpg")
+    put(tmp_path / apart)
+    put(tmp_path / "구이/갈비구이/b.jpg")
+    listed = ["구이/불고기/a.jpg,불고기", unicodedata.normalize("NFD", "구이/갈비구이/b.jpg") + ",갈비구이"]
+    records = scan(write_csv(tmp_path / "list.csv", *listed, r"구이\갈비구이\.\b.jpg,갈비구이"))
+    assert Counter(r.problem for r in records) == {None: 2, "duplicate_row": 1}
+    assert all(read_picture(r) == JPEG for r in records)
+
+
+def test_every_faulty_row_is_named_and_costs_no_other(tmp_path):
+    for name in ("불고기/a.jpg", "불고기/b.jpg", "약과/c.jpg", "d.jpg"):
+        put(tmp_path / name)
+    path = write_csv(
+        tmp_path / "list.csv",
+        "불고기/a.jpg,불고기",
+        '"불고기/b.jpg,불고기',
+        "",
+        "only one cell",
+        "불고기/b.jpg,불고기,surplus",
+        ",불고기",
+        "불고기/none.jpg,불고기",
+        "불고기/b.jpg,약과",
+        "약과/c.jpg,",
+        f"약과/c.jpg,{'가' * 13}",
+        "약과/c.jpg,약 과",
+        "d.jpg,약과",
+        "불고기/\0.jpg,불고기",
+    )
+    found = Counter((r.source, r.problem) for r in scan(path))
+    assert found == {
+        ("불고기/a.jpg", None): 1,
+        ("list.csv:3", "bad_row"): 1,
+        ("list.csv:5", "bad_row"): 1,
+        ("list.csv:6", "bad_row"): 1,
+        ("list.csv:7", "bad_row"): 1,
+        ("불고기/none.jpg", "missing"): 1,
+        ("불고기/b.jpg", "label_disagrees"): 1,
+        ("약과/c.jpg", "bad_label"): 2,
+        ("약과/c.jpg", None): 1,
+        ("d.jpg", None): 1,
+        ("불고기/\0.jpg", "missing"): 1,
+    }
+
+
+def test_other_columns_and_their_order_do_not_matter(tmp_path):
+    put(tmp_path / "a.jpg")
+    (record,) = scan(write_csv(tmp_path / "list.csv", "1,약과,a.jpg", header="id, label ,image_path"))
+    assert (record.label, record.problem) == ("약과", None)
+
+
+def test_a_path_from_the_top_is_named_under_the_root_where_it_lies_there(tmp_path):
+    put(tmp_path / "약과" / "a.jpg")
+    (record,) = scan(write_csv(tmp_path / "list.csv", f"{tmp_path}/약과/a.jpg,약과"))
+    assert (record.source, record.problem) == ("약과/a.jpg", None)
+
+
+# --- what is no source
+
+
+def test_what_is_no_source_is_refused_at_once(tmp_path):
+    with pytest.raises(SourceError, match="does not exist"):
+        scan(tmp_path / "none")
+    (tmp_path / "empty" / "구이").mkdir(parents=True)
+    with pytest.raises(SourceError, match="holds no pictures"):
+        scan(tmp_path / "empty")
+    with pytest.raises(SourceError, match="not supported yet → unpack it first"):
+        scan(put(tmp_path / "kfood.ZIP"))
+    with pytest.raises(SourceError, match=r"neither a folder nor a \.csv"):
+        scan(put(tmp_path / "list.txt"))
+    with pytest.raises(SourceError, match="holds no pictures"):
+        scan(write_csv(tmp_path / "rows.csv"))
+    with pytest.raises(SourceError, match="has the columns a, b"):
+        scan(write_csv(tmp_path / "columns.csv", "1,2", header="a,b"))
+    with pytest.raises(SourceError, match=r"has the columns \(none\)"):
+        scan(put(tmp_path / "nothing.csv", b""))
+    with pytest.raises(SourceError, match="neither UTF-8 nor CP949"):
+        scan(put(tmp_path / "binary.csv", b"\xff\xfe\x00\xd8" * 4))
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    path = put(tmp_path / "약과" / "a.jpg")
+    (record,) = scan(tmp_path)
+    path.unlink()
+    with pytest.raises(ImageRejected, match="unreadable: cannot be read"):
+        read_picture(record)
+
+
+def test_a_huge_file_is_not_read_into_memory(tmp_path):
+    path = put(tmp_path / "약과" / "a.jpg")
+    os.truncate(path, 300 * 2**20)
+    (record,) = scan(tmp_path)
+    with pytest.raises(ImageRejected, match="too_large"):
+        read_picture(record)

@@ -1,0 +1,220 @@
+import hashlib
+import json
+import os
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+from pictures import encoded, picture, write_folder
+
+from kfood_dist.cli import main
+from kfood_dist.data.pack import pack
+from kfood_dist.data.pack_options import PackOptions
+from kfood_dist.data.split import parse_fractions
+from kfood_dist.data.tars import members
+from kfood_dist.data.verify import verify
+from kfood_dist.errors import ShardError
+
+OPTIONS = PackOptions(image_size=32, shard_size=6, workers=1, fractions=parse_fractions("0.75,0,0.25"))
+FIRST, SECOND, TEST = "train-000000", "train-000001", "test-000000"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Train: 12 samples in 2 shards; test: 4 samples in one."""
+    root = tmp_path_factory.mktemp("packed")
+    pack(write_folder(root / "source", {"구이/불고기": 8, "한과/약과": 8}), root / "out", OPTIONS)
+    return root / "out"
+
+
+@pytest.fixture
+def folder(packed, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(packed, tmp_path / "out")
+
+
+def faults(folder):
+    return [str(fault) for fault in verify(folder)]
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def describe_again(folder, name):
+    """Make the manifest agree with a tampered tar and index, so that only what is inside can give them away."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for shard in manifest["shards"]:
+        for described in (shard, shard["index"]):
+            if described["path"].startswith(name):
+                data = (folder / described["path"]).read_bytes()
+                described.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    path.write_text(json.dumps(manifest))
+
+
+def change_index(folder, name, change):
+    path = folder / f"{name}.index.npy"
+    index = np.load(path)
+    change(index)
+    np.save(path, index)
+    describe_again(folder, name)
+
+
+def test_a_sound_folder_has_no_fault_and_one_line(packed, capsys):
+    assert faults(packed) == []
+    assert main(["verify", str(packed)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "all sound: 16 samples in 3 shards" in said
+
+
+def test_any_fault_is_exit_status_1_and_every_one_is_named(folder, capsys):
+    os.truncate(folder / f"{FIRST}.tar", 3000)
+    (folder / f"{SECOND}.tar").unlink()
+    (folder / "train-000009.tar").write_bytes(b"")
+    flip(folder / f"{TEST}.index.npy", 200)
+    assert main(["verify", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert f"{FIRST}.tar: has 3,000 bytes, not the" in said
+    assert f"{SECOND}.tar: cannot be read (No such file" in said
+    assert "train-000009.tar: is not in the manifest" in said
+    assert f"{TEST}.index.npy: " in said
+    assert "faults in" in said
+
+
+def test_a_folder_without_a_manifest_is_a_fault_and_no_folder_an_error(folder, tmp_path, capsys):
+    (folder / "manifest.json").write_text("{")
+    assert "is not JSON" in faults(folder)[0]
+    (folder / "manifest.json").unlink()
+    assert faults(folder) == [f"manifest.json: {folder} has no manifest.json"]
+    assert main(["verify", str(folder)]) == 1
+    with pytest.raises(ShardError, match="does not exist"):
+        verify(tmp_path / "none")
+    assert main(["verify", str(tmp_path / "none")]) == 2
+
+
+def cuts(path):
+    """Places to cut a tar: in a header, at a sample's and a member's boundary, in a payload, before the end mark."""
+    found = list(members(path))
+    sample, picture_end = found[2], found[2].offset + -(-len(found[2].data) // 512) * 512
+    return {
+        "at a sample": sample.offset - 512,
+        "in a header": sample.offset - 300,
+        "in a payload": sample.offset + 100,
+        "at a member": picture_end,
+        "before the end mark": found[-1].offset + 512,
+        "of one byte": path.stat().st_size - 1,
+        "whole": 0,
+    }
+
+
+def test_a_tar_cut_anywhere_is_noticed(packed, folder):
+    original = (packed / f"{FIRST}.tar").read_bytes()
+    for where, length in cuts(packed / f"{FIRST}.tar").items():
+        (folder / f"{FIRST}.tar").write_bytes(original[:length])
+        found = faults(folder)
+        assert any(f"has {length:,} bytes" in fault for fault in found), where
+        if where not in ("before the end mark", "of one byte"):
+            assert any("of 12 members" in fault for fault in found), (where, found)
+
+
+def test_a_cut_tar_that_the_manifest_agrees_with_still_lacks_its_samples(folder):
+    path = folder / f"{FIRST}.tar"
+    os.truncate(path, cuts(path)["at a sample"])
+    describe_again(folder, FIRST)
+    assert faults(folder) == [f"{FIRST}.tar: lacks 10 of 12 members, train-00000001.jpg first"]
+
+
+def test_one_flipped_byte_anywhere_is_noticed(packed, folder):
+    size = (packed / f"{FIRST}.tar").stat().st_size
+    for name in (f"{FIRST}.tar", f"{FIRST}.index.npy"):
+        original = (packed / name).read_bytes()
+        step = 97 if name.endswith(".tar") else 11
+        for position in range(0, min(size, len(original)), step * 7):
+            flip(folder / name, position)
+            assert any(fault.startswith(f"{name}: ") for fault in faults(folder)), position
+            (folder / name).write_bytes(original)
+    assert faults(folder) == []
+
+
+def test_a_flipped_byte_in_a_picture_names_the_picture(folder):
+    third = list(members(folder / f"{FIRST}.tar"))[4]
+    flip(folder / f"{FIRST}.tar", third.offset + 200)
+    assert faults(folder) == [
+        f"{FIRST}.tar: has not the SHA-256 of the manifest",
+        f"{FIRST}.tar: train-00000002.jpg has wrong bytes (crc32 differs)",
+    ]
+
+
+def test_a_missing_and_an_extra_shard_are_noticed(folder):
+    (folder / f"{TEST}.tar").rename(folder / "test-000001.tar")
+    shutil.copy(folder / f"{TEST}.index.npy", folder / "test-000001.index.npy")
+    assert faults(folder) == [
+        f"{TEST}.tar: cannot be read (No such file or directory)",
+        "test-000001.index.npy: is not in the manifest",
+        "test-000001.tar: is not in the manifest",
+    ]
+
+
+def test_an_index_that_belongs_to_another_tar_is_noticed(packed, folder):
+    (folder / f"{FIRST}.index.npy").write_bytes((packed / f"{SECOND}.index.npy").read_bytes())
+    assert "is not the index that the manifest was written with" in faults(folder)[0]
+    describe_again(folder, FIRST)
+    found = faults(folder)
+    assert f"{FIRST}.tar: holds train-00000000.jpg, which is not in its index" in found
+    assert f"{FIRST}.tar: lacks 12 of 12 members, train-00000006.jpg first" in found
+    assert "manifest.json: has two samples of one key in train" in found
+
+
+def swap(index, field):
+    index[field][[0, 1]] = index[field][[1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda index: swap(index, "image_offset"), "train-00000000.jpg is not where its index says"),
+        (lambda index: swap(index, "image_crc32"), "train-00000000.jpg has wrong bytes"),
+        (lambda index: swap(index, "json_crc32"), "train-00000000.json has wrong bytes"),
+        (lambda index: swap(index, "group"), "train-00000000.json contradicts its index"),
+        (lambda index: index["label"].fill(0), "contradicts its index"),
+        (lambda index: index["width"].fill(33), "train-00000000.jpg is 32×32, its index says 33×32"),
+        (lambda index: index["label"].fill(2), "names a class beyond the manifest's 2"),
+    ],
+)
+def test_an_index_that_lies_is_noticed_even_if_the_manifest_names_it(folder, change, fault):
+    change_index(folder, FIRST, change)
+    assert any(fault in found for found in faults(folder)), faults(folder)
+
+
+def test_a_picture_that_no_longer_decodes_is_noticed_though_every_checksum_agrees(folder):
+    """As if it had been packed broken: the picture's bytes, its crc32 and all hashes agree with one another."""
+    first = next(members(folder / f"{FIRST}.tar"))
+    broken = encoded(picture(9, 32, 32))[:100].ljust(len(first.data), b"\0")
+    path = folder / f"{FIRST}.tar"
+    data = bytearray(path.read_bytes())
+    data[first.offset : first.offset + len(broken)] = broken
+    path.write_bytes(data)
+
+    def agree(index):
+        index["image_crc32"][0] = zlib.crc32(broken)
+
+    change_index(folder, FIRST, agree)
+    (found,) = faults(folder)
+    assert found.startswith(f"{FIRST}.tar: train-00000000.jpg does not decode")
+
+
+def test_counts_and_groups_that_do_not_add_up_are_noticed(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["per_class"]["약과"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert faults(folder) == [
+        "manifest.json: states other numbers of samples, groups or pictures per class than the indexes"
+    ]
+    group = int(np.load(folder / f"{TEST}.index.npy")["group"][0])
+    change_index(folder, FIRST, lambda index: index["group"].fill(group))
+    assert "manifest.json: has 1 groups in test that lie in another split too" in faults(folder)

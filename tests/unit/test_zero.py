@@ -1,0 +1,70 @@
+"""The DeepSpeed JSON may say how memory is used, and nothing that the recipe says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfood_dist.config import Recipe
+from kfood_dist.errors import RecipeError
+from kfood_dist.train.zero import SHIPPED, deepspeed_config
+
+
+def build(config: Path | None = None, **train: Any) -> Recipe:
+    section = {"micro_batch_size": 4, "deepspeed_config": config, **train}
+    return Recipe.model_validate(
+        {"data": {"shards": "s"}, "model": {"base": "m"}, "run": {"dir": "r"}, "train": section}
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_shipped_json_holds_memory_strategy_only(stage: int) -> None:
+    assert json.loads((SHIPPED / f"zero{stage}.json").read_text()).keys() == {"zero_optimization"}
+    config = deepspeed_config(build(zero_stage=stage), accumulation=8, world_size=2)
+    assert config["zero_optimization"]["stage"] == stage
+    assert config["gradient_accumulation_steps"] == 8
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["train_batch_size"] == 64
+    assert config["gradient_clipping"] == 1.0
+    assert config["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("extra", "complaint"),
+    [
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps is 1 there and 8 in the recipe"),
+        ({"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu is 2 there and 4 in the recipe"),
+        ({"train_batch_size": 7}, "train_batch_size is 7 there and 64 in the recipe"),
+        ({"gradient_clipping": 5}, "gradient_clipping is 5 there and 1.0 in the recipe"),
+        ({"fp16": {"enabled": True}}, "fp16 is"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer stands there"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage is 3 there and train\.zero_stage is 2"),
+    ],
+)
+def test_a_conflict_with_the_recipe_is_refused(tmp_path: Path, extra: dict[str, Any], complaint: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **extra}))
+    with pytest.raises(RecipeError, match=complaint):
+        deepspeed_config(build(path), accumulation=8, world_size=2)
+
+
+def test_auto_and_agreement_are_no_conflict(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "gradient_accumulation_steps": 8})
+    )
+    assert deepspeed_config(build(path), accumulation=8, world_size=1)["train_batch_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "is not JSON"), ("[]", "no zero_optimization section"), ("{}", "no zero_optimization")],
+)
+def test_a_broken_json_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=complaint):
+        deepspeed_config(build(path), 8, 1)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        deepspeed_config(build(tmp_path / "missing.json"), 8, 1)
