@@ -41,13 +41,14 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     4-bit weights for inference, after which training is wrong or fails. Raises ModelError.
     """
     from transformers import AutoModelForImageTextToText
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if quantization == "nf4" else {}
+    if not is_deepspeed_zero3_enabled():  # which places the weights itself, and refuses to be told where
+        options["device_map"] = {"": device}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            base, dtype=dtype, attn_implementation=attention, device_map={"": device}, **options
-        )
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, attn_implementation=attention, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",

@@ -11,7 +11,6 @@ from kfood_dist.data.patches import VisionSpec
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
-from kfood_dist.errors import CheckpointError
 from kfood_dist.model.adapters import attach_lora
 from kfood_dist.model.base import LANGUAGE_MODEL, load_config, load_tokenizer, load_vision_spec
 from kfood_dist.model.load import load_base
@@ -60,7 +59,10 @@ def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Check
         "distributed_type": accelerator.distributed_type.value,
         "zero_stage": recipe.train.zero_stage,
     }
-    start = resume(newest, how, plan, collator.shards.index_hash, engine) if newest else 0
+    start = 0
+    if newest:
+        start = plan.resume(newest.state()["data"], collator.shards.index_hash)
+        engine.load(newest.engine)
     max_steps = num_steps(recipe, accumulation, world.size)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
     facts = {
@@ -113,20 +115,6 @@ def _validation(recipe: Recipe, template: Template) -> StreamingCollator | None:
     if recipe.eval.every_steps is None:
         return None
     return StreamingCollator(open_split(recipe.data.shards, recipe.eval.split), template)
-
-
-def resume(newest: Checkpoint, how: dict[str, Any], plan: Plan, index_hash: str, engine: Engine) -> int:
-    """Load `newest` into the engine; returns the step to go on with. Raises CheckpointError if it does not fit."""
-    state = newest.state()
-    differing = [f"{key} was {state.get(key)} and is now {how[key]}" for key in how if state.get(key) != how[key]]
-    if differing:
-        raise CheckpointError(
-            f"checkpoint {newest.folder} was written by another kind of run: {'; '.join(differing)}",
-            "resume with the same launch/train.sh --processes and train.zero_stage, or set another run.dir",
-        )
-    start = plan.resume(state["data"], index_hash)
-    engine.load(newest.engine)
-    return start
 
 
 def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ The launcher runs it once, before it starts any rank; each rank runs it again, s
 from typing import Any
 
 from kfood_dist.config import Recipe, load_recipe
-from kfood_dist.data.plan import accumulation_for
+from kfood_dist.data.plan import Plan, accumulation_for
 from kfood_dist.data.shards import Manifest, load_manifest, open_split
 from kfood_dist.errors import CheckpointError, RecipeError
 from kfood_dist.model.base import require_base
@@ -36,10 +36,16 @@ def preflight(recipe: Recipe, world_size: int) -> int:
     if train.zero_stage:
         deepspeed_config(recipe, accumulation, world_size)
     require_image_size(load_manifest(recipe.data.shards), recipe.data.image_size)
-    for split in {"train", recipe.eval.split} if recipe.eval.every_steps else {"train"}:
-        open_split(recipe.data.shards, split).close()
+    shards = open_split(recipe.data.shards, "train")
+    if recipe.eval.every_steps:
+        open_split(recipe.data.shards, recipe.eval.split)
     require_base(recipe.model.base)
-    _require_same_run(recipe)
+    newest = checkpoint.newest(recipe.run.dir / "checkpoints")
+    if newest:
+        _require_same_recipe(recipe)
+        _require_same_ranks(newest, recipe, world_size)
+        plan = Plan(len(shards), train.seed, world_size, train.micro_batch_size, accumulation)
+        plan.resume(newest.state()["data"], shards.index_hash)
     return accumulation
 
 
@@ -52,10 +58,8 @@ def require_image_size(manifest: Manifest, image_size: int) -> None:
         )
 
 
-def _require_same_run(recipe: Recipe) -> None:
+def _require_same_recipe(recipe: Recipe) -> None:
     """A run directory with a checkpoint goes on with the recipe it began with, but for the CHANGEABLE keys."""
-    if checkpoint.newest(recipe.run.dir / "checkpoints") is None or not (recipe.run.dir / "recipe.yaml").is_file():
-        return
     before = _flat(load_recipe(recipe.run.dir / "recipe.yaml"))
     now = _flat(recipe)
     changed = [
@@ -67,6 +71,17 @@ def _require_same_run(recipe: Recipe) -> None:
         raise CheckpointError(
             f"{recipe.run.dir} holds a run of another recipe: {'; '.join(changed)}",
             "restore these settings to resume it, or set another run.dir",
+        )
+
+
+def _require_same_ranks(newest: checkpoint.Checkpoint, recipe: Recipe, world_size: int) -> None:
+    """The engine's own state is cut by rank and by ZeRO stage, and does not load across them."""
+    state, here = newest.state(), {"world_size": world_size, "zero_stage": recipe.train.zero_stage}
+    differing = [f"{name} was {state.get(name)} and is now {here[name]}" for name in here if state.get(name) != here[name]]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {newest.folder} was written by another kind of run: {'; '.join(differing)}",
+            "resume with the same launch/train.sh --processes and train.zero_stage, or set another run.dir",
         )
 
 
