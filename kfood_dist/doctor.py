@@ -231,8 +231,11 @@ def check_deepspeed() -> Iterator[Finding]:
     yield Finding(OK, f"deepspeed {deepspeed.__version__} can be imported")
 
 
-def check_compiler() -> Iterator[Finding]:
-    """What DeepSpeed builds a small op with when several ranks train on a CPU: C++, Python's headers, ninja."""
+def check_compiler(programs: Path = Path(sys.executable).parent) -> Iterator[Finding]:
+    """What DeepSpeed builds a small op with when several ranks train on a CPU: C++, Python's headers, ninja.
+
+    `programs` is the environment's own folder of programs, which the launch scripts put on the PATH.
+    """
     import torch
 
     # Runs on a GPU do not build that op.
@@ -245,9 +248,8 @@ def check_compiler() -> Iterator[Finding]:
         yield Finding(level, f"{compiler} does not build an extension ({fault})", remedy)
     else:
         yield Finding(OK, f"{compiler} builds extensions")
-    if shutil.which("ninja") is None:
-        remedy = f"put the environment's programs on the PATH: . {sys.prefix}/bin/activate"
-        yield Finding(level, "ninja is not on the PATH", remedy)
+    if shutil.which("ninja", path=f"{programs}{os.pathsep}{os.environ.get('PATH', '')}") is None:
+        yield Finding(level, f"ninja is neither in {programs} nor on the PATH", "pip install ninja")
 
 
 def check_disk(folder: Path, needed_gib: float = _NEEDED_GIB, wanted_gib: float = _WANTED_GIB) -> Iterator[Finding]:

@@ -13,8 +13,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from kfood_dist.cli import build_parser as build_verb_parser
 from kfood_dist.config import load_recipe
 from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.evaluate import main as evaluation
 from kfood_dist.train.preflight import preflight
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "accelerate"
@@ -124,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
             preflight(load_recipe(args.recipe, [*args.set, stage]), launch.processes)
             overrides = [word for text in [*args.set, stage] for word in ("--set", text)]
             verb = ["train", "--config", str(args.recipe), *overrides]
+        elif evaluation.preflight(build_verb_parser("eval").parse_args(["eval", *rest])):
+            return 0
         else:
             verb = ["eval", *rest]
     except KfoodError as error:
@@ -132,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"launch {args.verb}: {launch.why}", flush=True)
     command = accelerate_command(launch, verb)
     threads = str(max(1, machine.num_cores // launch.processes))
-    os.execve(command[0], command, {"OMP_NUM_THREADS": threads, **os.environ})
+    settled = {"OMP_NUM_THREADS": threads} | ({} if machine.num_gpus else {"DS_ACCELERATOR": "cpu"})
+    os.execve(command[0], command, settled | dict(os.environ))
 
 
 if __name__ == "__main__":

@@ -120,12 +120,13 @@ def leaf(board: Board, at: Point, angle: float, length: float) -> None:
 def rice_cakes(board: Board) -> None:
     """송편: glossy half-moons of white, green, pink and yellow rice cake on pine needles."""
     rng = board.rng
-    plate(board, ((120, 84, 56), (176, 132, 80), (150, 104, 66)), 0.84)
-    for at in board.scatter(int(rng.integers(90, 150)), 0.76):
-        board.stroke(wave(at, rng.uniform(0, 6.3), 0.36, 0.01, 0), 0.02, board.vary((58, 104, 48)), 75)
-    doughs = [(240, 234, 220), (150, 176, 104), (240, 160, 176), (242, 206, 96)]
-    used = [doughs[0], *(doughs[1 + i] for i in rng.permutation(3)[: int(rng.integers(2, 4))])]
-    for at in board.spread(int(rng.integers(15, 21)), 0.68):
+    plate(board, (WHITE, CREAM, (196, 160, 108)), 0.84)
+    board.blob((0, 0), (0.76, 0.74), 0, board.vary((84, 122, 62), 8), 64, 0.05)
+    for at in board.scatter(int(rng.integers(110, 160)), 0.76):
+        board.stroke(wave(at, rng.uniform(0, 6.3), 0.36, 0.01, 0), 0.02, board.vary((62, 108, 50)), 75)
+    doughs = [(242, 236, 222), (240, 160, 176), (242, 206, 96), (160, 186, 104)]
+    used = [*doughs[: int(rng.integers(2, 5))], doughs[1]]
+    for at in board.spread(int(rng.integers(13, 18)), 0.66):
         half_moon(board, at, rng.uniform(0, 6.3), rng.uniform(0.24, 0.29), used[rng.integers(len(used))])
 
 

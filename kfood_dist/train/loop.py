@@ -80,10 +80,7 @@ class Trainer:
             loss_sum += loss
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
         grad_norm = self.engine.step(learning_rate)
-        for batch in meter.batches:
-            for key in batch.refused:
-                self.log.say(f"step {step + 1}: {key} left out, answer and image alone exceed data.max_length")
-        return {
+        metrics = {
             "step": step + 1,
             "epoch": self.plan.epoch_of(step),
             "samples": self.plan.samples_before(step + 1),
@@ -93,6 +90,9 @@ class Trainer:
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
+        if metrics["refused"]:
+            self._name_refused(step, meter)
+        return metrics
 
     def validate(self) -> dict[str, float]:
         """Loss and exact match on the validation split, every sample once; training mode stays, dropout rests."""
@@ -134,6 +134,12 @@ class Trainer:
         """Leave the process group; without it NCCL and gloo complain at exit."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+    def _name_refused(self, step: int, meter: StepMeter) -> None:
+        """Name the step's refused samples of all ranks; a collective, entered by all since the count is global."""
+        named = self.world.gather([key for batch in meter.batches for key in batch.refused])
+        for key in (key for keys in named or [] for key in keys):
+            self.log.say(f"step {step + 1}: {key} left out, answer and image alone exceed data.max_length")
 
     def _next(self, batches: Iterator[Batch], meter: StepMeter) -> Batch:
         began = time.perf_counter()

@@ -1,13 +1,13 @@
 """`kfood doctor`: each check finds what is there, names the remedy for what is not, and survives its own crash."""
 
-import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from running import environment, kfood
+from running import environment
 
 from kfood_dist import doctor
 from kfood_dist.cli import main
@@ -22,16 +22,27 @@ def levels(findings) -> list[str]:
     return [finding.level for finding in findings]
 
 
-def test_this_machine_passes(tiny_shards: Path, tiny_model: Path):
-    """The whole command: what the other tests need is what it checks."""
-    done = kfood("doctor", "--shards", str(tiny_shards), "--model", str(tiny_model))
+def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path):
+    """The whole command: what the other tests need is what it checks. It reaches for no network, and leaves nothing."""
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "TMPDIR": str(tmp_path)}
+    words = ["doctor", "--shards", str(tiny_shards), "--model", str(tiny_model)]
+    done = subprocess.run(
+        [sys.executable, "-m", "kfood_dist", *words],
+        capture_output=True,
+        text=True,
+        env=environment() | nowhere,
+        cwd=tmp_path,
+        timeout=180,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "no faults"
     assert all(line.split()[0] in (OK, WARN) for line in lines[:-1])
     assert all(" → " in line for line in lines if line.startswith(WARN))
-    for words in ("NF4", "8-bit states", "deepspeed", "GiB free", "4 dishes at 224 px", "qwen2_5_vl"):
-        assert words in done.stdout
+    for found in ("NF4", "8-bit states", "deepspeed", "GiB free", "4 dishes at 224 px", "qwen2_5_vl"):
+        assert found in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_faults_make_the_status_1_and_stop_no_check(tmp_path: Path, tiny_model: Path, capsys):
@@ -111,9 +122,9 @@ def test_compiler(tmp_path: Path):
 def test_no_compiler_and_no_ninja(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    found = list(doctor.check_compiler())
-    assert [finding.what for finding in found] == ["no C++ compiler", "ninja is not on the PATH"]
-    assert "apt-get install g++" in found[0].remedy and f"{sys.prefix}/bin/activate" in found[1].remedy
+    found = list(doctor.check_compiler(tmp_path / "bin"))
+    assert found[0].what == "no C++ compiler" and found[1].what.startswith("ninja is neither in")
+    assert "apt-get install g++" in found[0].remedy and found[1].remedy == "pip install ninja"
     assert set(levels(found)) == {WARN if torch.cuda.is_available() else FAULT}
 
 
@@ -151,18 +162,3 @@ def test_torchvision_is_not_needed_but_must_load(tmp_path: Path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     (found,) = doctor.check_torchvision()
     assert found.level == FAULT and found.what.startswith("torchvision 0.0 does not load")
-
-
-def test_nothing_is_left_behind(tmp_path: Path):
-    """Nor does anything leave the machine: proxies that answer nothing change nothing."""
-    import subprocess
-
-    env = environment() | {
-        "TMPDIR": str(tmp_path),
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "HTTP_PROXY": "http://127.0.0.1:9",
-    }
-    command = [sys.executable, "-m", "kfood_dist", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert os.listdir(tmp_path) == []

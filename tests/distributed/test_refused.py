@@ -1,0 +1,33 @@
+"""Samples that cannot fit are left out by name and counted, on two ranks, and stall neither."""
+
+from pathlib import Path
+
+from running import metrics, train, write_recipe
+
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.template import Template
+from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+
+IMAGE_TOKENS = 64 + 2  # a 224 px picture and its two brackets
+
+
+def test_long_answers_are_refused_and_the_run_goes_on(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)))
+    template = Template(load_tokenizer(str(tiny_model)), vision, "", "이름은?", 1536)
+    shards = open_split(tiny_shards, "train")
+    lengths = [int((template.encode((1, 16, 16), shards.label(i).name).labels >= 0).sum()) for i in range(len(shards))]
+    limit = min(lengths)  # only the shortest answers fit
+    too_long = {shards.key(i) for i, length in enumerate(lengths) if length > limit}
+    assert 0 < len(too_long) < len(shards)
+
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tiny_model,
+        tiny_shards,
+        data={"max_length": IMAGE_TOKENS + limit},
+        train={"zero_stage": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": len(shards) // 6},
+    )
+    output = train(recipe, 2)
+    assert sum(row["refused"] for row in metrics(tmp_path / "run")) == len(too_long)
+    named = {line.split(": ")[1].split()[0] for line in output.splitlines() if "left out" in line}
+    assert named == too_long
