@@ -17,7 +17,7 @@ VERBS = {
         "kfood_dist.practice.mini",
         "write a practice set in the AI-Hub layout and a tiny untrained model",
     ),
-    "pack": ("kfood_dist.data.pack", "pack a folder or a CSV of pictures into WebDataset shards"),
+    "pack": ("kfood_dist.data.packing.pack", "pack a folder or a CSV of pictures into WebDataset shards"),
     "verify": ("kfood_dist.data.verify", "check packed shards byte by byte"),
     "order": ("kfood_dist.data.order", "print who reads which sample at which step"),
     "train": (

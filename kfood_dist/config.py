@@ -7,8 +7,9 @@ holds a number of its own: image size, lengths, prompt and model name all come f
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -122,19 +123,23 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `section.key=value` overrides in order, and check all of it.
 
     Values are YAML (`train.max_steps=20`, `data.prompt="이름은?"`). Raises RecipeError naming every fault.
     """
-    tree = _read_yaml(path)
+    return build_recipe(_read_yaml(path), overrides, f"recipe {path}")
+
+
+def build_recipe(tree: dict[str, Any], overrides: Sequence[str], title: str) -> Recipe:
+    """A recipe from sections of keys and `section.key=value` overrides; `title` names it in RecipeError."""
     faults = [fault for text in overrides if (fault := _apply_override(tree, text))]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         faults += [_describe(e) for e in error.errors()]
     if faults:
-        raise RecipeError(_join(f"recipe {path}", faults), "mend the lines above, or the --set that names them")
+        raise RecipeError(_join(title, faults), "mend what is named, in the file or in --set")
     return recipe
 
 
@@ -203,8 +208,3 @@ def _join(title: str, faults: list[str]) -> str:
     if len(faults) == 1:
         return f"{title}: {faults[0]}"
     return f"{title} has {len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults) + "\n"
-
-
-def quantizations() -> tuple[str, ...]:
-    """The values `model.quantization` may take."""
-    return get_args(Model.model_fields["quantization"].annotation)

@@ -136,8 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"launch {args.verb}: {launch.why}", flush=True)
     command = accelerate_command(launch, verb)
     threads = str(max(1, machine.num_cores // launch.processes))
+    # DeepSpeed looks for pip's ninja on PATH, which a .venv that is not activated is not.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settled = {"OMP_NUM_THREADS": threads} | ({} if machine.num_gpus else {"DS_ACCELERATOR": "cpu"})
-    os.execve(command[0], command, settled | dict(os.environ))
+    os.execve(command[0], command, settled | dict(os.environ) | {"PATH": path})
 
 
 if __name__ == "__main__":

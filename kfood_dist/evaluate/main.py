@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="also log accuracy and a panel of pictures here"
     )
-    parser.add_argument("--step", type=int, default=0, metavar="N", help="step to log them at (default: 0)")
+    parser.add_argument("--step", type=int, metavar="N", help="step to log them at (default: the adapter's)")
 
 
 def positive(text: str) -> int:

@@ -99,14 +99,7 @@ def resolve_settings(args: argparse.Namespace) -> tuple[Settings, Eval]:
 def _default_recipe(overrides: list[str]) -> Recipe:
     # The three keys without a default say nothing about how a model is asked.
     tree: dict[str, Any] = {"data": {"shards": "."}, "model": {"base": "."}, "run": {"dir": "."}}
-    faults = [fault for text in overrides if (fault := config._apply_override(tree, text))]
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        faults += [config._describe(e) for e in error.errors()]
-    if faults:
-        raise RecipeError(config._join("--set", faults), "its keys are those of a recipe, see launch/recipes")
-    return recipe
+    return config.build_recipe(tree, overrides, "--set")
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:

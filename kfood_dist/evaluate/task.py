@@ -18,6 +18,7 @@ from kfood_dist.evaluate.settings import (
     require_folder_possible,
     resolve_settings,
 )
+from kfood_dist.model.adapters import read_adapter_facts
 from kfood_dist.model.base import require_base
 
 
@@ -61,7 +62,7 @@ def check(args: argparse.Namespace) -> Task:
         max_new_tokens=max_new_tokens,
         out=args.out,
         tensorboard=args.tensorboard,
-        step=args.step,
+        step=_trained_steps(args.adapter) if args.step is None else args.step,
         inputs={
             "index_hash": shards.index_hash,
             "split": args.split,
@@ -73,6 +74,12 @@ def check(args: argparse.Namespace) -> Task:
             "settings": asdict(settings) | {"batch_size": batch_size, "max_new_tokens": max_new_tokens},
         },
     )
+
+
+def _trained_steps(adapter: Path | None) -> int:
+    """How many steps an adapter was trained for, so that its accuracy lands at its place in TensorBoard."""
+    step = read_adapter_facts(adapter).get("step", 0) if adapter else 0
+    return step if isinstance(step, int) else 0
 
 
 def find_earlier(task: Task) -> Report | None:

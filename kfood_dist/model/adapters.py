@@ -7,13 +7,14 @@ up_proj and down_proj and would be adapted too, silently.
 import json
 import re
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from kfood_dist.config import Lora
 from kfood_dist.errors import ModelError
 from kfood_dist.model.base import LANGUAGE_MODEL
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PROMPT_FILE = "kfood.json"
 
@@ -37,7 +38,7 @@ def attach_lora(model: Any, lora: Lora) -> Any:
     return get_peft_model(model, config)
 
 
-def _require_matches(model: nn.Module, pattern: str, target_modules: tuple[str, ...]) -> None:
+def _require_matches(model: "nn.Module", pattern: str, target_modules: tuple[str, ...]) -> None:
     found = sorted(name for name, _ in model.named_modules() if re.fullmatch(pattern, name))
     num_layers = len(model.get_submodule(LANGUAGE_MODEL).layers)  # type: ignore[arg-type]
     missing = [t for t in target_modules if sum(n.endswith(f".{t}") for n in found) != num_layers]
@@ -48,7 +49,7 @@ def _require_matches(model: nn.Module, pattern: str, target_modules: tuple[str, 
         )
 
 
-def adapted_modules(model: nn.Module) -> list[str]:
+def adapted_modules(model: "nn.Module") -> list[str]:
     """Names of the modules that carry an adapter."""
     return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
 

@@ -119,7 +119,7 @@ class Trainer:
             self.engine.save(target.engine)
             weights = adapter_weights(self.module.model)
             if self.world.is_main:
-                save_adapter(self.module.model, target.adapter, self.adapter_facts, weights)
+                save_adapter(self.module.model, target.adapter, {**self.adapter_facts, "step": done}, weights)
 
         state = {"data": self.plan.state(done, self.collator.shards.index_hash), **self.checkpoint_facts}
         began = time.perf_counter()

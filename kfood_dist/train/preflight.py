@@ -77,7 +77,9 @@ def _require_same_recipe(recipe: Recipe) -> None:
 def _require_same_ranks(newest: checkpoint.Checkpoint, recipe: Recipe, world_size: int) -> None:
     """The engine's own state is cut by rank and by ZeRO stage, and does not load across them."""
     state, here = newest.state(), {"world_size": world_size, "zero_stage": recipe.train.zero_stage}
-    differing = [f"{name} was {state.get(name)} and is now {here[name]}" for name in here if state.get(name) != here[name]]
+    differing = [
+        f"{name} was {state.get(name)} and is now {here[name]}" for name in here if state.get(name) != here[name]
+    ]
     if differing:
         raise CheckpointError(
             f"checkpoint {newest.folder} was written by another kind of run: {'; '.join(differing)}",

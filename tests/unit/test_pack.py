@@ -17,8 +17,8 @@ from pictures import encoded, folder_bytes, picture, write_folder
 from PIL import Image
 
 from kfood_dist.cli import main
-from kfood_dist.data.pack import pack
-from kfood_dist.data.pack_options import PackOptions
+from kfood_dist.data.packing.options import PackOptions
+from kfood_dist.data.packing.pack import pack
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import KfoodError, ShardError, SourceError
@@ -240,7 +240,7 @@ def test_an_out_with_other_files_is_left_alone_and_an_empty_one_filled(source, t
 
 def test_a_failure_in_the_middle_leaves_nothing(source, tmp_path, monkeypatch):
     out = tmp_path / "deep" / "out"
-    monkeypatch.setattr("kfood_dist.data.pack.verify", lambda folder: [f"{folder.name} is bad"])
+    monkeypatch.setattr("kfood_dist.data.packing.pack.verify", lambda folder: [f"{folder.name} is bad"])
     with pytest.raises(KfoodError, match="reads back damaged"):
         pack(source, out, SMALL)
     assert list((tmp_path / "deep").iterdir()) == []

@@ -14,10 +14,10 @@ import webdataset
 from pictures import write_folder
 from PIL import Image
 
-from kfood_dist.data.pack import pack
-from kfood_dist.data.pack_options import PackOptions
+from kfood_dist.data.packing.options import PackOptions
+from kfood_dist.data.packing.pack import pack
+from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.data.shards import INDEX_DTYPE, load_manifest, open_split
-from kfood_dist.data.split import parse_fractions
 from kfood_dist.errors import ShardError
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
@@ -177,7 +177,8 @@ def test_descriptors_are_few_and_given_back(packed, monkeypatch):
 
 
 def test_reading_shards_and_packing_need_no_torch():
-    modules = ["shards", "sources", "images", "split", "prepare", "tars", "place", "write", "pack", "verify"]
+    packing = [f"packing.{module}" for module in ("sources", "split", "prepare", "place", "write", "pack")]
+    modules = ["shards", "images", "tars", "verify", *packing]
     imports = "; ".join(f"import kfood_dist.data.{module}" for module in modules)
     code = f"import sys; sys.modules['torch'] = None; {imports}; from webdataset import TarWriter"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from pictures import encoded, picture, write_folder
 
 from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.labels import DishClass
-from kfood_dist.data.sources import read_picture, scan
+from kfood_dist.data.packing.sources import read_picture, scan
 from kfood_dist.errors import SourceError
 
 JPEG = encoded(picture())

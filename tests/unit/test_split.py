@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfood_dist.data.split import assign_splits, keyed_digest, parse_fractions
+from kfood_dist.data.packing.split import assign_splits, keyed_digest, parse_fractions
 from kfood_dist.errors import SourceError
 
 FRACTIONS = st.sampled_from(["0.8,0.1,0.1", "0.5,0.25,0.25", "1,0,0", "0,0,1", "0.7,0,0.3", "0.98,0.01,0.01"])

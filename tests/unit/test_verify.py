@@ -9,9 +9,9 @@ import pytest
 from pictures import encoded, picture, write_folder
 
 from kfood_dist.cli import main
-from kfood_dist.data.pack import pack
-from kfood_dist.data.pack_options import PackOptions
-from kfood_dist.data.split import parse_fractions
+from kfood_dist.data.packing.options import PackOptions
+from kfood_dist.data.packing.pack import pack
+from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.data.tars import members
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import ShardError

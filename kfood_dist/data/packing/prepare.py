@@ -23,7 +23,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from kfood_dist.data.images import ImageRejected, prepare_jpeg
-from kfood_dist.data.sources import Record, read_picture
+from kfood_dist.data.packing.sources import Record, read_picture
 from kfood_dist.errors import SourceError
 
 # About a third of a second of work: few enough round trips, little to wait for when interrupted.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kfood_dist.data.labels import DishClass
-from kfood_dist.data.place import Sample
+from kfood_dist.data.packing.place import Sample
 from kfood_dist.data.tars import Entry, file_sha256, save_index, write_tar
 from kfood_dist.data.verify import count_samples
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.data.labels import DishClass
-from kfood_dist.data.prepare import PictureSettings, available_cores
-from kfood_dist.data.sources import Record
-from kfood_dist.data.split import parse_fractions
+from kfood_dist.data.packing.prepare import PictureSettings, available_cores
+from kfood_dist.data.packing.sources import Record
+from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.errors import SourceError
 
 
