@@ -81,8 +81,8 @@ def test_it_trains_in_4_bits_and_says_what_it_cost(run: Path) -> None:
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert set(facts["linear_layers"]["model.language_model"]) == {"Linear4bit"}
     assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
-    assert facts["optimizer_state_dtypes"] == ["uint8"]
-    if not REHEARSAL:
+    if not REHEARSAL:  # the tiny model's smallest adapters keep 32-bit moments
+        assert facts["optimizer_state_dtypes"] == ["uint8"]
         assert facts["adapted_modules"] == 252
         assert facts["trainable_parameters"] == 29_933_568
     settled = [row["samples_per_second"] for row in rows[5:]]

@@ -1,0 +1,116 @@
+"""The main job, as a newcomer runs it: killed in the middle, run again to its end, and once more."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from running import ROOT, environment, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kfood_dist.evaluate.report import load_report
+
+TIMEOUT_S = 1500
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files git knows, in a new folder, with this checkout's .venv."""
+    folder = tmp_path_factory.mktemp("checkout")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if not name.startswith(("tests/", ".ci/")) and (ROOT / name).exists():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def start(checkout: Path, log: Path) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            ["bash", "launch/quickstart.sh"],
+            cwd=checkout,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(checkout: Path) -> tuple[Path, str, str]:
+    """The run's folder, what the resumed script printed, and what a third run printed."""
+    run, log = checkout / "runs" / "quickstart", checkout / "log.txt"
+    first = start(checkout, log)
+    deadline = time.monotonic() + TIMEOUT_S
+    while first.poll() is None and time.monotonic() < deadline:
+        if list(run.glob("checkpoints/step-*/COMPLETE")):
+            break
+        time.sleep(0.2)
+    assert first.poll() is None, log.read_text()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    outputs = []
+    for _ in range(2):
+        assert start(checkout, log).wait(timeout=TIMEOUT_S) == 0, log.read_text()
+        outputs.append(log.read_text())
+    return run, outputs[0], outputs[1]
+
+
+@pytest.mark.timeout(3 * TIMEOUT_S)
+def test_the_tuned_model_names_the_dishes_and_the_base_does_not(finished: tuple[Path, str, str]) -> None:
+    run, output, _ = finished
+    comparison = json.loads((run / "comparison.json").read_text())
+    assert comparison["test_images"] >= 100
+    assert comparison["base_accuracy"] <= 0.10
+    assert comparison["tuned_accuracy"] >= 0.85
+    predictions = [json.loads(line) for line in (run / "tuned" / "predictions.jsonl").read_text().splitlines()]
+    assert len({p["key"] for p in predictions}) == len(predictions) == comparison["test_images"]
+    assert comparison["tuned_accuracy"] == sum(p["correct"] for p in predictions) / len(predictions)
+    assert load_report(run / "tuned").accuracy == comparison["tuned_accuracy"]
+    assert "TensorBoard: .venv/bin/tensorboard --logdir runs/quickstart/tensorboard" in output
+
+
+def test_what_was_killed_went_on_and_what_was_done_was_reused(finished: tuple[Path, str, str]) -> None:
+    run, resumed, again = finished
+    assert "resumed after step" in resumed
+    for verb in (resumed, again):
+        assert "reused data/practice" in verb
+        assert "reused   " in verb and "shards/practice" in verb
+        assert "reused runs/quickstart/base" in verb
+    assert "already trained" in again
+    assert "reused runs/quickstart/tuned" in again
+    steps = [row["step"] for row in metrics(run)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_recipe_is_the_real_one(finished: tuple[Path, str, str]) -> None:
+    facts = json.loads((finished[0] / "run.json").read_text())
+    assert (facts["world_size"], facts["distributed_type"], facts["zero_stage"]) in [
+        (2, "DEEPSPEED", 2),
+        (1, "DEEPSPEED", 2),
+    ]
+    assert facts["gradient_accumulation_steps"] >= 8
+    assert facts["linear_layers"]["model.language_model"].keys() == {"Linear4bit"}
+    assert facts["optimizer"].endswith("AdamW8bit") and facts["optimizer_state_dtypes"] == ["uint8"]
+
+
+def test_tensorboard_holds_the_curves_accuracy_and_a_panel(finished: tuple[Path, str, str]) -> None:
+    events = EventAccumulator(str(finished[0] / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    names = "loss learning_rate grad_norm samples_per_second label_tokens_per_second data_wait_share padding_share"
+    assert {f"train/{name}" for name in [*names.split(), "peak_memory_gib"]} <= set(tags["scalars"])
+    assert "eval/accuracy" in tags["scalars"]
+    (accuracy,) = events.Scalars("test/accuracy")
+    last_step = events.Scalars("train/loss")[-1].step
+    comparison = json.loads((finished[0] / "comparison.json").read_text())
+    assert accuracy.value == pytest.approx(comparison["tuned_accuracy"])
+    assert accuracy.step == last_step
+    assert "test/predictions" in tags["images"]
+    caption = events.Tensors("test/predictions/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "expected" in caption and "predicted" in caption
