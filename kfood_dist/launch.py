@@ -8,7 +8,6 @@ Run by launch/train.sh and launch/eval.sh. What is wrong with a recipe is said h
 import argparse
 import importlib.util
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ class Machine:
     num_gpus: int
     num_cores: int
     has_deepspeed: bool
-    has_compiler: bool
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ def look_around() -> Machine:
         num_gpus=torch.cuda.device_count(),
         num_cores=len(os.sched_getaffinity(0)),
         has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
-        has_compiler=any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")),
     )
 
 
@@ -77,11 +74,6 @@ def choose(machine: Machine, zero_stage: int, processes: int | None) -> Launch:
                 "pip install deepspeed, or --set train.zero_stage=0 to train with DDP",
             )
         zero_stage, where = 0, f"{where}; deepspeed is not installed, and one process does without"
-    if zero_stage and not gpus and count > 1 and not machine.has_compiler:
-        raise LaunchError(
-            "several DeepSpeed ranks on CPU build a small C++ operator at their first start, and there is no compiler",
-            "apt-get install g++, or --processes 1, or --set train.zero_stage=0",
-        )
     if zero_stage:
         return Launch("deepspeed", count, zero_stage, f"{where}, DeepSpeed ZeRO-{zero_stage}")
     if count == 1:
@@ -136,10 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"launch {args.verb}: {launch.why}", flush=True)
     command = accelerate_command(launch, verb)
     threads = str(max(1, machine.num_cores // launch.processes))
-    # DeepSpeed looks for pip's ninja on PATH, which a .venv that is not activated is not.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settled = {"OMP_NUM_THREADS": threads} | ({} if machine.num_gpus else {"DS_ACCELERATOR": "cpu"})
-    os.execve(command[0], command, settled | dict(os.environ) | {"PATH": path})
+    os.execve(command[0], command, settled | dict(os.environ))
 
 
 if __name__ == "__main__":

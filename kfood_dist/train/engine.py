@@ -54,6 +54,8 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
     precision = "bf16" if recipe.model.precision == "bf16" else "no"
     if recipe.train.zero_stage == 0:
         return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=process_group if world.size > 1 else [])
+    if cpu:
+        _spare_inference_op()
     config = deepspeed_config(recipe, accumulation, world.size)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -67,6 +69,17 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
             "start through launch/train.sh, or set train.zero_stage=0 to train without DeepSpeed",
         )
     return accelerator
+
+
+def _spare_inference_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives when several ranks start on a CPU.
+
+    Only its inference engine calls them; building them takes half a minute, a C++ compiler, ninja and Python's headers,
+    and fails with a long trace where one of these is missing.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def build_engine(

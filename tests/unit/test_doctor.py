@@ -125,7 +125,7 @@ def test_no_compiler_and_no_ninja(monkeypatch, tmp_path: Path):
     found = list(doctor.check_compiler(tmp_path / "bin"))
     assert found[0].what == "no C++ compiler" and found[1].what.startswith("ninja is neither in")
     assert "apt-get install g++" in found[0].remedy and found[1].remedy == "pip install ninja"
-    assert set(levels(found)) == {WARN if torch.cuda.is_available() else FAULT}
+    assert levels(found) == [WARN, WARN]
 
 
 def test_disk_and_shared_memory(tmp_path: Path):
