@@ -1,9 +1,9 @@
 """The drawing board: a dish seen from straight above, as colours and heights.
 
-    strokes and shapes in dish units ──► a colour image and a height image ──► light falls on the heights ──► the lit dish
+    strokes and shapes in dish units ──► a colour image and a height image ──► light on the heights ──► the lit dish
 
-One dish unit is the radius of the vessel; the origin is its middle. Every shape leaves its height as well as its colour, so one
-lamp lights all of a picture the same way. All randomness comes from the generator the board is given.
+One dish unit is the radius of the vessel; the origin is its middle. Every shape leaves its height as well as its
+colour, so one lamp lights all of a picture the same way. All randomness comes from the generator the board is given.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """How each of the ten practice dishes looks: its vessel, its colours, its pieces and how they lie.
 
-Each painter takes a Board and draws one helping. What makes the dish itself is fixed here; how many pieces, which shades and where
-they lie come from the board's generator, so no two helpings are alike.
+Each painter takes a Board and draws one helping. What makes the dish itself is fixed here; how many pieces, which
+shades and where they lie come from the board's generator, so no two helpings are alike.
 """
 
 from collections.abc import Callable
@@ -136,7 +136,11 @@ def half_moon(board: Board, at: Point, angle: float, size: float, dough: Colour)
     turn = np.linspace(-0.15, np.pi + 0.15, 16)
     x, y = size * np.cos(turn), size * 0.95 * np.sin(turn) - size * 0.3
     c, s = np.cos(angle), np.sin(angle)
-    for share, tone, height in ((1.0, mix(colour, BLACK, 0.12), 120), (0.82, colour, 165), (0.5, mix(colour, WHITE, 0.2), 200)):
+    for share, tone, height in (
+        (1.0, mix(colour, BLACK, 0.12), 120),
+        (0.82, colour, 165),
+        (0.5, mix(colour, WHITE, 0.2), 200),
+    ):
         px, py = at[0] + share * (c * x - s * y), at[1] + share * (s * x + c * y)
         board.polygon(list(zip(px.tolist(), py.tolist(), strict=True)), tone, height)
 
@@ -322,7 +326,12 @@ def prawn(board: Board, at: Point, angle: float) -> None:
         board.blob(point, (size, size), 0, board.vary(crust, 10), 130 + rng.uniform(0, 40), 0.15)
         for _ in range(5):
             crumb = (point[0] + rng.normal(0, size * 0.6), point[1] + rng.normal(0, size * 0.6))
-            board.disc(crumb, rng.uniform(0.012, 0.026), board.vary(mix(crust, (250, 214, 130), 0.4), 14), rng.uniform(150, 210))
+            board.disc(
+                crumb,
+                rng.uniform(0.012, 0.026),
+                board.vary(mix(crust, (250, 214, 130), 0.4), 14),
+                rng.uniform(150, 210),
+            )
     (x1, y1), (x0, y0) = spine[-1], spine[-2]
     out = float(np.arctan2(y1 - y0, x1 - x0))
     for turn in (-0.45, 0.0, 0.45):

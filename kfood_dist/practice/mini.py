@@ -1,9 +1,9 @@
-"""`kfood mini DIR`: a practice set and a tiny model, so that every other verb can be tried in minutes without real data.
+"""`kfood mini DIR`: a practice set and a tiny model, to try every other verb in minutes without real data.
 
     options ──► DIR/.mini-unfinished.json ──► images ──► model ──► DIR/mini.json
 
-What always holds: `images` and `model` have their names only when they are whole, and `mini.json` is written last. So a run that was
-cut off is finished by the next one with the same options, and a finished folder is used again as it is.
+Always holds: `images` and `model` have their names only when they are whole, and `mini.json` is written last. So a
+run that was cut off is finished by the next one with the same options, and a finished folder is used again as it is.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from kfood_dist.errors import SourceError
 from kfood_dist.practice.pictures import DISHES, MAX_PER_CLASS, write_pictures
+from kfood_dist.runtime import quiet_libraries
 
 FORMAT, VERSION = "kfood-mini", 1  # the version rises whenever the same options would draw other bytes
 DONE, UNFINISHED = "mini.json", ".mini-unfinished.json"
@@ -27,10 +28,13 @@ _PARTS = ("images", "model")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kfood mini`."""
     parser.description = (
-        "Draw a practice set of Korean dishes in the folder layout of the AI-Hub set (DIR/images) and write a tiny, untrained "
-        "Qwen2.5-VL (DIR/model). Every other verb can be tried on them in minutes, without real pictures or a download."
+        "Draw a practice set of Korean dishes in the folder layout of the AI-Hub set (DIR/images) and write a tiny, "
+        "untrained Qwen2.5-VL (DIR/model). Every other verb can be tried on them in minutes, without real pictures or "
+        "a download."
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write; made if missing, used again if complete")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="folder to write; made if missing, used again if complete"
+    )
     parser.add_argument(
         "--per-class", type=int, default=80, metavar="N", help="pictures of each of the ten dishes (default: 80)"
     )
@@ -50,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
     _finish(folder, "images", lambda part: _draw(part, args.per_class, args.seed))
     _finish(folder, "model", lambda part: _model(part, args.seed))
     os.replace(folder / UNFINISHED, folder / DONE)
-    print(f"wrote {folder}: {wanted['images']} pictures of {len(DISHES)} dishes in images/, a tiny Qwen2.5-VL in model/")
+    print(
+        f"wrote {folder}: {wanted['images']} pictures of {len(DISHES)} dishes in images/, a tiny Qwen2.5-VL in model/"
+    )
     return 0
 
 
 def describe(per_class: int, seed: int) -> dict[str, Any]:
-    """What a practice set of these options holds, as mini.json records it. Raises SourceError for options out of range."""
+    """What a practice set of these options holds, as mini.json records it. Raises SourceError out of range."""
     if not 1 <= per_class <= MAX_PER_CLASS:
         raise SourceError(f"--per-class {per_class} is not between 1 and {MAX_PER_CLASS}", "leave it out for 80")
     if seed < 0:
@@ -71,7 +77,7 @@ def describe(per_class: int, seed: int) -> dict[str, Any]:
 
 
 def _check(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `folder` already holds all that is wanted. Raises SourceError when it holds anything but that, whole or begun."""
+    """Whether `folder` already holds all that is wanted. Raises SourceError when it holds anything else."""
     if folder.exists() and not folder.is_dir():
         raise SourceError(f"{folder} is a file", "name a folder to write the practice set into")
     if not folder.exists() or not any(folder.iterdir()):
@@ -82,10 +88,17 @@ def _check(folder: Path, wanted: dict[str, Any]) -> bool:
     if found != wanted:
         told = f"--per-class {found.get('per_class')} --seed {found.get('seed')}, version {found.get('version')}"
         raise SourceError(
-            f"{folder} holds another practice set ({told})", "name a new folder, repeat those options, or delete this folder"
+            f"{folder} holds another practice set ({told})",
+            "name a new folder, repeat those options, or delete this folder",
         )
-    whole = (folder / DONE).exists() and all((folder / part).is_dir() for part in _PARTS)
-    return whole and sum(1 for file in (folder / "images").glob("*/*/*/Img_*")) == wanted["images"]
+    if not (folder / DONE).exists():
+        return False
+    num_pictures = sum(1 for _ in (folder / "images").glob("*/*/*/Img_*"))
+    if num_pictures != wanted["images"] or not all((folder / part).is_dir() for part in _PARTS):
+        raise SourceError(
+            f"{folder} is a finished practice set with parts missing since", "delete this folder and repeat"
+        )
+    return True
 
 
 def _finish(folder: Path, part: str, write: Callable[[Path], None]) -> None:
@@ -110,6 +123,7 @@ def _draw(folder: Path, per_class: int, seed: int) -> None:
 def _model(folder: Path, seed: int) -> None:
     from kfood_dist.practice.tiny_model import write_model
 
+    quiet_libraries()
     write_model(folder, seed)
 
 

@@ -2,8 +2,8 @@
 
     (seed, class id, number) ──► a random stream of its own ──► size, format, drawing ──► Img_xxx_yyyy.jpg
 
-What always holds: a picture depends on those three numbers alone, so any number of processes draws the same bytes; the folder has
-its final name only when every picture is in it.
+Always holds: a picture depends on those three numbers alone, so any number of processes draws the same bytes; the
+folder has its final name only when every picture is in it.
 """
 
 import io

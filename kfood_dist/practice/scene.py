@@ -15,7 +15,14 @@ TABLES: tuple[Colour, ...] = (
     (164, 118, 78), (124, 84, 56), (206, 176, 138), (84, 62, 50), (222, 218, 210), (188, 186, 182),
     (70, 72, 76), (196, 204, 208), (150, 112, 96), (112, 122, 116), (116, 126, 142), (214, 200, 160),
 )  # fmt: skip
-SIDES: tuple[Colour, ...] = ((170, 60, 36), (96, 112, 56), (214, 184, 110), (228, 222, 206), (70, 46, 30), (190, 150, 96))
+SIDES: tuple[Colour, ...] = (
+    (170, 60, 36),
+    (96, 112, 56),
+    (214, 184, 110),
+    (228, 222, 206),
+    (70, 46, 30),
+    (190, 150, 96),
+)
 
 
 def photograph(rng: np.random.Generator, dish: int, width: int, height: int) -> Image.Image:
@@ -65,7 +72,9 @@ def lay_table(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     elif kind == 1:
         shade = clouds(rng, height, width, 5, 4) * 8
     elif kind == 2:
-        shade = clouds(rng, height, width, 3, 2) * 3 + 4 * np.sin(x * rng.uniform(0.9, 1.4)) * np.sin(y * rng.uniform(0.9, 1.4))
+        shade = clouds(rng, height, width, 3, 2) * 3 + 4 * np.sin(x * rng.uniform(0.9, 1.4)) * np.sin(
+            y * rng.uniform(0.9, 1.4)
+        )
     else:
         check, turn = rng.uniform(30, 90), rng.uniform(0, 1.5)
         u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
@@ -95,7 +104,9 @@ def side_dish(rng: np.random.Generator, draw: ImageDraw.ImageDraw, x: float, y: 
     filling = [int(c) for c in rng.uniform(0.8, 1.1) * np.array(SIDES[rng.integers(len(SIDES))])]
     draw.ellipse((x - rx, y - ry * 0.85, x + rx, y + ry * 1.2), fill=(60, 52, 46))
     draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=(tone[0], tone[1], tone[2]))
-    draw.ellipse((x - rx * 0.75, y - ry * 0.75, x + rx * 0.75, y + ry * 0.75), fill=(filling[0], filling[1], filling[2]))
+    draw.ellipse(
+        (x - rx * 0.75, y - ry * 0.75, x + rx * 0.75, y + ry * 0.75), fill=(filling[0], filling[1], filling[2])
+    )
 
 
 def cutlery(rng: np.random.Generator, draw: ImageDraw.ImageDraw, x: float, y: float, camera: Camera) -> None:

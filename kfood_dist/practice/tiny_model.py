@@ -4,7 +4,7 @@
     sizes + seed ──► Qwen2_5_VLConfig ──► random weights ──► config, weights, generation settings
     fixed numbers ──► preprocessor_config.json
 
-What always holds: the folder loads offline by AutoTokenizer, AutoImageProcessor and AutoModelForImageTextToText, with or
+Always holds: the folder loads offline by AutoTokenizer, AutoImageProcessor and AutoModelForImageTextToText, with or
 without torchvision; any Korean text goes through the tokenizer and back; the same seed gives the same bytes.
 """
 
@@ -23,8 +23,8 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 VOCABULARY_SIZE = 640
 IMAGE_TOKEN_PIXELS = 28  # one image token stands for 2×2 patches of 14 pixels
 
-# The layout of Qwen2.5's conversations, written anew: each turn between <|im_start|>role and <|im_end|>, a default system turn
-# when none is given, and one <|image_pad|> per picture for the processor (or the collator) to repeat.
+# The layout of Qwen2.5's conversations, written anew: each turn between <|im_start|>role and <|im_end|>, a default
+# system turn when none is given, and one <|image_pad|> per picture for the processor (or the collator) to repeat.
 CHAT_TEMPLATE = """\
 {%- macro show(content) -%}
 {%- if content is string -%}{{ content }}
@@ -157,11 +157,11 @@ def preprocessor_settings() -> dict[str, Any]:
 
 
 def give_sight(tower: "torch.nn.Module") -> None:
-    """Redraw some of a random vision tower's weights in place, so that what it shows can be learnt from though it stays frozen.
+    """Redraw some of a random vision tower's weights in place, so that it can be learnt from though it stays frozen.
 
-    The patch filters become smooth, as a trained tower's are: each is drawn 2×2 coarse and scaled up, and so sees colours and
-    broad edges instead of pixel noise. The biases become random instead of 0: otherwise the norms would make bright and
-    dim patches of one colour look alike. On the practice set, a linear probe rises from 0.84 to 0.90.
+    The patch filters become smooth, as a trained tower's are: each is drawn 2×2 coarse and scaled up, and so sees
+    colours and broad edges instead of pixel noise. The biases become random instead of 0: otherwise the norms would
+    make bright and dim patches of one colour look alike.
     """
     import torch
 
