@@ -16,6 +16,7 @@ from kfood_dist.cli import build_parser as build_verb_parser
 from kfood_dist.config import load_recipe
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation
+from kfood_dist.train.lock import require_free
 from kfood_dist.train.preflight import preflight
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "accelerate"
@@ -115,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         launch = choose(machine, recipe.train.zero_stage if recipe else 0, args.processes)
         if recipe:
             stage = f"train.zero_stage={launch.zero_stage}"
+            require_free(recipe.run.dir)
             preflight(load_recipe(args.recipe, [*args.set, stage]), launch.processes)
             overrides = [word for text in [*args.set, stage] for word in ("--set", text)]
             verb = ["train", "--config", str(args.recipe), *overrides]

@@ -3,8 +3,10 @@
 environment of accelerate launch ──► World.from_environment ──► rank, size ──► all_sum, gather, barrier
 """
 
+import ctypes
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +72,18 @@ class World:
             import torch.distributed as dist
 
             dist.barrier()
+
+
+def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
+    """Let this rank end when `accelerate launch` does, however that ends.
+
+    The launcher puts ranks into sessions of their own, so a launcher that is killed leaves them training, and writing
+    where a second start writes too. A process that was not started by it is left alone.
+    """
+    env = os.environ if environment is None else environment
+    if any(name.startswith("ACCELERATE_") for name in env):
+        pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
 def quiet_libraries() -> None:

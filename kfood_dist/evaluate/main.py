@@ -22,7 +22,7 @@ from kfood_dist.evaluate.page import interval, percent, report_page
 from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
 from kfood_dist.evaluate.settings import add_model_arguments, base_fingerprint, sha256_file
 from kfood_dist.evaluate.task import Task, check, find_earlier
-from kfood_dist.runtime import World, quiet_libraries
+from kfood_dist.runtime import World, end_with_launcher, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,7 @@ def positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, or reuse the report of an earlier run with the same inputs."""
+    end_with_launcher()
     world = World.from_environment()
     task = check(args)
     earlier = find_earlier(task) if world.is_main else None

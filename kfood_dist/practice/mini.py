@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder", metavar="DIR", type=Path, help="folder to write; made if missing, used again if complete"
     )
     parser.add_argument(
-        "--per-class", type=int, default=80, metavar="N", help="pictures of each of the ten dishes (default: 80)"
+        "--per-class", type=int, default=100, metavar="N", help="pictures of each of the ten dishes (default: 100)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="other pictures and other weights for another number (default: 0)"
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def describe(per_class: int, seed: int) -> dict[str, Any]:
     """What a practice set of these options holds, as mini.json records it. Raises SourceError out of range."""
     if not 1 <= per_class <= MAX_PER_CLASS:
-        raise SourceError(f"--per-class {per_class} is not between 1 and {MAX_PER_CLASS}", "leave it out for 80")
+        raise SourceError(f"--per-class {per_class} is not between 1 and {MAX_PER_CLASS}", "leave it out for 100")
     if seed < 0:
         raise SourceError(f"--seed {seed} is negative", "choose 0 or any whole number above")
     return {

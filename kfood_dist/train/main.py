@@ -2,11 +2,13 @@
 
 import argparse
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
-from kfood_dist.config import load_recipe, save_recipe
-from kfood_dist.runtime import World, quiet_libraries
+from kfood_dist.config import Recipe, load_recipe, save_recipe
+from kfood_dist.runtime import World, end_with_launcher, quiet_libraries
 from kfood_dist.train import checkpoint
+from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import preflight
 
 
@@ -25,11 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as one rank of however many the launcher started; exit status 0 when the run is complete."""
+    end_with_launcher()
     recipe = load_recipe(args.config, args.set)
     world = World.from_environment()
     accumulation = preflight(recipe, world.size)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
+    with hold(recipe.run.dir) if world.is_main else nullcontext():
+        return train(recipe, accumulation, world)
 
+
+def train(recipe: Recipe, accumulation: int, world: World) -> int:
+    """Resume from the newest checkpoint or begin, train to the end, publish the adapter."""
     quiet_libraries()
     from kfood_dist.train.build import build_trainer, num_steps  # torch and all the rest
 

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from running import adapter_bytes, metrics, start, train, write_recipe
 
@@ -29,8 +30,12 @@ def kill_after_step(process, run: Path, step: int) -> None:
             break
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
+    ranks = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # Ranks live in sessions of their own, so the signal did not reach them; they end because their launcher did.
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert ranks and not alive
 
 
 @pytest.mark.parametrize(("processes", "zero_stage"), [(2, 2), (1, 0)], ids=["zero2, 2 ranks", "plain, 1 process"])
@@ -55,6 +60,19 @@ def test_killed_and_resumed_equals_uninterrupted(
     again = train(killed, processes)
     assert f"already trained, {STEPS} steps" in again
     assert len(exact(run)) == STEPS
+
+
+def test_a_second_start_in_the_same_run_directory_is_refused(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    recipe = write(tmp_path, tiny_model, tiny_shards, zero_stage=0, max_steps=500)
+    first = start(recipe, 1)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    output, _ = start(recipe, 1).communicate(timeout=120)
+    assert "another process is training in" in output and "Traceback" not in output
+    kill_after_step(first, tmp_path / "run", step=1)
 
 
 def test_a_run_directory_of_another_recipe_is_refused(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:

@@ -1,0 +1,34 @@
+"""One training process group per run directory.
+
+A POSIX record lock, because it ends with the process however that ends, is not inherited by loader processes, and
+works on parallel file systems.
+"""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kfood_dist.errors import LaunchError
+
+_NAME = ".lock"
+
+
+@contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Keep `run_dir` to this process. Raises LaunchError if another process trains there."""
+    with open(run_dir / _NAME, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise LaunchError(
+                f"another process is training in {run_dir}", "wait for it, end it, or set another run.dir"
+            ) from None
+        yield
+
+
+def require_free(run_dir: Path) -> None:
+    """Raise LaunchError if another process trains in `run_dir`; take nothing."""
+    if (run_dir / _NAME).exists():
+        with hold(run_dir):
+            pass
