@@ -37,5 +37,9 @@ class CheckpointError(KfoodError):
     """A checkpoint is incomplete or belongs to another run."""
 
 
+class TrainingError(KfoodError):
+    """Training cannot go on: the loss or a gradient is no longer finite."""
+
+
 class LaunchError(KfoodError):
     """What was asked for does not fit what this machine or job has."""

@@ -8,16 +8,17 @@ the lines after its checkpoint before it writes.
 
 import json
 import resource
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kfood_dist.data.collate import Batch
 from kfood_dist.runtime import World
+
+if TYPE_CHECKING:
+    from kfood_dist.data.collate import Batch
 
 GIB = 2**30
 
@@ -35,7 +36,7 @@ class StepMeter:
 
     started: float = field(default_factory=time.perf_counter)
     waited_s: float = 0.0
-    batches: list[Batch] = field(default_factory=list)
+    batches: "list[Batch]" = field(default_factory=list)
 
     def reduce(self, world: World, loss_sum: torch.Tensor) -> dict[str, float]:
         """The step's metrics over all ranks; a collective, so every rank calls it."""
@@ -141,8 +142,3 @@ def _cut_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     temporary.replace(path)
-
-
-def warn(text: str) -> None:
-    """A line on standard error, for what precedes a run's own log."""
-    print(text, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ environment of accelerate launch ──► World.from_environment ──► rank
 import ctypes
 import logging
 import os
+import resource
 import signal
 import warnings
 from collections.abc import Mapping
@@ -56,6 +57,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def all_max(self, values: "torch.Tensor") -> "torch.Tensor":
+        """The element-wise maximum of `values` over all ranks, in place; a no-op for one rank."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def gather(self, item: Any) -> list[Any] | None:
         """Every rank's picklable `item`, by rank, on rank 0; None elsewhere."""
         if self.size == 1:
@@ -81,9 +90,15 @@ def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
     where a second start writes too. A process that was not started by it is left alone.
     """
     env = os.environ if environment is None else environment
-    if any(name.startswith("ACCELERATE_") for name in env):
+    if "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env:  # it always sets both
         pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+
+
+def raise_open_file_limit() -> None:
+    """Allow as many open files as the system grants: each tensor a loader process hands over holds one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def quiet_libraries() -> None:

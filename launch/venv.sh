@@ -16,6 +16,6 @@ done
   || { echo "venv: $python has no ensurepip; run: apt-get install python3-venv" >&2; exit 2; }
 
 echo "venv: installing into .venv with $("$python" --version) (a few minutes the first time)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv  # anew if it was cut off halfway
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[test]'
 echo "$wanted" > .venv/kfood-stamp

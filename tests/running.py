@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 420
 
 
-def environment() -> dict[str, str]:
-    """This process's environment without the rank variables and thread counts a test runner may have set."""
+def environment(gpu: bool = False) -> dict[str, str]:
+    """This process's environment without rank variables and thread counts; the GPUs are hidden unless asked for."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    return {name: value for name, value in os.environ.items() if name not in dropped}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept if gpu else {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def write_recipe(path: Path, model: Path, shards: Path, /, **sections: dict[str, Any]) -> Path:
@@ -36,7 +37,7 @@ def write_recipe(path: Path, model: Path, shards: Path, /, **sections: dict[str,
     return path
 
 
-def start(recipe: Path, processes: int, overrides: Sequence[str] = ()) -> "subprocess.Popen[str]":
+def start(recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False) -> "subprocess.Popen[str]":
     """Start `launch/train.sh` in a process group of its own."""
     words = [word for text in overrides for word in ("--set", text)]
     return subprocess.Popen(
@@ -44,15 +45,15 @@ def start(recipe: Path, processes: int, overrides: Sequence[str] = ()) -> "subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=environment(gpu),
         start_new_session=True,
         cwd=ROOT,
     )
 
 
-def train(recipe: Path, processes: int, overrides: Sequence[str] = ()) -> str:
+def train(recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False) -> str:
     """Run `launch/train.sh` to its end; returns what it printed, and fails with it if the status is not 0."""
-    process = start(recipe, processes, overrides)
+    process = start(recipe, processes, overrides, gpu)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     return output

@@ -20,6 +20,7 @@ from kfood_dist.data.patches import patchify
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import ShardSplit
 from kfood_dist.data.template import IGNORED, Encoded, SampleTooLong, Template
+from kfood_dist.errors import KfoodError
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,39 @@ def stream(
     micro_batches: Iterator[MicroBatch],
     num_workers: int,
     pin_memory: bool = False,
+    ahead: int = 2,
 ) -> Iterator[Batch]:
-    """The batches of `micro_batches`, in order, collated `num_workers` processes ahead (0: in this one).
+    """The batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this one).
 
+    At least `ahead` of them are under way at any time, so that a step that takes several at once need not wait.
     DataLoader keeps the order of its sampler whatever the number of workers, and ends its workers with the parent.
     """
-    return iter(
-        DataLoader(
-            collator,
-            batch_size=None,
-            sampler=micro_batches,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin_memory,
-        )
+    loader: DataLoader[Batch | KfoodError] = DataLoader(
+        _FaultsAsValues(collator),
+        batch_size=None,
+        sampler=micro_batches,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        prefetch_factor=max(2, -(-ahead // num_workers)) if num_workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, KfoodError):
+            raise batch
+        yield batch
+
+
+class _FaultsAsValues(Dataset["Batch | KfoodError"]):
+    """Hands a user's mistake over as a value: raised in a loader process, it would arrive as a RuntimeError."""
+
+    def __init__(self, collator: StreamingCollator):
+        self.collator = collator
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch | KfoodError:
+        try:
+            return self.collator[micro_batch]
+        except KfoodError as error:
+            return error
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -2,7 +2,7 @@
 
     RGB (H, W, 3) uint8 ──► patchify ──► patches (num_patches, 3·p·p) uint8, grid (1, H/p, W/p)
 
-Normalisation and the repeat in time happen later (`model.vision.normalise_patches`), so a picture crosses to the
+Normalisation and the repeat in time happen later (`model.loss.normalise_patches`), so a picture crosses to the
 device as one byte per value instead of eight.
 """
 

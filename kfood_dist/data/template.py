@@ -80,7 +80,9 @@ class Template:
         return self._tokenise(text)
 
     def encode(self, grid: tuple[int, int, int], answer: str | None) -> Encoded:
-        """Tokens of one picture (patch grid time × height × width) and its answer; None leaves room to generate.
+        """Tokens of one picture (patch grid time × height × width) and its answer; with None, all but the answer.
+
+        Where the text is cut at all, it is cut by the answer's length more when there is an answer.
 
         Raises SampleTooLong.
         """

@@ -56,7 +56,8 @@ def adapted_modules(model: "nn.Module") -> list[str]:
 
 def save_adapter(model: Any, folder: Path, facts: dict[str, Any], state: dict[str, Any] | None = None) -> None:
     """Write the adapter in PEFT's layout, with `facts` (prompt, image size, …) beside it as kfood.json."""
-    model.save_pretrained(folder, state_dict=state)
+    # "auto" would ask the hub, at every checkpoint, whether the base's vocabulary has changed.
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     (folder / PROMPT_FILE).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

@@ -91,21 +91,22 @@ def load_tokenizer(base: str) -> Any:
 def load_vision_spec(base: str, config: Any) -> VisionSpec:
     """How `base` wants its pictures: patch geometry from its config, normalisation from its image processor.
 
-    Uses AutoImageProcessor, not AutoProcessor: the latter needs torchvision for its video half.
+    Reads the processor's settings, not the processor: several releases of transformers build it with torchvision only.
     """
-    from transformers import AutoImageProcessor
+    from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        processor = AutoImageProcessor.from_pretrained(base)
-    except (OSError, ValueError) as error:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(base)
+        mean, std = settings["image_mean"], settings["image_std"]
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the image processor of {base} cannot be read ({_first_line(error)})", _REDOWNLOAD) from None
     vision = config.vision_config
     return VisionSpec(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
+        mean=tuple(mean),
+        std=tuple(std),
         image_token_id=config.image_token_id,
         vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id,

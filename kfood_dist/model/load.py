@@ -59,6 +59,18 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     return model.requires_grad_(False).train()
 
 
+def recompute_activations(module: Any) -> None:
+    """Recompute a transformers model's activations in the backward pass instead of keeping them.
+
+    Not re-entrant: that would need inputs which require gradients, and the hook for it in transformers 5 also reaches
+    the frozen vision tower.
+    """
+    # transformers renamed the method during 5.x.
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    module.disable_input_require_grads()  # it was enabled along, whether needed or not
+
+
 def linear_types(model: nn.Module) -> dict[str, dict[str, int]]:
     """How many linear layers of which type each part has, adapters aside: {"model.visual": {"Linear": 5}, …}."""
     parts: dict[str, Counter[str]] = {LANGUAGE_MODEL: Counter(), VISION_TOWER: Counter(), HEAD: Counter()}

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from kfood_dist.data.collate import Batch
 from kfood_dist.data.patches import VisionSpec
 from kfood_dist.data.template import IGNORED
+from kfood_dist.model.base import VISION_TOWER
 
 
 def normalise_patches(patches: torch.Tensor, vision: VisionSpec) -> torch.Tensor:
@@ -38,22 +39,20 @@ class AnswerLoss(nn.Module):
         super().__init__()
         self.model = model
         self.vision = vision
+        tower = model.get_base_model().get_submodule(VISION_TOWER)
+        tower.forward = torch.no_grad()(tower.forward)  # it is frozen: keep nothing of it for the backward pass
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, hits): the summed cross-entropy of all label tokens, float32 scalar, and for each label token,
         in row order, whether it is the most likely one, bool (num_label_tokens,).
         """
         base = self.model.get_base_model()
-        with torch.no_grad():  # the tower is frozen: keep nothing of it for the backward pass
-            image = base.model.get_image_features(
-                normalise_patches(batch.patches, self.vision), batch.image_grid_thw, return_dict=True
-            )
         hidden = base.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             mm_token_type_ids=batch.mm_token_type_ids,
             image_grid_thw=batch.image_grid_thw,
-            mm_encoder_outputs={"image": image},
+            pixel_values=normalise_patches(batch.patches, self.vision),
             use_cache=False,
         ).last_hidden_state
         targets = batch.labels[:, 1:]  # position i predicts token i + 1

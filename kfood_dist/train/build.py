@@ -12,8 +12,8 @@ from kfood_dist.data.plan import Plan
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.model.adapters import attach_lora
-from kfood_dist.model.base import LANGUAGE_MODEL, load_config, load_tokenizer, load_vision_spec
-from kfood_dist.model.load import load_base
+from kfood_dist.model.base import LANGUAGE_MODEL
+from kfood_dist.model.load import load_base, recompute_activations
 from kfood_dist.model.loss import AnswerLoss
 from kfood_dist.monitor import RunLog
 from kfood_dist.runtime import World
@@ -22,6 +22,7 @@ from kfood_dist.train.engine import Engine, build_accelerator, build_engine
 from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
+from kfood_dist.train.preflight import build_template
 
 
 def build_plan(recipe: Recipe, accumulation: int, world_size: int) -> Plan:
@@ -38,20 +39,11 @@ def num_steps(recipe: Recipe, accumulation: int, world_size: int) -> int:
 
 def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Checkpoint | None) -> tuple[Trainer, int]:
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
-    config = load_config(recipe.model.base)
-    vision = load_vision_spec(recipe.model.base, config)
-    vision.require_fitting(recipe.data.image_size)
     accelerator = build_accelerator(recipe, accumulation, world)
-    template = Template(
-        load_tokenizer(recipe.model.base),
-        vision,
-        recipe.data.system,
-        recipe.data.prompt,
-        recipe.data.max_length,
-    )
+    template = build_template(recipe)
     collator = StreamingCollator(open_split(recipe.data.shards, "train"), template)
     plan = build_plan(recipe, accumulation, world.size)
-    module = build_module(recipe, vision, accelerator.device)
+    module = build_module(recipe, template.vision, accelerator.device)
     engine = _build_engine(recipe, accelerator, module)
 
     how = {
@@ -98,9 +90,8 @@ def build_module(recipe: Recipe, vision: VisionSpec, device: torch.device) -> An
     model = recipe.model
     base = load_base(model.base, model.quantization, model.precision, model.attention, device)
     if recipe.train.gradient_checkpointing:
-        # On the language model alone: the tower keeps nothing anyway. Re-entrant checkpointing would need inputs
-        # that require gradients, and the hook for that in transformers 5 also reaches the frozen tower.
-        base.get_submodule(LANGUAGE_MODEL).activation_checkpointing_enable({"use_reentrant": False})
+        # On the language model alone: the frozen tower keeps nothing anyway.
+        recompute_activations(base.get_submodule(LANGUAGE_MODEL))
     torch.manual_seed(recipe.train.seed)
     return AnswerLoss(attach_lora(base, recipe.lora).train(), vision)
 

@@ -8,6 +8,7 @@ previous one whole. Resuming needs no random state: the loop seeds each step fro
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def save(
         partial.folder.rename(final.folder)
         (final.folder / MARKER).touch()
         _sync(final.folder)
+        _sync_one(folder)
         for old in _complete(folder)[:-keep]:
             _remove(old)
     world.barrier()
@@ -95,8 +97,10 @@ def save(
 
 
 def _complete(folder: Path) -> list[Checkpoint]:
-    found = [Checkpoint(marker.parent, int(marker.parent.name[5:])) for marker in folder.glob(f"step-*/{MARKER}")]
-    return sorted(found, key=lambda c: c.step)
+    names = (
+        (marker.parent, re.fullmatch(r"step-(\d{8,})", marker.parent.name)) for marker in folder.glob(f"*/{MARKER}")
+    )
+    return sorted((Checkpoint(path, int(name[1])) for path, name in names if name), key=lambda c: c.step)
 
 
 def _remove(checkpoint: Checkpoint) -> None:
@@ -107,8 +111,12 @@ def _remove(checkpoint: Checkpoint) -> None:
 def _sync(folder: Path) -> None:
     """Bring a folder's files to the disk before its name may promise them."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

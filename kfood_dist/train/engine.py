@@ -32,7 +32,7 @@ class Engine(Protocol):
         """`AnswerLoss.forward`, without a backward pass."""
 
     def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
-        """Forward and backward of one micro-batch's loss × scale; gradients are exchanged on the `last` one."""
+        """Forward and backward of one micro-batch's loss × scale; on the `last` one all ranks' are summed."""
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear the gradients; returns their global norm before clipping."""
@@ -53,7 +53,12 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
     process_group = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
     precision = "bf16" if recipe.model.precision == "bf16" else "no"
     if recipe.train.zero_stage == 0:
-        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=process_group if world.size > 1 else [])
+        accelerator = Accelerator(
+            mixed_precision=precision, cpu=cpu, kwargs_handlers=process_group if world.size > 1 else []
+        )
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise LaunchError("train.zero_stage is 0, but accelerate set up DeepSpeed", "start through launch/train.sh")
+        return accelerator
     if cpu:
         _spare_inference_op()
     config = deepspeed_config(recipe, accumulation, world.size)
@@ -180,8 +185,11 @@ def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
 
     sharded = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not sharded:
-        return get_peft_model_state_dict(model)
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(sharded):
-        return {name: weight.clone() for name, weight in get_peft_model_state_dict(model).items()}
+        return {
+            name: weight.clone()
+            for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        }

@@ -12,6 +12,7 @@ import torch
 
 from kfood_dist import __version__
 from kfood_dist.model.adapters import adapted_modules
+from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
 from kfood_dist.model.load import count_parameters, linear_types
 from kfood_dist.train.optim import state_dtypes
 
@@ -50,8 +51,13 @@ def model_facts(model: Any) -> dict[str, Any]:
     """Of a PeftModel: linear layers by part and type, what carries an adapter, and parameter counts."""
     trainable, total = count_parameters(model)
     base = model.get_base_model()
+    dtypes = {
+        part: sorted({str(p.dtype).removeprefix("torch.") for n, p in base.named_parameters() if n.startswith(part)})
+        for part in (LANGUAGE_MODEL, VISION_TOWER, HEAD)
+    }
     return {
         "linear_layers": linear_types(base),
+        "parameter_dtypes": dtypes,
         "adapted_modules": len(adapted_modules(base)),
         "trainable_parameters": trainable,
         "total_parameters": total,

@@ -1,9 +1,9 @@
 """One training process group per run directory.
 
-A POSIX record lock, because it ends with the process however that ends, is not inherited by loader processes, and
-works on parallel file systems.
+A POSIX record lock, because it ends with the process however that ends, and loader processes do not inherit it.
 """
 
+import errno
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +20,12 @@ def hold(run_dir: Path) -> Iterator[None]:
     with open(run_dir / _NAME, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise LaunchError(
-                f"another process is training in {run_dir}", "wait for it, end it, or set another run.dir"
-            ) from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise LaunchError(
+                    f"another process is training in {run_dir}", "wait for it, end it, or set another run.dir"
+                ) from None
+            print(f"{run_dir}: this file system has no locks ({error.strerror}); start no second run here", flush=True)
         yield
 
 

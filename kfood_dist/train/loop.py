@@ -7,6 +7,7 @@ Always holds: the loss is the sum over all label tokens of the global batch divi
 is cut into ranks, micro-batches and accumulation; a step's random numbers depend on (seed, step, rank) alone.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import Batch, StreamingCollator, stream
 from kfood_dist.data.plan import MicroBatch, Plan, deal
+from kfood_dist.errors import TrainingError
 from kfood_dist.model.adapters import save_adapter
 from kfood_dist.model.loss import AnswerLoss, exact_matches
 from kfood_dist.monitor import RunLog, StepMeter, peak_memory_gib
@@ -52,7 +54,8 @@ class Trainer:
         """Take the steps from `start` to `max_steps`; returns the last checkpoint's adapter folder."""
         recipe = self.recipe.train
         micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
-        batches = stream(self.collator, micro_batches, self.recipe.data.num_workers, self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        batches = stream(self.collator, micro_batches, self.recipe.data.num_workers, on_gpu, self.plan.accumulation)
         last = start
         for step in range(start, self.max_steps):
             self.log.step(self.train_step(step, batches))
@@ -86,16 +89,24 @@ class Trainer:
             "samples": self.plan.samples_before(step + 1),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": float(self.world.all_max(torch.tensor(peak_memory_gib(), device=self.device))),
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
         if metrics["refused"]:
             self._name_refused(step, meter)
+        if not math.isfinite(metrics["loss"] + grad_norm):
+            raise TrainingError(
+                f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}; nothing of this step was saved",
+                "lower optim.learning_rate, or look for odd pictures with `kfood order`; a new start resumes",
+            )
         return metrics
 
     def validate(self) -> dict[str, float]:
-        """Loss and exact match on the validation split, every sample once; training mode stays, dropout rests."""
+        """Loss and accuracy on the validation split, every sample once; training mode stays, dropout rests.
+
+        `accuracy` asks for the label itself, token by token; `kfood eval` also takes aliases and halves of `A_B`.
+        """
         assert self.validation is not None
         recipe, num_samples = self.recipe, len(self.validation.shards)
         chosen = np.arange(num_samples)[: recipe.eval.max_samples]

@@ -2,11 +2,13 @@
 
 import argparse
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 from kfood_dist.config import Recipe, load_recipe, save_recipe
-from kfood_dist.runtime import World, end_with_launcher, quiet_libraries
+from kfood_dist.errors import KfoodError
+from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import preflight
@@ -33,12 +35,18 @@ def run(args: argparse.Namespace) -> int:
     accumulation = preflight(recipe, world.size)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
-        return train(recipe, accumulation, world)
+        try:
+            return train(recipe, accumulation, world)
+        except KfoodError as error:
+            if not world.is_main:  # what only this rank met, nobody else can tell
+                print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
+            raise
 
 
 def train(recipe: Recipe, accumulation: int, world: World) -> int:
     """Resume from the newest checkpoint or begin, train to the end, publish the adapter."""
     quiet_libraries()
+    raise_open_file_limit()
     from kfood_dist.train.build import build_trainer, num_steps  # torch and all the rest
 
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")

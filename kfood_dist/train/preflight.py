@@ -10,13 +10,15 @@ from typing import Any
 from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.data.plan import Plan, accumulation_for
 from kfood_dist.data.shards import Manifest, load_manifest, open_split
+from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import CheckpointError, RecipeError
-from kfood_dist.model.base import require_base
+from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
 from kfood_dist.train import checkpoint
 from kfood_dist.train.zero import deepspeed_config
 
-# What may change between a run's start and its resume: it moves files, or says when to save and what to show.
-# (The batch may be cut differently too; the data position checks that the global batch stays.)
+# What may change between a run's start and its resume: where things lie, how the global batch is cut (the data
+# position checks that it stays the same), when to save and measure, and how long to train. A longer run also stretches
+# the learning rate's decay from the resumed step on.
 CHANGEABLE = {
     "data.shards", "data.num_workers", "model.base", "train.max_steps", "train.epochs", "train.save_every_steps",
     "train.keep_checkpoints", "train.micro_batch_size", "train.gradient_accumulation_steps",
@@ -40,6 +42,7 @@ def preflight(recipe: Recipe, world_size: int) -> int:
     if recipe.eval.every_steps:
         open_split(recipe.data.shards, recipe.eval.split)
     require_base(recipe.model.base)
+    build_template(recipe)
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest:
         _require_same_recipe(recipe)
@@ -47,6 +50,26 @@ def preflight(recipe: Recipe, world_size: int) -> int:
         plan = Plan(len(shards), train.seed, world_size, train.micro_batch_size, accumulation)
         plan.resume(newest.state()["data"], shards.index_hash)
     return accumulation
+
+
+def build_template(recipe: Recipe) -> Template:
+    """The template of a recipe's base model, known to fit the picture size and the length.
+
+    Raises ModelError or RecipeError.
+    """
+    base, data = recipe.model.base, recipe.data
+    vision = load_vision_spec(base, load_config(base))
+    vision.require_fitting(data.image_size)
+    template = Template(load_tokenizer(base), vision, data.system, data.prompt, data.max_length)
+    side = data.image_size // vision.patch_size
+    try:
+        template.encode((1, side, side), None)
+    except SampleTooLong:
+        raise RecipeError(
+            f"data.max_length {data.max_length} is less than one picture of {data.image_size} px takes",
+            "raise data.max_length",
+        ) from None
+    return template
 
 
 def require_image_size(manifest: Manifest, image_size: int) -> None:
@@ -60,7 +83,13 @@ def require_image_size(manifest: Manifest, image_size: int) -> None:
 
 def _require_same_recipe(recipe: Recipe) -> None:
     """A run directory with a checkpoint goes on with the recipe it began with, but for the CHANGEABLE keys."""
-    before = _flat(load_recipe(recipe.run.dir / "recipe.yaml"))
+    try:
+        before = _flat(load_recipe(recipe.run.dir / "recipe.yaml"))
+    except RecipeError as error:
+        raise CheckpointError(
+            f"{recipe.run.dir} has a checkpoint, but the recipe it was made with cannot be used ({error.what})",
+            "put its recipe.yaml back, or set another run.dir",
+        ) from None
     now = _flat(recipe)
     changed = [
         f"{key} was {before[key]} and is now {now[key]}"

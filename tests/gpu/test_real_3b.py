@@ -70,7 +70,7 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shar
         "gradient_checkpointing": recompute,
     }
     recipe = write_recipe(folder / "recipe.yaml", base, tiny_shards, optim={"learning_rate": 1e-4}, train=section)
-    train(recipe, 1)
+    train(recipe, 1, gpu=True)
     yield folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -81,6 +81,7 @@ def test_it_trains_in_4_bits_and_says_what_it_cost(run: Path) -> None:
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert set(facts["linear_layers"]["model.language_model"]) == {"Linear4bit"}
     assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
+    assert facts["parameter_dtypes"]["model.visual"] == ["bfloat16"]
     if not REHEARSAL:  # the tiny model's smallest adapters keep 32-bit moments
         assert facts["optimizer_state_dtypes"] == ["uint8"]
         assert facts["adapted_modules"] == 252
@@ -102,6 +103,8 @@ def test_a_checkpoint_resumes(run: Path) -> None:
     """CUDA's backward passes may add in another order from run to run, so losses agree closely, not to the bit."""
     before = [row["loss"] for row in metrics(run)]
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
-    output = train(run.parent / "recipe.yaml", 1)
+    output = train(run.parent / "recipe.yaml", 1, gpu=True)
     assert f"resumed after step {STEPS // 2}" in output
-    assert [row["loss"] for row in metrics(run)] == pytest.approx(before, rel=0.02)
+    after = [row["loss"] for row in metrics(run)]
+    assert after[STEPS // 2] == pytest.approx(before[STEPS // 2], rel=1e-3)  # weights and data alone
+    assert after == pytest.approx(before, rel=0.02)

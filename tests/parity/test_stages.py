@@ -44,6 +44,7 @@ def test_run_json_says_what_really_ran(curves: dict[int, Path], stage: int, kind
     # bitsandbytes keeps moments of tensors under 4,096 numbers in 32 bits; ZeRO's flat partitions are larger.
     assert facts["optimizer_state_dtypes"] == (["uint8"] if stage else ["float32", "uint8"])
     assert facts["adapted_modules"] == 28
+    assert facts["parameter_dtypes"]["model.visual"] == ["bfloat16"]
     assert facts["trainable_parameters"] == 262_144
     assert facts["total_parameters"] > 3_000_000
     assert facts["versions"]["deepspeed"] and facts["command"]

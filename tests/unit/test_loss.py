@@ -15,7 +15,7 @@ from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.model.adapters import attach_lora
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
-from kfood_dist.model.load import load_base
+from kfood_dist.model.load import load_base, recompute_activations
 from kfood_dist.model.loss import AnswerLoss, exact_matches, normalise_patches
 from kfood_dist.train.loop import resting_dropout
 
@@ -111,7 +111,8 @@ def test_without_token_types_positions_would_be_wrong(tiny_model: Path, vision: 
 
 
 def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(tiny_model: Path, vision: VisionSpec, collator) -> None:
-    module = build(tiny_model, vision)
+    module = build(tiny_model, vision).train()
+    recompute_activations(module.model.get_base_model().model.language_model)
     tower = module.model.get_base_model().model.visual
     inside, kept = [False], [0]
     tower.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
@@ -134,8 +135,9 @@ def test_checkpointing_of_the_language_model_leaves_the_gradients_alone(tiny_mod
     for recompute in (False, True):
         module = build(tiny_model, vision)
         if recompute:
-            language_model = module.model.get_base_model().model.language_model
-            language_model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(module.model.get_base_model().model.language_model)
+            embedding = module.model.get_base_model().get_input_embeddings()
+            assert not embedding._forward_hooks, "inputs would require gradients for nothing"
         module.train()(batch)[0].backward()
         gradients.append([p.grad for p in module.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -46,7 +46,7 @@ def test_the_tested_pins_lie_in_the_ranges() -> None:
     for requirement in requirements():
         if requirement.name == "torchvision":  # extra [gpu]: no CPU build of it to test with
             continue
-        assert requirement.specifier.contains(Version(pinned[requirement.name.lower()])), requirement
+        assert requirement.specifier.contains(Version(pinned[requirement.name.lower().replace("_", "-")])), requirement
 
 
 def test_pyproject_holds_the_build_system_and_lint_rules_only() -> None:
