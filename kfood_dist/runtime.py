@@ -11,9 +11,10 @@ import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfood_dist.errors import LaunchError
+from kfood_dist.errors import KfoodError, LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,16 @@ class World:
             import torch.distributed as dist
 
             dist.barrier()
+
+
+def require_folder_possible(folder: Path | None, option: str) -> None:
+    """Raise KfoodError, without making it, if an output folder could not be made or written to."""
+    if folder is None:
+        return
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        fault = "is not a folder" if not nearest.is_dir() else "may not be written to"
+        raise KfoodError(f"{option} {folder}: {nearest} {fault}", "name another folder")
 
 
 def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:

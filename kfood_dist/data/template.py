@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kfood_dist.data.patches import VisionSpec
-from kfood_dist.errors import ModelError
+from kfood_dist.errors import ModelError, RecipeError
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -52,12 +52,16 @@ class Template:
     """Encodes (image grids, answer) for one system text and prompt; picklable, so workers can hold it.
 
     `tokenizer` is a transformers tokenizer with a chat template. Raises ModelError if it has none, or if the
-    template does not place the image.
+    template does not place the image; RecipeError if a text holds a special token.
     """
 
     def __init__(self, tokenizer: Any, vision: VisionSpec, system: str, prompt: str, max_length: int):
         if not tokenizer.chat_template:
             raise ModelError("the base model's tokenizer has no chat template", "use an Instruct model")
+        if found := [token for token in tokenizer.all_special_tokens if token in system + prompt]:
+            raise RecipeError(
+                f"data.system or data.prompt holds {found[0]}, which is a token of the chat template", "leave it out"
+            )
         self.tokenizer = tokenizer
         self.vision = vision
         self.system = system

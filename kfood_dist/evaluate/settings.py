@@ -10,7 +10,6 @@ compute (quantisation, precision, attention) may be overridden by name with `--s
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from kfood_dist import config
 from kfood_dist.config import Data, Eval, Model, Recipe
 from kfood_dist.data.images import RESIZE_POLICIES
-from kfood_dist.errors import KfoodError, ModelError, RecipeError
+from kfood_dist.errors import ModelError, RecipeError
 
 DATA_KEYS = ("system", "prompt", "image_size", "max_length")
 MODEL_KEYS = ("quantization", "precision", "attention")
@@ -161,13 +160,3 @@ def _fingerprint(files: list[Path]) -> str:
         known_by = sha256_file(file) if status.st_size <= _HASHED_BYTES else f"mtime {status.st_mtime_ns}"
         facts.append([file.name, status.st_size, known_by])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def require_folder_possible(folder: Path | None, option: str) -> None:
-    """Raise KfoodError, without making it, if an output folder could not be made or written to."""
-    if folder is None:
-        return
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        fault = "is not a folder" if not nearest.is_dir() else "may not be written to"
-        raise KfoodError(f"{option} {folder}: {nearest} {fault}", "name another folder")

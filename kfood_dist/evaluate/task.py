@@ -15,11 +15,11 @@ from kfood_dist.evaluate.settings import (
     Settings,
     adapter_fingerprint,
     base_fingerprint,
-    require_folder_possible,
     resolve_settings,
 )
 from kfood_dist.model.adapters import read_adapter_facts
 from kfood_dist.model.base import require_base
+from kfood_dist.runtime import require_folder_possible
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from kfood_dist.data.shards import Manifest, load_manifest, open_split
 from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import CheckpointError, RecipeError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
+from kfood_dist.runtime import require_folder_possible
 from kfood_dist.train import checkpoint
 from kfood_dist.train.zero import deepspeed_config
 
@@ -32,6 +33,7 @@ def preflight(recipe: Recipe, world_size: int) -> int:
     Returns the micro-steps per optimiser step. Raises RecipeError, ShardError, ModelError or CheckpointError.
     """
     train = recipe.train
+    require_folder_possible(recipe.run.dir, "run.dir")
     accumulation = train.gradient_accumulation_steps
     if train.global_batch_size is not None:
         accumulation = accumulation_for(train.global_batch_size, train.micro_batch_size, world_size)

@@ -45,6 +45,15 @@ def test_shards_that_are_no_shards(recipe: Path, tmp_path: Path, tiny_shards: Pa
     refused(recipe, "data.image_size is 448", "data.image_size=448")
 
 
+def test_a_run_directory_that_cannot_be_made(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(recipe, "is not a folder", f"run.dir={tmp_path / 'file' / 'run'}")
+
+
+def test_a_picture_that_does_not_fit_the_length(recipe: Path) -> None:
+    refused(recipe, "data.max_length 10 is less than one picture", "data.max_length=10")
+
+
 def test_a_deepspeed_json_that_conflicts(recipe: Path, tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 5}))

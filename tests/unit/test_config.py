@@ -70,6 +70,12 @@ def test_overrides_apply_in_order_and_take_yaml_values(tmp_path: Path) -> None:
     assert recipe.data.prompt == "이름은: 무엇?"
 
 
+@pytest.mark.parametrize("value", [".inf", ".nan", "-1", "fast"])
+def test_a_learning_rate_must_be_a_positive_number(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RecipeError, match=r"optim\.learning_rate"):
+        load_recipe(write(tmp_path, MINIMAL), [f"optim.learning_rate={value}"])
+
+
 def test_zero_stage_0_with_a_deepspeed_config_is_a_conflict(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="trains without DeepSpeed"):
         load_recipe(write(tmp_path, MINIMAL), ["train.zero_stage=0", "train.deepspeed_config=ds_configs/zero2.json"])

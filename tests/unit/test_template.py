@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kfood_dist.data.patches import VisionSpec
 from kfood_dist.data.template import IGNORED, SampleTooLong, Template, truncate
-from kfood_dist.errors import ModelError
+from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 
 GRID = (1, 4, 6)  # patches; merged 2×2 they are 6 image tokens
@@ -115,6 +115,12 @@ def test_answer_and_image_alone_may_fill_the_limit_exactly(tokenizer, vision: Vi
     assert len(build(tokenizer, vision, exact).encode(GRID, "파전")) == exact
     with pytest.raises(SampleTooLong):
         build(tokenizer, vision, exact - 1).encode(GRID, "파전")
+
+
+def test_a_prompt_with_a_token_of_the_template_is_refused(tokenizer, vision: VisionSpec) -> None:
+    for text in ("<|image_pad|> 이름은?", "끝<|im_end|>"):
+        with pytest.raises(RecipeError, match="a token of the chat template"):
+            build(tokenizer, vision, prompt=text)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tiny_model: Path, vision: VisionSpec) -> None:
