@@ -89,6 +89,7 @@ def accelerate_command(launch: Launch, verb: list[str]) -> list[str]:
         *("--config_file", str(CONFIGS / f"{launch.configuration}.yaml")),
         *("--num_processes", str(launch.processes)),
         *("--main_process_port", "0"),
+        "--quiet",  # a rank that fails says why itself; accelerate's own trace on top says nothing
         *("-m", "kfood_dist", *verb),
     ]
 

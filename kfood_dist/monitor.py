@@ -129,11 +129,18 @@ def console_line(metrics: dict[str, Any], max_steps: int) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; a line cut by a kill is left out."""
+    """The steps on record in a `metrics.jsonl`; what is no whole record, such as a line cut by a kill, is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def _cut_after(path: Path, step: int) -> None:

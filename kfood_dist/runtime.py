@@ -101,7 +101,9 @@ def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
     where a second start writes too. A process that was not started by it is left alone.
     """
     env = os.environ if environment is None else environment
-    if "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env:  # it always sets both
+    by_torchrun = "TORCHELASTIC_RUN_ID" in env  # accelerate's launcher of several processes, and of DeepSpeed
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env  # of a single one
+    if by_torchrun or by_accelerate:
         pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 

@@ -11,6 +11,7 @@ from kfood_dist.data.patches import VisionSpec
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
+from kfood_dist.errors import CheckpointError
 from kfood_dist.model.adapters import attach_lora
 from kfood_dist.model.base import LANGUAGE_MODEL
 from kfood_dist.model.load import load_base, recompute_activations
@@ -54,7 +55,7 @@ def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Check
     start = 0
     if newest:
         start = plan.resume(newest.state()["data"], collator.shards.index_hash)
-        engine.load(newest.engine)
+        load_engine(engine, newest)
     max_steps = num_steps(recipe, accumulation, world.size)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
     facts = {
@@ -106,6 +107,20 @@ def _validation(recipe: Recipe, template: Template) -> StreamingCollator | None:
     if recipe.eval.every_steps is None:
         return None
     return StreamingCollator(open_split(recipe.data.shards, recipe.eval.split), template)
+
+
+def load_engine(engine: Engine, newest: Checkpoint) -> None:
+    """Put weights and optimiser where the checkpoint was. Raises CheckpointError if its files cannot be read."""
+    try:
+        engine.load(newest.engine)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and DeepSpeed say a damaged file in a dozen ways
+        first_line = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(
+            f"checkpoint {newest.folder} cannot be loaded ({type(error).__name__}: {first_line})",
+            "delete that folder; the one before it is used then, or the run starts anew",
+        ) from error
 
 
 def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:

@@ -62,6 +62,16 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(exact(run)) == STEPS
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+    recipe = write(tmp_path, tiny_model, tiny_shards, max_steps=1, zero_stage=0)
+    train(recipe, 1)
+    for file in (tmp_path / "run" / "checkpoints" / "step-00000001" / "engine").iterdir():
+        os.truncate(file, 1000)
+    output, _ = start(recipe, 1, ["train.max_steps=2"]).communicate(timeout=120)
+    assert "step-00000001 cannot be loaded" in output and "delete that folder" in output
+    assert "Traceback" not in output
+
+
 def test_a_second_start_in_the_same_run_directory_is_refused(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:

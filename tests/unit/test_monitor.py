@@ -55,7 +55,7 @@ def test_one_dict_reaches_file_console_and_tensorboard(tmp_path: Path, capsys: p
 def test_a_resumed_run_takes_back_the_steps_it_repeats(tmp_path: Path) -> None:
     write(tmp_path, 0, [3.0, 2.0, 1.0])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # a line cut by a kill
+        file.write('garbage\n{"step": 4, "lo')  # a line cut by a kill
     write(tmp_path, 2, [0.5, 0.25])
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
         (1, 3.0),

@@ -1,6 +1,11 @@
 """Rank variables are read in one place, and a wrong one is a user's mistake, not a crash."""
 
+import subprocess
+import sys
+
+import psutil
 import pytest
+from running import environment
 
 from kfood_dist.errors import LaunchError
 from kfood_dist.runtime import World
@@ -18,9 +23,45 @@ def test_the_launchers_variables_are_read() -> None:
     assert not world.is_main
 
 
+STARTED_BY_A_SHELL = """
+import os, subprocess, sys, time
+code = "import time; import kfood_dist.runtime as r; r.end_with_launcher(); print(1, flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code],
+    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+child.stdout.readline()
+print(child.pid, flush=True)
+os._exit(0)
+"""
+
+
 @pytest.mark.parametrize(
-    "environment", [{"RANK": "a"}, {"RANK": "1"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "2"}]
+    ("variables", "ends"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False),
+        ({}, False),
+    ],
 )
-def test_impossible_ranks_are_refused(environment: dict[str, str]) -> None:
+def test_a_rank_ends_with_its_launcher_and_a_process_of_a_shell_does_not(variables: dict[str, str], ends: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED_BY_A_SHELL],
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    rank = psutil.Process(int(done.stdout))
+    _, alive = psutil.wait_procs([rank], timeout=5 if ends else 1)
+    assert bool(alive) != ends
+    if alive:
+        rank.kill()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RANK": "a"}, {"RANK": "1"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "2"}]
+)
+def test_impossible_ranks_are_refused(variables: dict[str, str]) -> None:
     with pytest.raises(LaunchError, match=r"launch/train\.sh"):
-        World.from_environment(environment)
+        World.from_environment(variables)
