@@ -72,8 +72,9 @@ class Trainer:
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""
         meter = StepMeter()
-        seed_step(self.recipe.train.seed, step, self.world.rank)
         meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
+        # After the batches: starting the loader, at a run's first step, draws a random number too.
+        seed_step(self.recipe.train.seed, step, self.world.rank)
         num_labels = torch.tensor(sum(b.num_label_tokens for b in meter.batches), device=self.device)
         # The engine averages gradients over ranks; times the world size, they are summed.
         scale = self.world.size / max(1, int(self.world.all_sum(num_labels)))
