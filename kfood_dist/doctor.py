@@ -278,7 +278,8 @@ def check_shared_memory(folder: Path = Path("/dev/shm"), wanted_gib: float = _SH
 def check_shards(folder: Path) -> Iterator[Finding]:
     """The manifest and every index of a shard folder read, and the ends of each split open as pictures."""
     from kfood_dist.data.images import decode_rgb
-    from kfood_dist.data.shards import load_manifest, open_split
+    from kfood_dist.data.manifest import load_manifest
+    from kfood_dist.data.shards import open_split
 
     manifest = load_manifest(folder)
     counts = []
@@ -297,7 +298,7 @@ def check_shards(folder: Path) -> Iterator[Finding]:
 
 def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
     """The base model's files are there and its tokenizer, config and picture settings read; no weights."""
-    from kfood_dist.data.shards import load_manifest
+    from kfood_dist.data.manifest import load_manifest
     from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
 
     require_base(base)

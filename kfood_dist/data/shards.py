@@ -16,19 +16,14 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kfood_dist.data.labels import DishClass
+from kfood_dist.data.manifest import VERSION, Manifest, ShardFile, load_manifest
 from kfood_dist.errors import ShardError
-
-FORMAT = "kfood-shards"
-VERSION = 1
-MANIFEST_NAME = "manifest.json"
-SPLITS = ("train", "val", "test")
 
 # Explicit little-endian fields without padding: the same bytes on every machine.
 INDEX_DTYPE = np.dtype(
@@ -48,132 +43,8 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
-_PACK_AGAIN = "pack the source again with `kfood pack SOURCE OUT`"
-
 # A process may usually have 1,024 open files; a large data set has more shards than that.
 _MAX_OPEN_SHARDS = 256
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One tar and its index as the manifest describes them: file names, sizes in bytes, SHA-256 in hex."""
-
-    split: str
-    path: str
-    bytes: int
-    samples: int
-    sha256: str
-    index_path: str
-    index_bytes: int
-    index_sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a packed folder holds; a class's id is its position in `classes`. `raw` is the whole JSON."""
-
-    folder: Path
-    classes: tuple[DishClass, ...]
-    image_size: int
-    resize: str
-    shards: tuple[ShardFile, ...]
-    raw: dict[str, Any]
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have samples, in the order train, val, test."""
-        present = {s.split for s in self.shards if s.samples}
-        return tuple(s for s in SPLITS if s in present)
-
-    def shards_of(self, split: str) -> tuple[ShardFile, ...]:
-        """The shards of one split in reading order."""
-        return tuple(s for s in self.shards if s.split == split)
-
-
-def load_manifest(folder: Path) -> Manifest:
-    """Read `folder/manifest.json`.
-
-    Raises ShardError when the folder or the manifest is missing, is not JSON, or is of another format or
-    version.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ShardError(f"shard folder {folder} does not exist", "name the OUT of a `kfood pack SOURCE OUT`")
-    raw = _load_json(folder)
-    if raw.get("format") != FORMAT:
-        raise ShardError(
-            f"{folder / MANIFEST_NAME} is of format {raw.get('format')!r}, not {FORMAT!r}",
-            "name a folder that `kfood pack` wrote",
-        )
-    if raw.get("version") != VERSION:
-        raise ShardError(
-            f"{folder / MANIFEST_NAME} is of version {raw.get('version')!r}; version {VERSION} is read here",
-            "pack the source again with this kfood",
-        )
-    try:
-        return _parse_manifest(folder, raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ShardError(
-            f"{folder / MANIFEST_NAME} is damaged ({type(error).__name__}: {error})",
-            _PACK_AGAIN,
-        ) from None
-
-
-def _load_json(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_NAME
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ShardError(f"{folder} has no {MANIFEST_NAME}", "pack it with `kfood pack SOURCE OUT`") from None
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror})", "check the path and its permissions") from None
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, or JSON nested without end
-        raise ShardError(f"{path} is not JSON", _PACK_AGAIN) from None
-    if not isinstance(raw, dict):
-        raise ShardError(f"{path} is not a JSON object", _PACK_AGAIN)
-    return raw
-
-
-def _parse_manifest(folder: Path, raw: dict[str, Any]) -> Manifest:
-    classes = tuple(
-        DishClass(str(c["name"]), str(c["category"]), tuple(str(a) for a in c["aliases"])) for c in raw["classes"]
-    )
-    shards = tuple(
-        ShardFile(
-            split=_one_of(SPLITS, entry["split"]),
-            path=_plain_name(entry["path"]),
-            bytes=_count(entry["bytes"]),
-            samples=_count(entry["samples"]),
-            sha256=str(entry["sha256"]),
-            index_path=_plain_name(entry["index"]["path"]),
-            index_bytes=_count(entry["index"]["bytes"]),
-            index_sha256=str(entry["index"]["sha256"]),
-        )
-        for entry in raw["shards"]
-    )
-    _count(raw["rejected"]["count"]), float(raw["rejected"]["share"]), dict(raw["rejected"]["by_reason"])
-    for split in SPLITS:
-        _count(raw["splits"][split]["samples"])
-    return Manifest(folder, classes, _count(raw["image_size"]), str(raw["resize"]), shards, raw)
-
-
-def _plain_name(name: Any) -> str:
-    # A manifest from elsewhere must not lead a reader out of its own folder.
-    if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-        raise ValueError(f"{name!r} is not a plain file name")
-    return name
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a count")
-    return value
-
-
-def _one_of(allowed: tuple[str, ...], value: Any) -> str:
-    if value not in allowed:
-        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
-    return value
 
 
 def open_split(folder: Path, split: str) -> "ShardSplit":

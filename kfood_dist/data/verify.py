@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from kfood_dist.data.images import ImageRejected, decode_rgb
 from kfood_dist.data.labels import DishClass
+from kfood_dist.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardFile, load_manifest
 from kfood_dist.data.packing.prepare import available_cores
-from kfood_dist.data.shards import MANIFEST_NAME, SPLITS, Manifest, ShardFile, load_index, load_manifest
+from kfood_dist.data.shards import load_index
 from kfood_dist.data.tars import Member, file_sha256, members
 from kfood_dist.errors import ShardError
 

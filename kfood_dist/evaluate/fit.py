@@ -7,8 +7,8 @@ settings + base + adapter ──► build_template ──► Template, ready to 
 import json
 from pathlib import Path
 
+from kfood_dist.data.manifest import Manifest
 from kfood_dist.data.patches import VisionSpec
-from kfood_dist.data.shards import Manifest
 from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.evaluate.settings import Settings

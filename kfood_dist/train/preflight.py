@@ -8,8 +8,9 @@ The launcher runs it once, before it starts any rank; each rank runs it again, s
 from typing import Any
 
 from kfood_dist.config import Recipe, load_recipe
+from kfood_dist.data.manifest import Manifest, load_manifest
 from kfood_dist.data.plan import Plan, accumulation_for
-from kfood_dist.data.shards import Manifest, load_manifest, open_split
+from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import CheckpointError, RecipeError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base

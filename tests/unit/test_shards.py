@@ -14,10 +14,11 @@ import webdataset
 from pictures import write_folder
 from PIL import Image
 
+from kfood_dist.data.manifest import load_manifest
 from kfood_dist.data.packing.options import PackOptions
 from kfood_dist.data.packing.pack import pack
 from kfood_dist.data.packing.split import parse_fractions
-from kfood_dist.data.shards import INDEX_DTYPE, load_manifest, open_split
+from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.errors import ShardError
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))

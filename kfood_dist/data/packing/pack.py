@@ -21,6 +21,7 @@ from pathlib import Path
 
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.data.labels import DishClass, load_classes
+from kfood_dist.data.manifest import FORMAT, MANIFEST_NAME, SPLITS, VERSION, Manifest, load_manifest
 from kfood_dist.data.packing.options import PackOptions, fingerprint
 from kfood_dist.data.packing.place import classes_of, part_ambiguous, place
 from kfood_dist.data.packing.prepare import Refusal, prepare_all
@@ -28,7 +29,7 @@ from kfood_dist.data.packing.sources import Record, scan
 from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.data.packing.workspace import partial_folder, publish
 from kfood_dist.data.packing.write import ShardWriter
-from kfood_dist.data.shards import FORMAT, MANIFEST_NAME, SPLITS, VERSION, Manifest, load_manifest, open_split
+from kfood_dist.data.shards import open_split
 from kfood_dist.data.tars import write_file
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import KfoodError, ShardError, SourceError

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kfood_dist.data.labels import DishClass
+from kfood_dist.data.manifest import SPLITS
 from kfood_dist.data.packing.prepare import Prepared, Refusal
 from kfood_dist.data.packing.split import assign_splits, keyed_digest
-from kfood_dist.data.shards import SPLITS
 
 # 13 hex digits, 52 bits: exact as a JSON number in every reader. Two files that meet by chance share a group,
 # which only makes the group wider.

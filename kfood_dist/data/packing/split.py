@@ -12,7 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from kfood_dist.data.shards import SPLITS
+from kfood_dist.data.manifest import SPLITS
 from kfood_dist.errors import SourceError
 
 # For a class with fewer groups than splits: without train it is not learnt, without test not measured.
