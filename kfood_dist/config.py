@@ -39,6 +39,12 @@ class Data(Section):
         description="question put after the picture",
     )
     num_workers: int = Field(1, ge=0, description="loader processes per rank; 0 reads in the training process")
+    worker_start: Literal["fork", "spawn"] = Field(
+        "fork", description="how loader processes start; spawn where a network driver does not survive a fork"
+    )
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="share of the training split that may turn out unreadable before the run stops"
+    )
 
 
 class Model(Section):

@@ -298,13 +298,13 @@ def check_shards(folder: Path) -> Iterator[Finding]:
 
 def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
     """The base model's files are there and its tokenizer, config and picture settings read; no weights."""
+    from kfood_dist.config import Data
     from kfood_dist.data.manifest import load_manifest
     from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
 
     require_base(base)
     config = load_config(base)
-    vision = load_vision_spec(base, config)
+    image_size = Data.model_fields["image_size"].default if shards is None else load_manifest(shards).image_size
+    vision = load_vision_spec(base, config, image_size)
     load_tokenizer(base)
-    if shards is not None:
-        vision.require_fitting(load_manifest(shards).image_size)
     yield Finding(OK, f"{base}: {config.model_type}, {vision.unit} pixels per image token")

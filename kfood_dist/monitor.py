@@ -48,11 +48,12 @@ class StepMeter:
             sum(b.num_tokens for b in self.batches),
             sum(b.input_ids.numel() for b in self.batches),
             sum(len(b.refused) for b in self.batches),
+            sum(len(b.replaced) for b in self.batches),
             self.waited_s,
             elapsed_s,
         ]
         totals = torch.tensor(counts, dtype=torch.float64, device=loss_sum.device)
-        loss, labels, samples, tokens, slots, refused, waited, elapsed = world.all_sum(totals).tolist()
+        loss, labels, samples, tokens, slots, refused, replaced, waited, elapsed = world.all_sum(totals).tolist()
         step_s = elapsed / world.size
         return {
             "loss": loss / max(1.0, labels),
@@ -61,6 +62,7 @@ class StepMeter:
             "data_wait_share": waited / elapsed,
             "padding_share": 1 - tokens / slots,
             "refused": refused,
+            "replaced": replaced,
             "step_seconds": step_s,
         }
 
@@ -125,7 +127,7 @@ def console_line(metrics: dict[str, Any], max_steps: int) -> str:
         f"wait {metrics['data_wait_share']:.0%}  pad {metrics['padding_share']:.0%}  "
         f"mem {metrics['peak_memory_gib']:.2f} GiB  left {left_s // 60}:{left_s % 60:02d}"
     )
-    return line + (f"  refused {metrics['refused']:.0f}" if metrics["refused"] else "")
+    return line + "".join(f"  {name} {metrics[name]:.0f}" for name in ("refused", "replaced") if metrics[name])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -76,6 +76,16 @@ class World:
         dist.gather_object(item, items)
         return items
 
+    def share(self, item: Any) -> list[Any]:
+        """Every rank's picklable `item`, by rank, on every rank."""
+        if self.size == 1:
+            return [item]
+        import torch.distributed as dist
+
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
     def barrier(self) -> None:
         """Return once every rank is here."""
         if self.size > 1:
@@ -104,8 +114,13 @@ def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
     by_torchrun = "TORCHELASTIC_RUN_ID" in env  # accelerate's launcher of several processes, and of DeepSpeed
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env  # of a single one
     if by_torchrun or by_accelerate:
-        pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process, at once, when the thread that started it ends."""
+    pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
 
 
 def raise_open_file_limit() -> None:

@@ -50,7 +50,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Pat
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
     """An adapter of the tiny model that has learned to answer with dish names, if not always the right ones."""
     data = Data(shards=tiny_shards)
-    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)))
+    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
     shards = open_split(tiny_shards, "train")
     template = Template(load_tokenizer(str(tiny_model)), vision, data.system, data.prompt, data.max_length)
     collator = StreamingCollator(shards, template)

@@ -4,23 +4,35 @@
     label ──► template ──► ids, labels ────────────┴──► pad ──► Batch
 
 Always holds: each picture's patches and image tokens travel together; a sample that cannot fit is left out by name
-(`Batch.refused`) and never stalls a rank: if nothing remains, a filler without labels is put in its place.
+(`Batch.refused`) and never stalls a rank: if nothing remains, a filler without labels is put in its place. A sample
+that cannot be read any more is, while training, replaced by another that depends on its id alone (`Batch.replaced`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from kfood_dist.data.images import decode_rgb
-from kfood_dist.data.patches import patchify
+from kfood_dist.data.images import ImageRejected, decode_rgb
+from kfood_dist.data.patches import encode_picture
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import ShardSplit
 from kfood_dist.data.template import IGNORED, Encoded, SampleTooLong, Template
-from kfood_dist.errors import KfoodError
+from kfood_dist.errors import ShardError
+
+# So many samples in a row do not rot by chance: then the shards themselves are out of reach.
+_SUBSTITUTES_TRIED = 8
+
+
+class LeftOut(NamedTuple):
+    """A sample that is not in its batch, by its key, and why."""
+
+    key: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,11 @@ class Batch:
     attention_mask: torch.Tensor  # (B, L) int64
     mm_token_type_ids: torch.Tensor  # (B, L) int64, 1 at image tokens: mRoPE needs it
     labels: torch.Tensor  # (B, L) int64, IGNORED outside answers
-    patches: torch.Tensor  # (total patches, 3·p·p) uint8
+    patches: torch.Tensor  # (total patches, 3·p·p) uint8; of a model's own processor (…, 3·T·p·p) float32
     image_grid_thw: torch.Tensor  # (B, 3) int64
-    ids: tuple[int, ...] = ()
-    refused: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()  # the samples asked for and in here, themselves or by a substitute
+    refused: tuple[LeftOut, ...] = ()
+    replaced: tuple[LeftOut, ...] = ()
 
     @property
     def num_label_tokens(self) -> int:
@@ -58,36 +71,93 @@ class Batch:
         return Batch(**values)
 
 
+class _Sample(NamedTuple):
+    encoded: Encoded
+    patches: np.ndarray
+    grid: tuple[int, int, int]
+
+
 class StreamingCollator(Dataset[Batch]):
     """Turns a MicroBatch into a Batch; a map-style dataset whose index is the micro-batch itself.
 
-    With `for_generation` the answers are left off and padding goes to the left, where generation wants it.
+    With `for_generation` the answers are left off and padding goes to the left, where generation wants it. `unreadable`
+    says what becomes of a sample whose bytes are damaged: `stop` raises ShardError, as a measurement must; `refuse`
+    leaves it out by name; `replace` puts a substitute in its place, as training wants it.
     """
 
-    def __init__(self, shards: ShardSplit, template: Template, for_generation: bool = False):
+    def __init__(
+        self,
+        shards: ShardSplit,
+        template: Template,
+        for_generation: bool = False,
+        unreadable: Literal["stop", "refuse", "replace"] = "stop",
+    ):
         self.shards = shards
         self.template = template
         self.for_generation = for_generation
+        self.unreadable = unreadable
         self.pad_token_id = int(template.tokenizer.pad_token_id)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        used, refused, samples = [], [], []
-        for i in micro_batch.ids:
+        used: list[int] = []
+        refused: list[LeftOut] = []
+        replaced: list[LeftOut] = []
+        samples: list[_Sample] = []
+        for i, picture in zip(micro_batch.ids, self._pictures(micro_batch.ids), strict=True):
+            shown = i
+            if isinstance(picture, ShardError) and self.unreadable == "replace":
+                replaced.append(LeftOut(self.shards.key(i), picture.what))
+                shown, picture = self._substitute(i, picture)
+            if isinstance(picture, ShardError):
+                refused.append(LeftOut(self.shards.key(i), picture.what))
+                continue
             try:
-                samples.append(self._sample(i, answered=not self.for_generation))
+                samples.append(self._sample(shown, picture, answered=not self.for_generation))
                 used.append(i)
             except SampleTooLong:
-                refused.append(self.shards.key(i))
+                refused.append(LeftOut(self.shards.key(i), "answer and image alone exceed data.max_length"))
         if not samples:
-            samples = [self._sample(micro_batch.filler, answered=False)]
-        return self._pad(samples, tuple(used), tuple(refused))
+            samples = [self._filler(micro_batch.filler)]
+        return self._pad(samples, ids=tuple(used), refused=tuple(refused), replaced=tuple(replaced))
 
-    def _sample(self, i: int, answered: bool) -> tuple[Encoded, np.ndarray, tuple[int, int, int]]:
-        patches, grid = patchify(decode_rgb(self.shards.read(i)), self.template.vision)
-        return self.template.encode(grid, self.shards.label(i).name if answered else None), patches, grid
+    def _pictures(self, ids: Sequence[int]) -> list[np.ndarray | ShardError]:
+        """RGB (H, W, 3) uint8 of each sample, or what is wrong with it; raises it instead under `stop`."""
+        pictures: list[np.ndarray | ShardError] = []
+        for i, data in zip(ids, self.shards.read_many(ids), strict=True):
+            picture = data if isinstance(data, ShardError) else self._decode(i, data)
+            if isinstance(picture, ShardError) and self.unreadable == "stop":
+                raise picture
+            pictures.append(picture)
+        return pictures
 
-    def _pad(self, samples: list, used: tuple[int, ...], refused: tuple[str, ...]) -> Batch:
-        encoded = [sample[0] for sample in samples]
+    def _decode(self, i: int, jpeg: bytes) -> np.ndarray | ShardError:
+        try:
+            return decode_rgb(jpeg)
+        except ImageRejected as error:
+            return ShardError(f"{self.shards.key(i)} does not decode ({error.detail})", "see `kfood verify`")
+
+    def _substitute(self, i: int, fault: ShardError) -> tuple[int, np.ndarray]:
+        """Another sample and its picture, a function of i and of what can be read; raises `fault` if none is found."""
+        for candidate in islice(substitutes(i, len(self.shards)), _SUBSTITUTES_TRIED):
+            [picture] = self._pictures([candidate])
+            if not isinstance(picture, ShardError):
+                return candidate, picture
+        raise fault
+
+    def _filler(self, i: int) -> _Sample:
+        """What keeps a rank going whose samples are all left out: a picture without an answer, if need be a blank."""
+        [picture] = self._pictures([i])
+        if isinstance(picture, ShardError):
+            size = self.shards.manifest.image_size
+            picture = np.zeros((size, size, 3), dtype=np.uint8)
+        return self._sample(i, picture, answered=False)
+
+    def _sample(self, i: int, rgb: np.ndarray, answered: bool) -> _Sample:
+        patches, grid = encode_picture(rgb, self.template.vision)
+        return _Sample(self.template.encode(grid, self.shards.label(i).name if answered else None), patches, grid)
+
+    def _pad(self, samples: list[_Sample], **left_out: Any) -> Batch:
+        encoded = [sample.encoded for sample in samples]
         length = max(map(len, encoded))
 
         def padded(rows: Iterable[np.ndarray], value: int) -> torch.Tensor:
@@ -101,52 +171,17 @@ class StreamingCollator(Dataset[Batch]):
             attention_mask=padded((np.ones(len(e)) for e in encoded), 0),
             mm_token_type_ids=padded((e.is_image for e in encoded), 0),
             labels=padded((e.labels for e in encoded), IGNORED),
-            patches=torch.from_numpy(np.concatenate([sample[1] for sample in samples])),
-            image_grid_thw=torch.tensor([sample[2] for sample in samples]),
-            ids=used,
-            refused=refused,
+            patches=torch.from_numpy(np.concatenate([sample.patches for sample in samples])),
+            image_grid_thw=torch.tensor([sample.grid for sample in samples]),
+            **left_out,
         )
 
 
-def stream(
-    collator: StreamingCollator,
-    micro_batches: Iterator[MicroBatch],
-    num_workers: int,
-    pin_memory: bool = False,
-    ahead: int = 2,
-) -> Iterator[Batch]:
-    """The batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this one).
+def substitutes(i: int, num_samples: int) -> Iterator[int]:
+    """Stand-ins for sample i, in the order to try them.
 
-    At least `ahead` of them are under way at any time, so that a step that takes several at once need not wait.
-    DataLoader keeps the order of its sampler whatever the number of workers, and ends its workers with the parent.
+    The golden section leads far away at each try: what spoils one sample often spoils its neighbours too.
     """
-    loader: DataLoader[Batch | KfoodError] = DataLoader(
-        _FaultsAsValues(collator),
-        batch_size=None,
-        sampler=micro_batches,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        prefetch_factor=max(2, -(-ahead // num_workers)) if num_workers else None,
-    )
-    for batch in loader:
-        if isinstance(batch, KfoodError):
-            raise batch
-        yield batch
-
-
-class _FaultsAsValues(Dataset["Batch | KfoodError"]):
-    """Hands a user's mistake over as a value: raised in a loader process, it would arrive as a RuntimeError."""
-
-    def __init__(self, collator: StreamingCollator):
-        self.collator = collator
-
-    def __getitem__(self, micro_batch: MicroBatch) -> Batch | KfoodError:
-        try:
-            return self.collator[micro_batch]
-        except KfoodError as error:
-            return error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    stride = max(1, round(num_samples * 0.618033988749895))
+    for attempt in range(1, num_samples):
+        yield (i + attempt * stride) % num_samples

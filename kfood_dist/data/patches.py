@@ -1,12 +1,14 @@
 """Pictures as the vision tower's patches, in uint8: one reshape on the worker, the arithmetic on the device.
 
     RGB (H, W, 3) uint8 ──► patchify ──► patches (num_patches, 3·p·p) uint8, grid (1, H/p, W/p)
+                       └──► the model's own image processor, where patches would not equal it ──► float32 pixel values
 
 Normalisation and the repeat in time happen later (`model.loss.normalise_patches`), so a picture crosses to the
 device as one byte per value instead of eight.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +17,10 @@ from kfood_dist.errors import RecipeError
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """What a base model's config and image processor say about pictures."""
+    """What a base model's config and image processor say about pictures.
+
+    `own_processor` is transformers' image processor where uint8 patches would not equal what it gives, else None.
+    """
 
     patch_size: int
     merge_size: int
@@ -25,6 +30,7 @@ class VisionSpec:
     image_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    own_processor: Any = None
 
     @property
     def unit(self) -> int:
@@ -52,3 +58,18 @@ def patchify(rgb: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, tuple[int, 
     cut = rgb.reshape(rows // m, m, p, columns // m, m, p, 3)
     patches = cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * p * p)
     return np.ascontiguousarray(patches), (1, rows, columns)
+
+
+def encode_picture(rgb: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """RGB (H, W, 3) uint8 as `patchify` gives it; or, of a model's own processor, pixel values (n, 3·T·p·p) float32."""
+    if spec.own_processor is None:
+        return patchify(rgb, spec)
+    # The channels' place is said, since a processor would have to guess it of a very small picture.
+    made = spec.own_processor(images=[rgb], return_tensors="np", input_data_format="channels_last")
+    time, rows, columns = (int(n) for n in made["image_grid_thw"][0])
+    return np.asarray(made["pixel_values"], dtype=np.float32), (time, rows, columns)
+
+
+def grid_of(image_size: int, spec: VisionSpec) -> tuple[int, int, int]:
+    """The patch grid (time, height, width) of a square picture of this side in pixels."""
+    return encode_picture(np.zeros((image_size, image_size, 3), dtype=np.uint8), spec)[1]

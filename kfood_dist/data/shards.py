@@ -15,7 +15,7 @@ import json
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,16 @@ class ShardSplit:
     def read(self, i: int) -> bytes:
         """The JPEG bytes of sample i; raises ShardError naming shard and key unless they are those packed."""
         return self._read_part(i, "image")
+
+    def read_many(self, ids: Sequence[int]) -> list[bytes | ShardError]:
+        """The JPEG bytes of each sample, or what is wrong with it."""
+        found: list[bytes | ShardError] = []
+        for i in ids:
+            try:
+                found.append(self.read(i))
+            except ShardError as error:
+                found.append(error)
+        return found
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The sample's JSON: `label, category, source, width, height, group`; raises as `read` does."""

@@ -16,6 +16,9 @@ import numpy as np
 from kfood_dist.data.patches import VisionSpec
 from kfood_dist.errors import ModelError, RecipeError
 
+# A data set of dishes has a few hundred answers; one of free text must not fill the memory.
+_MOST_REMEMBERED = 4096
+
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -67,7 +70,7 @@ class Template:
         self.system = system
         self.prompt = prompt
         self.max_length = max_length
-        self._answers: dict[str, np.ndarray] = {}
+        self._encoded: dict[tuple[tuple[int, int, int], str | None], Encoded] = {}
         if (self._context == vision.image_token_id).sum() != 1:
             raise ModelError(
                 "the base model's chat template does not place exactly one image token for one picture",
@@ -86,10 +89,16 @@ class Template:
     def encode(self, grid: tuple[int, int, int], answer: str | None) -> Encoded:
         """Tokens of one picture (patch grid time × height × width) and its answer; with None, all but the answer.
 
-        Where the text is cut at all, it is cut by the answer's length more when there is an answer.
-
-        Raises SampleTooLong.
+        Where the text is cut at all, it is cut by the answer's length more when there is an answer. The same grid and
+        answer give the same arrays, which are not to be written to. Raises SampleTooLong.
         """
+        if (grid, answer) not in self._encoded:
+            if len(self._encoded) >= _MOST_REMEMBERED:
+                self._encoded.clear()
+            self._encoded[grid, answer] = self._encode(grid, answer)
+        return self._encoded[grid, answer]
+
+    def _encode(self, grid: tuple[int, int, int], answer: str | None) -> Encoded:
         num_image_tokens = grid[0] * grid[1] * grid[2] // self.vision.merge_size**2
         repeats = np.where(self._context == self.vision.image_token_id, num_image_tokens, 1)
         context = np.repeat(self._context, repeats)
@@ -112,10 +121,7 @@ class Template:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _answer(self, answer: str) -> np.ndarray:
-        if answer not in self._answers:
-            ids = self._tokenise(answer)
-            self._answers[answer] = np.append(ids, self.tokenizer.eos_token_id)
-        return self._answers[answer]
+        return np.append(self._tokenise(answer), self.tokenizer.eos_token_id)
 
     def _tokenise(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)

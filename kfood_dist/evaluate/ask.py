@@ -62,11 +62,10 @@ class Part:
 def my_batches(num_samples: int, batch_size: int, world: World) -> list[tuple[int, ...]]:
     """The batches of this rank: batch b of the split goes to rank b modulo the world size, whole.
 
-    A rank may have one batch less than another: nothing is exchanged before all have finished.
+    Every rank gets as many; where a rank has nothing left, its last one is empty.
     """
     slots = deal(np.arange(num_samples), world.size, batch_size)[:, world.rank]
-    batches = (tuple(int(i) for i in ids if i != EMPTY) for ids in slots)
-    return [ids for ids in batches if ids]
+    return [tuple(int(i) for i in ids if i != EMPTY) for ids in slots]
 
 
 def answer_part(task: Task, template: Template, world: World, device: torch.device) -> Part | KfoodError:
@@ -89,8 +88,7 @@ def answer_part(task: Task, template: Template, world: World, device: torch.devi
 
 def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int, ...]) -> dict[int, Record]:
     """The records of one batch by position in the index; a picture refused as too long has none."""
-    sizes = collator.shards.index["width"].astype(int) * collator.shards.index["height"]
-    batch = collator[MicroBatch(step=0, micro_step=0, ids=ids, filler=int(sizes.argmin()))]
+    batch = collator[MicroBatch(step=0, micro_step=0, ids=ids, filler=0)]
     answers = answerer.answer(batch) if batch.ids else []  # otherwise it holds the filler alone
     return {
         i: make_record(collator.shards, i, answer.text, answer.confidence)

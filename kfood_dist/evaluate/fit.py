@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from kfood_dist.data.manifest import Manifest
-from kfood_dist.data.patches import VisionSpec
+from kfood_dist.data.patches import grid_of
 from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.evaluate.settings import Settings
@@ -39,11 +39,10 @@ def build_template(settings: Settings, base: str, adapter: Path | None) -> Templ
     of that size does not fit the model or the length.
     """
     require_base(base)
-    vision = load_vision_spec(base, load_config(base))
-    vision.require_fitting(settings.image_size)
+    vision = load_vision_spec(base, load_config(base), settings.image_size)
     template = Template(load_tokenizer(base), vision, settings.system, settings.prompt, settings.max_length)
     try:
-        template.encode(_grid(vision, settings.image_size), None)
+        template.encode(grid_of(settings.image_size, vision), None)
     except SampleTooLong:
         raise RecipeError(
             f"data.max_length {settings.max_length} is too short for a picture of {settings.image_size} pixels",
@@ -52,10 +51,6 @@ def build_template(settings: Settings, base: str, adapter: Path | None) -> Templ
     if adapter is not None:
         require_adapter_fits(base, adapter)
     return template
-
-
-def _grid(vision: VisionSpec, image_size: int) -> tuple[int, int, int]:
-    return (1, image_size // vision.patch_size, image_size // vision.patch_size)
 
 
 def require_adapter_fits(base: str, adapter: Path) -> None:

@@ -3,6 +3,8 @@
 `model.base` (folder or hub name) ──► require_base ──► load_config, load_tokenizer, load_vision_spec
 """
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +90,12 @@ def load_tokenizer(base: str) -> Any:
         raise ModelError(f"the tokenizer of {base} cannot be read ({_first_line(error)})", _REDOWNLOAD) from None
 
 
-def load_vision_spec(base: str, config: Any) -> VisionSpec:
-    """How `base` wants its pictures: patch geometry from its config, normalisation from its image processor.
+def load_vision_spec(base: str, config: Any, image_size: int) -> VisionSpec:
+    """How `base` wants square pictures of `image_size` pixels: geometry from its config, the rest from its processor.
 
-    Reads the processor's settings, not the processor: several releases of transformers build it with torchvision only.
+    Reads the processor's settings, and the processor itself only where uint8 patches would not equal what it gives:
+    several releases of transformers build it with torchvision only. Raises ModelError if either cannot be read,
+    RecipeError if the size is no whole number of image tokens.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -101,7 +105,7 @@ def load_vision_spec(base: str, config: Any) -> VisionSpec:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the image processor of {base} cannot be read ({_first_line(error)})", _REDOWNLOAD) from None
     vision = config.vision_config
-    return VisionSpec(
+    spec = VisionSpec(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
@@ -111,6 +115,51 @@ def load_vision_spec(base: str, config: Any) -> VisionSpec:
         vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id,
     )
+    spec.require_fitting(image_size)
+    if _is_patches_alone(settings, spec, image_size):
+        return spec
+    return replace(spec, own_processor=_load_processor(base))
+
+
+def _is_patches_alone(settings: dict[str, Any], spec: VisionSpec, image_size: int) -> bool:
+    """Whether a processor of these settings does no more to such a picture than cut, rescale and normalise it.
+
+    Names and defaults are those of transformers' Qwen2VLImageProcessor; outside its limits it would resize.
+    """
+    size = settings.get("size") or {}
+    fewest_pixels = settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+    most_pixels = settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    geometry = {
+        "patch_size": spec.patch_size,
+        "merge_size": spec.merge_size,
+        "temporal_patch_size": spec.temporal_patch_size,
+    }
+    return (
+        str(settings.get("image_processor_type")).removesuffix("Fast") == "Qwen2VLImageProcessor"
+        and all(settings.get(name, value) == value for name, value in geometry.items())
+        and settings.get("do_rescale", True)
+        and settings.get("do_normalize", True)
+        and math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255)
+        and (fewest_pixels <= image_size**2 <= most_pixels or not settings.get("do_resize", True))
+    )
+
+
+def _load_processor(base: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(base)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"the image processor of {base} cannot be loaded ({_first_line(error)})",
+            "install torchvision if it asks for it (pip install 'kfood_dist[gpu]'), or pack pictures of another size",
+        ) from None
+    if "image_grid_thw" not in processor.model_input_names:
+        raise ModelError(
+            f"the image processor of {base}, {type(processor).__name__}, gives no patches with their grid",
+            "use a Qwen2.5-VL, or a model whose processor hands out image_grid_thw",
+        )
+    return processor
 
 
 _REDOWNLOAD = "download the model again, or set model.base to another"

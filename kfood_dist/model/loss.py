@@ -24,7 +24,10 @@ def normalise_patches(patches: torch.Tensor, vision: VisionSpec) -> torch.Tensor
     """uint8 patches (n, 3·p·p) → pixel_values (n, 3·T·p·p) float32, normalised and repeated T times in time.
 
     Equals transformers' Qwen2VLImageProcessor, which rescales by 1/255, then takes (x - mean) / std per channel.
+    Pixel values that a model's own processor made (float32) are returned as they are.
     """
+    if patches.is_floating_point():
+        return patches
     p, t = vision.patch_size, vision.temporal_patch_size
     mean = torch.tensor(vision.mean, device=patches.device).view(1, 3, 1, 1)
     std = torch.tensor(vision.std, device=patches.device).view(1, 3, 1, 1)

@@ -42,7 +42,7 @@ def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Check
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
     accelerator = build_accelerator(recipe, accumulation, world)
     template = build_template(recipe)
-    collator = StreamingCollator(open_split(recipe.data.shards, "train"), template)
+    collator = StreamingCollator(open_split(recipe.data.shards, "train"), template, unreadable="replace")
     plan = build_plan(recipe, accumulation, world.size)
     module = build_module(recipe, template.vision, accelerator.device)
     engine = _build_engine(recipe, accelerator, module)
@@ -106,7 +106,7 @@ def _build_engine(recipe: Recipe, accelerator: Accelerator, module: AnswerLoss) 
 def _validation(recipe: Recipe, template: Template) -> StreamingCollator | None:
     if recipe.eval.every_steps is None:
         return None
-    return StreamingCollator(open_split(recipe.data.shards, recipe.eval.split), template)
+    return StreamingCollator(open_split(recipe.data.shards, recipe.eval.split), template, unreadable="refuse")
 
 
 def load_engine(engine: Engine, newest: Checkpoint) -> None:

@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 
 from kfood_dist.config import Recipe
-from kfood_dist.data.collate import Batch, StreamingCollator, stream
+from kfood_dist.data.collate import Batch, StreamingCollator
 from kfood_dist.data.plan import MicroBatch, Plan, deal
+from kfood_dist.data.stream import stream
 from kfood_dist.errors import TrainingError
 from kfood_dist.model.adapters import save_adapter
 from kfood_dist.model.loss import AnswerLoss, exact_matches
@@ -30,6 +32,8 @@ from kfood_dist.train import checkpoint
 from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
+
+_BAD_LISTED = 50
 
 
 @dataclass
@@ -49,13 +53,20 @@ class Trainer:
     adapter_facts: dict[str, Any]
     checkpoint_facts: dict[str, Any]
     run_facts: dict[str, Any]
+    bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
 
     def train(self, start: int) -> Path:
         """Take the steps from `start` to `max_steps`; returns the last checkpoint's adapter folder."""
         recipe = self.recipe.train
         micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
-        on_gpu = self.device.type == "cuda"
-        batches = stream(self.collator, micro_batches, self.recipe.data.num_workers, on_gpu, self.plan.accumulation)
+        batches = stream(
+            self.collator,
+            micro_batches,
+            self.recipe.data.num_workers,
+            pin_memory=self.device.type == "cuda",
+            ahead=self.plan.accumulation,
+            start_method=self.recipe.data.worker_start,
+        )
         last = start
         for step in range(start, self.max_steps):
             self.log.step(self.train_step(step, batches))
@@ -94,8 +105,8 @@ class Trainer:
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
-        if metrics["refused"]:
-            self._name_refused(step, meter)
+        if metrics["refused"] or metrics["replaced"]:
+            self._name_left_out(step, meter)
         if not math.isfinite(metrics["loss"] + grad_norm):
             raise TrainingError(
                 f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}; nothing of this step was saved",
@@ -115,7 +126,10 @@ class Trainer:
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         with torch.no_grad(), resting_dropout(self.module):
-            for batch in stream(self.validation, micro_batches, recipe.data.num_workers):
+            batches = stream(
+                self.validation, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start
+            )
+            for batch in batches:
                 on_device = batch.to(self.device)
                 loss, hits = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)
@@ -147,17 +161,38 @@ class Trainer:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def _name_refused(self, step: int, meter: StepMeter) -> None:
-        """Name the step's refused samples of all ranks; a collective, entered by all since the count is global."""
-        named = self.world.gather([key for batch in meter.batches for key in batch.refused])
-        for key in (key for keys in named or [] for key in keys):
-            self.log.say(f"step {step + 1}: {key} left out, answer and image alone exceed data.max_length")
+    def _name_left_out(self, step: int, meter: StepMeter) -> None:
+        """Name the samples of all ranks that this step left out or replaced; stop the run if too many are bad.
+
+        A collective, entered by all ranks since the counts are global.
+        """
+        of_ranks = self.world.share([(batch.refused, batch.replaced) for batch in meter.batches])
+        for refused, replaced in (pair for pairs in of_ranks for pair in pairs):
+            for key, why in refused:
+                self.log.say(f"step {step + 1}: {key} left out: {why}")
+            for key, why in replaced:
+                self.log.say(f"step {step + 1}: {key} replaced by another sample: {why}")
+                self.bad[key] = why
+        require_few_bad(self.bad, len(self.collator.shards), self.recipe.data.max_bad_share)
 
     def _next(self, batches: Iterator[Batch], meter: StepMeter) -> Batch:
         began = time.perf_counter()
         batch = next(batches)
         meter.waited_s += time.perf_counter() - began
         return batch
+
+
+def require_few_bad(bad: dict[str, str], num_samples: int, max_share: float) -> None:
+    """Raise TrainingError with the list if more than `max_share` of the split could not be read."""
+    if len(bad) <= max_share * num_samples:
+        return
+    listed = "".join(f"\n  {key}: {why}" for key, why in islice(sorted(bad.items()), _BAD_LISTED))
+    more = f"\n  and {len(bad) - _BAD_LISTED} more, all in log.txt" if len(bad) > _BAD_LISTED else ""
+    raise TrainingError(
+        f"{len(bad)} of {num_samples} training samples cannot be read, more than data.max_bad_share {max_share}:"
+        f"{listed}{more}\n",
+        "look at all of them with `kfood verify`, restore the shards and start again: it resumes",
+    )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

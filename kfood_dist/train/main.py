@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             return train(recipe, accumulation, world)
         except KfoodError as error:
             if not world.is_main:  # what only this rank met, nobody else can tell
-                print(f"rank {world.rank}: {error}", file=sys.stderr, flush=True)
+                print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             raise
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.data.manifest import Manifest, load_manifest
+from kfood_dist.data.patches import grid_of
 from kfood_dist.data.plan import Plan, accumulation_for
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import SampleTooLong, Template
@@ -22,8 +23,9 @@ from kfood_dist.train.zero import deepspeed_config
 # position checks that it stays the same), when to save and measure, and how long to train. A longer run also stretches
 # the learning rate's decay from the resumed step on.
 CHANGEABLE = {
-    "data.shards", "data.num_workers", "model.base", "train.max_steps", "train.epochs", "train.save_every_steps",
-    "train.keep_checkpoints", "train.micro_batch_size", "train.gradient_accumulation_steps",
+    "data.shards", "data.num_workers", "data.worker_start", "data.max_bad_share", "model.base",
+    "train.max_steps", "train.epochs", "train.save_every_steps", "train.keep_checkpoints",
+    "train.micro_batch_size", "train.gradient_accumulation_steps",
     "train.global_batch_size", "train.gradient_checkpointing", "run.dir", "run.log_every_steps",
 }  # fmt: skip
 
@@ -61,12 +63,10 @@ def build_template(recipe: Recipe) -> Template:
     Raises ModelError or RecipeError.
     """
     base, data = recipe.model.base, recipe.data
-    vision = load_vision_spec(base, load_config(base))
-    vision.require_fitting(data.image_size)
+    vision = load_vision_spec(base, load_config(base), data.image_size)
     template = Template(load_tokenizer(base), vision, data.system, data.prompt, data.max_length)
-    side = data.image_size // vision.patch_size
     try:
-        template.encode((1, side, side), None)
+        template.encode(grid_of(data.image_size, vision), None)
     except SampleTooLong:
         raise RecipeError(
             f"data.max_length {data.max_length} is less than one picture of {data.image_size} px takes",

@@ -1,35 +1,79 @@
-"""A shard that rots after packing ends the run with one clear message, whichever rank and process meets it."""
+"""Pictures that rot after packing: replaced by the same others on any number of ranks, counted, named; or the end."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from running import start, write_recipe
+from running import metrics, start, train, write_recipe
 
-from kfood_dist.data.plan import Plan
 from kfood_dist.data.shards import open_split
 
+GLOBAL_BATCH = 8
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_flipped_byte_on_the_second_rank_is_named(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, num_workers: int
+
+def rot(shards: Path, *ids: int) -> list[str]:
+    """Flip a byte in the pictures of these training samples; returns their keys."""
+    split = open_split(shards, "train")
+    with open(shards / split.manifest.shards_of("train")[0].path, "r+b") as tar:
+        for i in ids:
+            tar.seek(int(split.index["image_offset"][i]) + 100)
+            byte = tar.read(1)[0]
+            tar.seek(-1, 1)
+            tar.write(bytes([byte ^ 0xFF]))
+    return [split.key(i) for i in ids]
+
+
+def recipe_for(folder: Path, model: Path, shards: Path, num_workers: int, max_bad_share: float, ranks: int) -> Path:
+    folder.mkdir()
+    return write_recipe(
+        folder / "recipe.yaml",
+        model,
+        shards,
+        data={"num_workers": num_workers, "max_bad_share": max_bad_share},
+        lora={"dropout": 0.0},
+        model={"precision": "fp32", "quantization": "none"},
+        train={
+            "zero_stage": 0,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": GLOBAL_BATCH // 2 // ranks,
+            "max_steps": 3,
+        },
+    )
+
+
+def test_damaged_pictures_are_replaced_counted_and_named_alike_on_one_rank_and_on_two(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
-    split = open_split(shards, "train")
-    plan = Plan(len(split), seed=0, ranks=2, micro_batch=2, accumulation=2)
-    victim = next(m for m in plan.micro_batches(1, 1, 2)).ids[0]
-    tar = shards / split.manifest.shards[0].path
-    with open(tar, "r+b") as file:
-        file.seek(int(split.index["image_offset"][victim]) + 100)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 0xFF]))
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml", tiny_model, shards, data={"num_workers": num_workers}, train={"zero_stage": 0}
-    )
+    keys = rot(shards, 1, 4)
+    losses, named = {}, {}
+    for ranks, num_workers in ((1, 0), (2, 1)):
+        recipe = recipe_for(tmp_path / f"of-{ranks}", tiny_model, shards, num_workers, 0.2, ranks)
+        output = train(recipe, ranks)
+        rows = metrics(recipe.parent / "run")
+        assert sum(row["replaced"] for row in rows) == 2  # 24 samples: each is met once in three steps of eight
+        assert [row["samples"] for row in rows] == [8, 16, 24]
+        named[ranks] = sorted(re.findall(r"step \d+: \S+ replaced by another sample: .*crc32.*", output))
+        losses[ranks] = [row["loss"] for row in rows]
+        assert "replaced 1" in output or "replaced 2" in output
+    assert [line.split()[2] for line in sorted(named[1], key=lambda line: line.split()[2])] == keys
+    assert named[1] == named[2]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_more_than_the_configured_share_stops_the_run_with_the_list(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    keys = rot(shards, 0, 3, 7)
+    recipe = recipe_for(tmp_path / "of-2", tiny_model, shards, 1, 2 / 24, 2)
     process = start(recipe, 2)
     output, _ = process.communicate(timeout=200)
     assert process.returncode != 0
-    said = [line for line in output.splitlines() if line.startswith("rank 1: ")]
-    assert len(said) == 1, output
-    assert split.key(victim) in said[0] and tar.name in said[0] and "→" in said[0]
+    told = re.search(r"kfood train: 3 of 24 training samples cannot be read, more than data.max_bad_share", output)
+    assert told, output
+    listed = re.findall(r"^  (train-\d+): .*crc32", output[told.start() :], flags=re.MULTILINE)
+    assert listed == keys
+    assert "→ look at all of them with `kfood verify`" in output
+    assert output.count("training samples cannot be read") == 2  # rank 0's, and rank 1's own line

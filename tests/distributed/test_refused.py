@@ -12,7 +12,7 @@ IMAGE_TOKENS = 64 + 2  # a 224 px picture and its two brackets
 
 
 def test_long_answers_are_refused_and_the_run_goes_on(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
-    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)))
+    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
     template = Template(load_tokenizer(str(tiny_model)), vision, "", "이름은?", 1536)
     shards = open_split(tiny_shards, "train")
     lengths = [int((template.encode((1, 16, 16), shards.label(i).name).labels >= 0).sum()) for i in range(len(shards))]

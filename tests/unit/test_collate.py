@@ -1,25 +1,32 @@
-"""The streaming collator: pixels as transformers computes them, padding, refusal, order over worker processes."""
+"""The streaming collator: pixels as transformers computes them, padding, what is refused and what is replaced."""
 
+import json
+import shutil
+from itertools import combinations, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kfood_dist.data.collate import Batch, StreamingCollator, stream
+from kfood_dist.data.collate import StreamingCollator, substitutes
 from kfood_dist.data.images import decode_rgb
-from kfood_dist.data.patches import VisionSpec, patchify
-from kfood_dist.data.plan import MicroBatch, Plan
+from kfood_dist.data.patches import VisionSpec, encode_picture, patchify
+from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import open_split
+from kfood_dist.data.stream import stream
 from kfood_dist.data.template import IGNORED, Template
-from kfood_dist.errors import RecipeError
+from kfood_dist.errors import ModelError, RecipeError, ShardError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 from kfood_dist.model.loss import normalise_patches
 
 
 @pytest.fixture(scope="module")
 def vision(tiny_model: Path) -> VisionSpec:
-    return load_vision_spec(str(tiny_model), load_config(str(tiny_model)))
+    return load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
 
 
 def build(
@@ -29,7 +36,7 @@ def build(
     return StreamingCollator(open_split(tiny_shards, "train"), template, **options)
 
 
-@pytest.mark.parametrize("size", [(28, 28), (56, 84), (224, 224), (448, 336)])
+@pytest.mark.parametrize("size", [(28 * n, 28 * n) for n in range(2, 33)] + [(56, 84), (448, 336)])
 def test_uint8_patches_become_the_image_processors_pixels(
     tiny_model: Path, vision: VisionSpec, size: tuple[int, int]
 ) -> None:
@@ -37,14 +44,54 @@ def test_uint8_patches_become_the_image_processors_pixels(
     from transformers import AutoImageProcessor
 
     rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    processor = AutoImageProcessor.from_pretrained(tiny_model, min_pixels=28 * 28)
-    expected = processor(images=Image.fromarray(rgb), return_tensors="pt")
-    patches, grid = patchify(rgb, vision)
+    expected = AutoImageProcessor.from_pretrained(tiny_model)(images=Image.fromarray(rgb), return_tensors="pt")
+    patches, grid = encode_picture(rgb, vision)
     assert patches.dtype == np.uint8
     assert list(grid) == expected["image_grid_thw"][0].tolist()
     pixels = normalise_patches(torch.from_numpy(patches), vision)
     assert pixels.shape == expected["pixel_values"].shape
     assert (pixels - expected["pixel_values"]).abs().max() < 1e-5
+
+
+OTHER_PROCESSORS: list[dict[str, Any]] = [
+    {"rescale_factor": 1 / 127.5},
+    {"do_normalize": False},
+    {"min_pixels": 300 * 300},
+    {"max_pixels": 200 * 200},
+    {"size": {"shortest_edge": 300 * 300, "longest_edge": 10**7}, "min_pixels": None, "max_pixels": None},
+]
+
+
+@pytest.mark.parametrize("settings", OTHER_PROCESSORS, ids=lambda settings: ",".join(settings))
+def test_a_processor_that_does_more_than_patches_is_used_itself(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, settings: dict[str, Any]
+) -> None:
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    base = shutil.copytree(tiny_model, tmp_path / "model")
+    path = base / "preprocessor_config.json"
+    changed = {k: v for k, v in (json.loads(path.read_text()) | settings).items() if v is not None}
+    path.write_text(json.dumps(changed))
+    spec = load_vision_spec(str(base), load_config(str(base)), 224)
+    template = Template(load_tokenizer(str(base)), spec, "", "이 음식의 이름은?", 1536)
+    collator = StreamingCollator(open_split(tiny_shards, "train"), template)
+    [batch] = stream(collator, iter([MicroBatch(0, 0, (3,), 0)]), num_workers=1)
+
+    picture = Image.fromarray(decode_rgb(collator.shards.read(3)))
+    expected = AutoImageProcessor.from_pretrained(base)(images=picture, return_tensors="pt")
+    assert spec.own_processor is not None
+    assert batch.image_grid_thw.tolist() == expected["image_grid_thw"].tolist()
+    assert batch.mm_token_type_ids.sum() == expected["image_grid_thw"][0].prod() // 4
+    assert torch.equal(normalise_patches(batch.patches, spec), expected["pixel_values"])
+
+
+def test_a_processor_without_patches_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (base / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"gives no patches with their grid.* → use a Qwen2.5-VL"):
+        load_vision_spec(str(base), load_config(str(base)), 224)
 
 
 def test_a_batch_pads_to_its_longest_and_masks_the_padding(
@@ -79,21 +126,91 @@ def test_a_sample_that_cannot_fit_is_refused_by_name_and_a_filler_keeps_the_rank
 ) -> None:
     collator = build(tiny_model, tiny_shards, vision, max_length=66)  # 64 image tokens and their two brackets
     batch = collator[MicroBatch(0, 0, (0, 1), 2)]
-    assert batch.refused == (collator.shards.key(0), collator.shards.key(1))
+    why = "answer and image alone exceed data.max_length"
+    assert batch.refused == ((collator.shards.key(0), why), (collator.shards.key(1), why))
     assert batch.ids == ()
     assert batch.num_label_tokens == 0
     assert batch.input_ids.shape == (1, 66)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_stream_keeps_the_plans_order_whatever_the_workers(
-    tiny_model: Path, tiny_shards: Path, vision: VisionSpec, num_workers: int
+def rot(shards: Path, *ids: int) -> None:
+    """Flip a byte in the pictures of these training samples."""
+    split = open_split(shards, "train")
+    with open(shards / split.manifest.shards_of("train")[0].path, "r+b") as tar:
+        for i in ids:
+            tar.seek(int(split.index["image_offset"][i]) + 50)
+            byte = tar.read(1)[0]
+            tar.seek(-1, 1)
+            tar.write(bytes([byte ^ 0x10]))
+
+
+@pytest.fixture
+def rotten(tmp_path: Path, tiny_shards: Path) -> Path:
+    """The packed pictures, samples 2 and 5 of the training split damaged."""
+    shards = shutil.copytree(tiny_shards, tmp_path / "rotten")
+    rot(shards, 2, 5)
+    return shards
+
+
+def test_a_damaged_sample_is_replaced_by_the_same_one_wherever_it_is_met(
+    tiny_model: Path, rotten: Path, vision: VisionSpec
 ) -> None:
-    collator = build(tiny_model, tiny_shards, vision)
-    plan = Plan(len(collator.shards), seed=3, ranks=2, micro_batch=2, accumulation=2)
-    expected = [m.ids for m in plan.micro_batches(1, 0, 2 * plan.steps_per_epoch)]
-    batches: list[Batch] = list(stream(collator, plan.micro_batches(1, 0, 2 * plan.steps_per_epoch), num_workers))
-    assert [b.ids for b in batches] == expected
+    collator = build(tiny_model, rotten, vision, unreadable="replace")
+    together = collator[MicroBatch(0, 0, (1, 2, 3), 0)]
+    alone = build(tiny_model, rotten, vision, unreadable="replace")[MicroBatch(7, 1, (2,), 4)]
+    [(key, why)] = together.replaced
+    assert (key, together.ids, together.refused) == (collator.shards.key(2), (1, 2, 3), ())
+    assert "crc32" in why
+    assert torch.equal(together.patches[256:512], alone.patches)
+    stand_in = next(substitutes(2, len(collator.shards)))
+    expected = collator[MicroBatch(0, 0, (stand_in,), 0)]
+    assert torch.equal(alone.patches, expected.patches)
+    assert torch.equal(alone.labels, expected.labels)
+
+
+def test_a_substitute_that_is_damaged_too_is_passed_over(tiny_model: Path, rotten: Path, vision: VisionSpec) -> None:
+    candidates = substitutes(2, len(open_split(rotten, "train")))
+    first, second = next(candidates), next(candidates)
+    rot(rotten, first)
+    collator = build(tiny_model, rotten, vision, unreadable="replace")
+    batch, expected = (collator[MicroBatch(0, 0, (i,), 0)] for i in (2, second))
+    assert torch.equal(batch.patches, expected.patches)
+
+
+def test_measuring_stops_at_a_damaged_sample_and_validation_leaves_it_out(
+    tiny_model: Path, rotten: Path, vision: VisionSpec
+) -> None:
+    with pytest.raises(ShardError, match="crc32"):
+        build(tiny_model, rotten, vision)[MicroBatch(0, 0, (1, 2, 3), 0)]
+    batch = build(tiny_model, rotten, vision, unreadable="refuse")[MicroBatch(0, 0, (1, 2, 3), 2)]
+    assert batch.ids == (1, 3)
+    assert [key for key, _ in batch.refused] == ["train-00000002"]
+    assert batch.replaced == ()
+    only_bad = build(tiny_model, rotten, vision, unreadable="refuse")[MicroBatch(0, 0, (2, 5), 2)]
+    assert (only_bad.ids, only_bad.num_label_tokens, len(only_bad.refused)) == ((), 0, 2)
+
+
+def test_shards_out_of_reach_are_an_error_and_not_replaced(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, vision: VisionSpec
+) -> None:
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    collator = build(tiny_model, shards, vision, unreadable="replace")
+    collator[MicroBatch(0, 0, (1,), 0)]
+    collator.shards.close()
+    (shards / "train-000000.tar").unlink()
+    with pytest.raises(ShardError, match=r"train-000000\.tar"):
+        collator[MicroBatch(0, 1, (2,), 0)]
+
+
+@given(num_samples=st.integers(2, 3000), i=st.integers(0, 2999))
+def test_substitutes_are_other_samples_and_far_apart(num_samples: int, i: int) -> None:
+    i %= num_samples
+    tried = list(islice(substitutes(i, num_samples), 8))
+    assert all(0 <= n < num_samples for n in tried)
+    assert tried[0] != i
+    if num_samples > 100:
+        assert len({i, *tried}) == 9
+        assert min(abs(a - b) for a, b in combinations([i, *tried], 2)) > num_samples // 40
 
 
 def test_an_image_size_that_is_no_whole_number_of_tokens_is_refused(vision: VisionSpec) -> None:

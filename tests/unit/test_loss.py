@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def vision(tiny_model: Path) -> VisionSpec:
-    return load_vision_spec(str(tiny_model), load_config(str(tiny_model)))
+    return load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
 
 
 @pytest.fixture(scope="module")

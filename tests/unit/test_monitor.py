@@ -25,6 +25,7 @@ def row(step: int, loss: float) -> dict[str, float]:
         "padding_share": 0.2,
         "peak_memory_gib": 1.5,
         "refused": 0.0,
+        "replaced": 0.0,
         "step_seconds": 0.4,
     }
 

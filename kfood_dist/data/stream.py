@@ -1,0 +1,72 @@
+"""Batches from loader processes, in the plan's order.
+
+    micro-batches of the plan ──► DataLoader's workers: collator ──► Batch, Batch, …
+
+Always holds: the order is the plan's whatever the number of workers; workers end with their parent, however that
+ends, and leave nothing in shared memory; a user's mistake met in a worker is raised here as itself.
+"""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from kfood_dist.data.collate import Batch, StreamingCollator
+from kfood_dist.data.plan import MicroBatch
+from kfood_dist.errors import KfoodError
+from kfood_dist.runtime import end_with_parent
+
+
+def stream(
+    collator: StreamingCollator,
+    micro_batches: Iterator[MicroBatch],
+    num_workers: int,
+    pin_memory: bool = False,
+    ahead: int = 2,
+    start_method: str = "fork",
+) -> Iterator[Batch]:
+    """The batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this one).
+
+    At least `ahead` of them are under way at any time, so that a step that takes several at once need not wait.
+    `start_method` is multiprocessing's: `fork` starts at once; `spawn` takes seconds, and shares no memory with a
+    process whose network driver does not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
+    """
+    loader: DataLoader[Batch | KfoodError] = DataLoader(
+        _FaultsAsValues(collator),
+        batch_size=None,
+        sampler=micro_batches,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        prefetch_factor=max(2, -(-ahead // num_workers)) if num_workers else None,
+        multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_start_worker,
+    )
+    for batch in loader:
+        if isinstance(batch, KfoodError):
+            raise batch
+        yield batch
+
+
+class _FaultsAsValues(Dataset["Batch | KfoodError"]):
+    """Hands a user's mistake over as a value: raised in a loader process, it would arrive as a RuntimeError."""
+
+    def __init__(self, collator: StreamingCollator):
+        self.collator = collator
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch | KfoodError:
+        try:
+            return self.collator[micro_batch]
+        except KfoodError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Ctrl-C reaches the whole terminal, and the parent alone decides; where it is killed, its workers go at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()

@@ -1,0 +1,137 @@
+"""Loader processes: the plan's order, faults as themselves, an end with the parent, nothing left behind."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from running import ROOT, environment
+
+from kfood_dist.data.collate import Batch, StreamingCollator
+from kfood_dist.data.plan import MicroBatch
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.stream import stream
+from kfood_dist.data.template import Template
+from kfood_dist.errors import ShardError
+from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+
+
+@pytest.fixture(scope="module")
+def collator(tiny_model: Path, tiny_shards: Path) -> StreamingCollator:
+    return build(tiny_model, tiny_shards)
+
+
+def build(model: Path, shards: Path) -> StreamingCollator:
+    vision = load_vision_spec(str(model), load_config(str(model)), 224)
+    template = Template(load_tokenizer(str(model)), vision, "", "이 음식의 이름은?", 1536)
+    return StreamingCollator(open_split(shards, "train"), template)
+
+
+def micro_batches(num_samples: int, epochs: int = 1) -> list[MicroBatch]:
+    per_epoch = [tuple(range(i, min(i + 3, num_samples))) for i in range(0, num_samples, 3)]
+    return [MicroBatch(0, n, ids, 0) for _ in range(epochs) for n, ids in enumerate(per_epoch)]
+
+
+@pytest.mark.parametrize(("num_workers", "method"), [(0, "fork"), (2, "fork"), (3, "fork"), (2, "spawn")])
+def test_the_order_is_the_plans_whatever_the_workers(
+    collator: StreamingCollator, num_workers: int, method: str
+) -> None:
+    asked = micro_batches(len(collator.shards), epochs=2)
+    batches: list[Batch] = list(stream(collator, iter(asked), num_workers, start_method=method))
+    assert [b.ids for b in batches] == [m.ids for m in asked]
+    assert (batches[0].patches == collator[asked[0]].patches).all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mistake_met_in_a_worker_is_raised_as_itself(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, num_workers: int
+) -> None:
+    import shutil
+
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    collator = build(tiny_model, shards)
+    (shards / "train-000000.tar").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"train-000000.tar .* → "):
+        list(stream(collator, iter(micro_batches(6)), num_workers))
+
+
+READER = """
+import sys, time
+from collections.abc import Callable
+from pathlib import Path
+sys.path.insert(0, "tests/unit")
+from test_stream import build, micro_batches
+from kfood_dist.data.stream import stream
+
+if __name__ == "__main__":
+    collator = build(Path(sys.argv[1]), Path(sys.argv[2]))
+    for n, batch in enumerate(stream(collator, iter(micro_batches(24, epochs=1000)), 2, start_method=sys.argv[3])):
+        if n == 2:
+            print("reading", flush=True)
+            time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_end_with_a_killed_parent_and_leave_no_shared_memory(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, method: str
+) -> None:
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    before = shared_memory()
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tiny_model), str(tiny_shards), method],
+        stdout=subprocess.PIPE,
+        env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"reading\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert wait_until(lambda: shared_memory() <= before)
+
+
+def test_memory_stays_flat_over_fifty_epochs(collator: StreamingCollator) -> None:
+    """Parent and workers together; the first epochs fill caches and pools."""
+    num_samples = len(collator.shards)
+    per_epoch = len(micro_batches(num_samples))
+    family: list[psutil.Process] = []
+    after: dict[int, int] = {}
+    for n, _ in enumerate(stream(collator, iter(micro_batches(num_samples, epochs=50)), 2)):
+        epoch, place = divmod(n, per_epoch)
+        if place == per_epoch - 1 and epoch in (9, 29, 49):
+            family = family or [psutil.Process(), *psutil.Process().children()]
+            gc.collect()
+            after[epoch] = sum(own_memory(process) for process in family if process.is_running())
+    assert len(family) >= 3
+    # One epoch's batches take 14 MB in uint8: keeping even one in four of them would show many times over.
+    assert after[49] - after[9] < 12 * 2**20, after
+
+
+def own_memory(process: psutil.Process) -> int:
+    return process.memory_full_info().uss
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "sem.mp-", "psm_"))}
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 20) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
