@@ -9,7 +9,7 @@ holds a number of its own: image size, lengths, prompt and model name all come f
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,8 +28,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class MixedIn(Section):
+    shards: str = Field(min_length=1, description="folder or URL of a further packed data set")
+    weight: float = Field(1.0, gt=0, description="how often its pictures are drawn for each time one of data.shards is")
+
+
 class Data(Section):
-    shards: Path = Field(description="folder that `kfood pack` wrote")
+    shards: str = Field(min_length=1, description="folder or URL that `kfood pack` wrote")
+    mix: tuple[MixedIn, ...] = Field((), description="further data sets to train on: `- {shards: DIR, weight: 0.5}`")
+    class_balance: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="0 draws every picture alike, 1 every class; between, a class of n in proportion to n^(1 - it)"
+    )
+    shuffle_window: Count | None = Field(
+        None,
+        description="pictures shuffled together, read as 64 long runs; for file systems that dislike single reads "
+        "(default: all, up to a million)",
+    )
     image_size: Count = Field(224, description="side of the packed pictures in pixels; must be the shards' own")
     max_length: Count = Field(1536, description="most tokens in one sample; longer ones lose text from the front")
     system: str = Field("You are a helpful assistant.", description="system text; empty for none")
@@ -129,6 +143,9 @@ class Recipe(Section):
         return self
 
 
+_Section = TypeVar("_Section", bound=Section)
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `section.key=value` overrides in order, and check all of it.
 
@@ -140,13 +157,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def build_recipe(tree: dict[str, Any], overrides: Sequence[str], title: str) -> Recipe:
     """A recipe from sections of keys and `section.key=value` overrides; `title` names it in RecipeError."""
     faults = [fault for text in overrides if (fault := _apply_override(tree, text))]
+    return _checked(Recipe, tree, faults, title, "mend what is named, in the file or in --set")
+
+
+def build_data(tree: dict[str, Any], title: str) -> Data:
+    """The `data` section alone, for commands that need no more of a recipe. Raises RecipeError naming every fault."""
+    return _checked(Data, tree, [], title, "mend what is named")
+
+
+def _checked(model: type[_Section], tree: dict[str, Any], faults: list[str], title: str, remedy: str) -> _Section:
     try:
-        recipe = Recipe.model_validate(tree)
+        made = model.model_validate(tree)
     except ValidationError as error:
-        faults += [_describe(e) for e in error.errors()]
+        faults = faults + [_describe(e, model) for e in error.errors()]
     if faults:
-        raise RecipeError(_join(title, faults), "mend what is named, in the file or in --set")
-    return recipe
+        raise RecipeError(_join(title, faults), remedy)
+    return made
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -189,11 +215,11 @@ def _apply_override(tree: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _describe(error: Any) -> str:
+def _describe(error: Any, model: type[Section]) -> str:
     """One fault of pydantic's in our words: where, what, and the nearest right key for a wrong one."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
+        known = _known_keys(model, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         return f"{where}: no such key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
     if error["type"] == "missing":
@@ -203,11 +229,12 @@ def _describe(error: Any) -> str:
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    fields = Recipe.model_fields
+def _known_keys(model: type[Section], location: tuple[Any, ...]) -> list[str]:
+    """The keys of the section at `location`, in which a number is a place in a list of sections."""
+    kind: Any = model
     for part in location:
-        fields = fields[part].annotation.model_fields  # type: ignore[union-attr]
-    return list(fields)
+        kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
+    return list(kind.model_fields)
 
 
 def _join(title: str, faults: list[str]) -> str:

@@ -285,6 +285,7 @@ def check_shards(folder: Path) -> Iterator[Finding]:
     counts = []
     for split in manifest.splits:
         shards = open_split(folder, split)
+        shards.require_files()
         for i in {0, len(shards) - 1}:
             decode_rgb(shards.read(i))
         shards.close()

@@ -8,7 +8,8 @@ import torch
 from kfood_dist.cli import main
 from kfood_dist.config import Data, Lora
 from kfood_dist.data.collate import StreamingCollator
-from kfood_dist.data.plan import MicroBatch, order
+from kfood_dist.data.plan import MicroBatch
+from kfood_dist.data.sampling import plain_order
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.model.adapters import attach_lora, save_adapter
@@ -49,7 +50,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Pat
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
     """An adapter of the tiny model that has learned to answer with dish names, if not always the right ones."""
-    data = Data(shards=tiny_shards)
+    data = Data(shards=str(tiny_shards))
     vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
     shards = open_split(tiny_shards, "train")
     template = Template(load_tokenizer(str(tiny_model)), vision, data.system, data.prompt, data.max_length)
@@ -60,7 +61,7 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tin
         module = AnswerLoss(model, vision)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
         for step in range(20):
-            ids = tuple(int(i) for i in order(0, step, len(shards))[:8])
+            ids = tuple(int(i) for i in plain_order(len(shards)).ids(0, step, 0, 8))
             batch = collator[MicroBatch(step, 0, ids, filler=0)]
             loss, _ = module(batch)
             (loss / batch.num_label_tokens).backward()

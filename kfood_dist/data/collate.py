@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kfood_dist.data.images import ImageRejected, decode_rgb
+from kfood_dist.data.mix import Mixture
 from kfood_dist.data.patches import encode_picture
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import ShardSplit
@@ -87,7 +88,7 @@ class StreamingCollator(Dataset[Batch]):
 
     def __init__(
         self,
-        shards: ShardSplit,
+        shards: ShardSplit | Mixture,
         template: Template,
         for_generation: bool = False,
         unreadable: Literal["stop", "refuse", "replace"] = "stop",

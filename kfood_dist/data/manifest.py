@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist.data.labels import DishClass
+from kfood_dist.data.storage import LocalStorage, MissingFileError, Storage, open_storage
 from kfood_dist.errors import ShardError
 
 FORMAT = "kfood-shards"
@@ -39,12 +40,29 @@ class ShardFile:
 class Manifest:
     """What a packed folder holds; a class's id is its position in `classes`. `raw` is the whole JSON."""
 
-    folder: Path
+    storage: Storage
     classes: tuple[DishClass, ...]
     image_size: int
     resize: str
     shards: tuple[ShardFile, ...]
     raw: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """The folder's path or URL, for messages."""
+        return self.storage.where
+
+    @property
+    def name(self) -> str:
+        """The last part of the folder's path or URL."""
+        return self.where.rstrip("/").rpartition("/")[2]
+
+    @property
+    def folder(self) -> Path:
+        """The folder; raises ShardError where the data set lies behind a URL."""
+        if isinstance(self.storage, LocalStorage):
+            return self.storage.folder
+        raise ShardError(f"{self.where} is no local folder, which this needs", "copy it to a disk first")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -57,51 +75,50 @@ class Manifest:
         return tuple(s for s in self.shards if s.split == split)
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read `folder/manifest.json`.
+def load_manifest(where: str | Path | Storage) -> Manifest:
+    """Read the manifest of a packed folder, given by its path, its URL or its storage.
 
     Raises ShardError when the folder or the manifest is missing, is not JSON, or is of another format or
     version.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ShardError(f"shard folder {folder} does not exist", "name the OUT of a `kfood pack SOURCE OUT`")
-    raw = _load_json(folder)
+    storage = open_storage(where)
+    raw = _load_json(storage)
+    place = storage.place(MANIFEST_NAME)
     if raw.get("format") != FORMAT:
         raise ShardError(
-            f"{folder / MANIFEST_NAME} is of format {raw.get('format')!r}, not {FORMAT!r}",
-            "name a folder that `kfood pack` wrote",
+            f"{place} is of format {raw.get('format')!r}, not {FORMAT!r}", "name a folder that `kfood pack` wrote"
         )
     if raw.get("version") != VERSION:
         raise ShardError(
-            f"{folder / MANIFEST_NAME} is of version {raw.get('version')!r}; version {VERSION} is read here",
+            f"{place} is of version {raw.get('version')!r}; version {VERSION} is read here",
             "pack the source again with this kfood",
         )
     try:
-        return _parse_manifest(folder, raw)
+        return _parse_manifest(storage, raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ShardError(
-            f"{folder / MANIFEST_NAME} is damaged ({type(error).__name__}: {error})",
-            _PACK_AGAIN,
-        ) from None
+        raise ShardError(f"{place} is damaged ({type(error).__name__}: {error})", _PACK_AGAIN) from None
 
 
-def _load_json(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_NAME
+def _load_json(storage: Storage) -> dict[str, Any]:
+    if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
+        raise MissingFileError(
+            f"shard folder {storage.where} does not exist", "name the OUT of a `kfood pack SOURCE OUT`"
+        )
+    place = storage.place(MANIFEST_NAME)
     try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ShardError(f"{folder} has no {MANIFEST_NAME}", "pack it with `kfood pack SOURCE OUT`") from None
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror})", "check the path and its permissions") from None
+        raw = json.loads(storage.read(MANIFEST_NAME))
+    except MissingFileError:
+        raise MissingFileError(
+            f"{storage.where} has no {MANIFEST_NAME}", "pack it with `kfood pack SOURCE OUT`"
+        ) from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or JSON nested without end
-        raise ShardError(f"{path} is not JSON", _PACK_AGAIN) from None
+        raise ShardError(f"{place} is not JSON", _PACK_AGAIN) from None
     if not isinstance(raw, dict):
-        raise ShardError(f"{path} is not a JSON object", _PACK_AGAIN)
+        raise ShardError(f"{place} is not a JSON object", _PACK_AGAIN)
     return raw
 
 
-def _parse_manifest(folder: Path, raw: dict[str, Any]) -> Manifest:
+def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
     classes = tuple(
         DishClass(str(c["name"]), str(c["category"]), tuple(str(a) for a in c["aliases"])) for c in raw["classes"]
     )
@@ -121,12 +138,12 @@ def _parse_manifest(folder: Path, raw: dict[str, Any]) -> Manifest:
     _count(raw["rejected"]["count"]), float(raw["rejected"]["share"]), dict(raw["rejected"]["by_reason"])
     for split in SPLITS:
         _count(raw["splits"][split]["samples"])
-    return Manifest(folder, classes, _count(raw["image_size"]), str(raw["resize"]), shards, raw)
+    return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), shards, raw)
 
 
 def _plain_name(name: Any) -> str:
     # A manifest from elsewhere must not lead a reader out of its own folder.
-    if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{name!r} is not a plain file name")
     return name
 

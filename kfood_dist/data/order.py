@@ -2,15 +2,15 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from kfood_dist.data.plan import Plan
-from kfood_dist.data.shards import open_split
+from kfood_dist.config import build_data
+from kfood_dist.data.mix import build_data_order, open_mixture
+from kfood_dist.data.plan import EMPTY, Plan
 from kfood_dist.errors import RecipeError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", type=Path, help="folder that `kfood pack` wrote")
+    parser.add_argument("shards", help="folder or URL that `kfood pack` wrote")
     parser.add_argument("--split", default="train", help="which split (default: train)")
     parser.add_argument("--seed", type=int, default=0, help="train.seed of the recipe (default: 0)")
     parser.add_argument("--epoch", type=int, default=0, help="which pass over the data, from 0 (default: 0)")
@@ -18,23 +18,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, default=1, help="samples per rank and micro-step (default: 1)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-steps per optimiser step (default: 1)")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="begin at step N of the epoch (default: 0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="print N steps at most (default: to the epoch's end)")
+    parser.add_argument("--window", type=int, metavar="N", help="data.shuffle_window of the recipe")
+    parser.add_argument(
+        "--class-balance", type=float, default=0.0, metavar="X", help="data.class_balance of the recipe"
+    )
+    parser.add_argument(
+        "--mix", action="append", default=[], metavar="DIR=WEIGHT", help="one entry of data.mix; may be repeated"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a header and one line `step, micro_step, rank, key` for each sample, in reading order per rank."""
-    if min(args.ranks, args.micro_batch, args.accumulation) < 1 or min(args.seed, args.epoch, args.start) < 0:
+    counts = (args.ranks, args.micro_batch, args.accumulation)
+    if min(counts) < 1 or min(args.seed, args.epoch, args.start, args.steps or 0) < 0:
         raise RecipeError(
-            "--ranks, --micro-batch and --accumulation must be at least 1, --seed, --epoch and --start at least 0",
+            "--ranks, --micro-batch and --accumulation must be at least 1, "
+            "--seed, --epoch, --start and --steps at least 0",
             "mend the arguments",
         )
-    shards = open_split(args.shards, args.split)
-    plan = Plan(len(shards), args.seed, args.ranks, args.micro_batch, args.accumulation)
+    recipe = {"shards": args.shards, "shuffle_window": args.window, "class_balance": args.class_balance}
+    data = build_data(recipe | {"mix": [_mixed_in(text) for text in args.mix]}, "the arguments")
+    mixture = open_mixture(data, args.split)
+    plan = Plan(build_data_order(mixture, data), args.seed, args.ranks, args.micro_batch, args.accumulation)
     first = args.epoch * plan.steps_per_epoch
-    keys = shards.index["key"]
-    out = sys.stdout
-    out.write("step, micro_step, rank, key\n")
-    for step, slots in plan.slots(first + args.start, first + plan.steps_per_epoch):
+    stop = plan.steps_per_epoch if args.steps is None else min(args.start + args.steps, plan.steps_per_epoch)
+    write = sys.stdout.write
+    write("step, micro_step, rank, key\n")
+    for step, slots in plan.slots(first + args.start, first + stop):
         for micro_step, ranks in enumerate(slots):
             for rank, ids in enumerate(ranks):
-                out.writelines(f"{step - first}, {micro_step}, {rank}, {keys[i].decode()}\n" for i in ids[ids >= 0])
+                lines = (f"{step - first}, {micro_step}, {rank}, {mixture.key(int(i))}\n" for i in ids if i != EMPTY)
+                write("".join(lines))
     return 0
+
+
+def _mixed_in(text: str) -> dict[str, str]:
+    where, equals, weight = text.rpartition("=")
+    if not equals:
+        raise RecipeError(f"--mix {text} has no weight", "write it as --mix DIR=WEIGHT, such as --mix shards/more=0.5")
+    return {"shards": where, "weight": weight}

@@ -1,11 +1,11 @@
 """Who reads what: a pure function of a few integers, the same for every cut into ranks and workers.
 
-    (seed, epoch) ──► order: a permutation of all sample ids
+    (seed, epoch) ──► Order: the sample ids of an epoch, in a global order (`sampling.py`)
     step          ──► ids of that step: the next G of the order (G = global batch; an epoch's last step may be short)
     ids           ──► deal: (micro_step, rank, slot) → id, by position
 
-Always holds: every sample once per epoch; every rank the same number of micro-steps; what a step sees depends
-on seed, epoch and G alone, so a run may resume on another number of ranks that divides G.
+Always holds: every rank takes the same number of micro-steps; what a step sees depends on seed, epoch and G alone,
+so a run may resume on another number of ranks that divides G; a step costs what it holds, not what the epoch holds.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kfood_dist.data.sampling import Order
 from kfood_dist.errors import CheckpointError, RecipeError
 
 EMPTY = -1
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class MicroBatch(NamedTuple):
@@ -27,16 +28,6 @@ class MicroBatch(NamedTuple):
     micro_step: int
     ids: tuple[int, ...]
     filler: int
-
-
-def order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """The epoch's permutation of `range(num_samples)`, int64, shape (num_samples,).
-
-    Sorts raw Philox words: numpy guarantees the raw stream of a bit generator for good, while
-    `Generator.permutation` may change between releases (NEP 19), and with it what a resumed run reads.
-    """
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_samples)
-    return np.argsort(words, kind="stable")
 
 
 def deal(ids: np.ndarray, ranks: int, micro_batch: int) -> np.ndarray:
@@ -53,9 +44,9 @@ def deal(ids: np.ndarray, ranks: int, micro_batch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """How `num_samples` samples are read by `ranks` ranks, step by step and epoch after epoch."""
+    """How the samples of `order` are read by `ranks` ranks, step by step and epoch after epoch."""
 
-    num_samples: int
+    order: Order
     seed: int
     ranks: int
     micro_batch: int
@@ -67,8 +58,12 @@ class Plan:
         return self.micro_batch * self.accumulation * self.ranks
 
     @property
+    def samples_per_epoch(self) -> int:
+        return self.order.epoch_length
+
+    @property
     def steps_per_epoch(self) -> int:
-        return -(-self.num_samples // self.global_batch)
+        return -(-self.samples_per_epoch // self.global_batch)
 
     def epoch_of(self, step: int) -> int:
         return step // self.steps_per_epoch
@@ -76,22 +71,18 @@ class Plan:
     def samples_before(self, step: int) -> int:
         """Samples seen by all steps before `step`, short steps counted as they are."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return epoch * self.num_samples + min(step_in_epoch * self.global_batch, self.num_samples)
+        return epoch * self.samples_per_epoch + min(step_in_epoch * self.global_batch, self.samples_per_epoch)
 
-    def steps(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (step, ids of that step) for `start <= step < stop`."""
-        epoch, ids = -1, np.empty(0, dtype=np.int64)
-        for step in range(start, stop):
-            if self.epoch_of(step) != epoch:
-                epoch = self.epoch_of(step)
-                ids = order(self.seed, epoch, self.num_samples)
-            begin = step % self.steps_per_epoch * self.global_batch
-            yield step, ids[begin : begin + self.global_batch]
+    def ids(self, step: int) -> np.ndarray:
+        """The sample ids of one step, int64."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.global_batch
+        return self.order.ids(self.seed, epoch, start, min(start + self.global_batch, self.samples_per_epoch))
 
     def slots(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (step, its ids dealt to (micro_steps, ranks, micro_batch)) for `start <= step < stop`."""
-        for step, ids in self.steps(start, stop):
-            yield step, deal(ids, self.ranks, self.micro_batch)
+        for step in range(start, stop):
+            yield step, deal(self.ids(step), self.ranks, self.micro_batch)
 
     def micro_batches(self, rank: int, start: int, stop: int) -> Iterator[MicroBatch]:
         """Yield what `rank` reads in the steps `start <= step < stop`, in reading order."""
@@ -100,34 +91,43 @@ class Plan:
                 mine = tuple(int(i) for i in ranks[rank] if i != EMPTY)
                 yield MicroBatch(step, micro_step, mine, filler=int(slots[0, 0, 0]))
 
+    def coarse_reads(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (step, ids) when a step comes near a new window: the ids of that window, to be read in long runs.
+
+        A window is told of one window ahead. Yields nothing where an epoch is a single window.
+        """
+        if self.order.num_windows == 1:
+            return
+        told = (-1, -1)  # epoch, and the place in it up to which windows were told of
+        for step in range(start, stop):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            place = step_in_epoch * self.global_batch
+            reached = told[1] if told[0] == epoch else self.order.window_at(place)[0]
+            last = min(place + self.global_batch, self.samples_per_epoch) - 1
+            while reached < self.samples_per_epoch and reached <= self.order.window_at(last)[1]:
+                window = self.order.window_at(reached)
+                yield step, self.order.ids(self.seed, epoch, *window)
+                reached = window[1]
+            told = (epoch, reached)
+
     def num_micro_steps(self, step: int) -> int:
         """Micro-steps each rank takes in `step`: the accumulation, or fewer in an epoch's short last step."""
         num_samples = self.samples_before(step + 1) - self.samples_before(step)
         return -(-num_samples // (self.ranks * self.micro_batch))
 
-    def state(self, step: int, index_hash: str) -> dict[str, Any]:
+    def state(self, step: int) -> dict[str, Any]:
         """The position before `step` as a small JSON record."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return asdict(
-            Position(
-                STATE_VERSION,
-                self.seed,
-                epoch,
-                step_in_epoch * self.global_batch,
-                self.global_batch,
-                index_hash,
-            )
-        )
+        samples = step_in_epoch * self.global_batch
+        return asdict(Position(STATE_VERSION, self.seed, epoch, samples, self.global_batch, self.order.fingerprint))
 
-    def resume(self, state: dict[str, Any], index_hash: str) -> int:
+    def resume(self, state: dict[str, Any]) -> int:
         """The step to go on with after `state`. Raises CheckpointError naming every difference."""
-        here = Position(STATE_VERSION, self.seed, 0, 0, self.global_batch, index_hash)
+        here = Position(STATE_VERSION, self.seed, 0, 0, self.global_batch, self.order.fingerprint)
         try:
             saved = Position(**state)
         except TypeError:
-            raise CheckpointError(
-                f"the data position {state} is malformed", "resume from an older checkpoint"
-            ) from None
+            raise _malformed(state) from None
         differing = [
             f"{name} was {getattr(saved, name)} and is now {getattr(here, name)}"
             for name in ("version", "seed", "global_batch", "index_hash")
@@ -138,12 +138,21 @@ class Plan:
                 f"the checkpoint reads other data: {'; '.join(differing)}",
                 "restore those settings, or start anew with another run.dir",
             )
+        numbers = (saved.epoch, saved.samples)
+        if not all(isinstance(n, int) and n >= 0 for n in numbers) or saved.samples % self.global_batch:
+            raise _malformed(state)
+        if saved.samples >= self.steps_per_epoch * self.global_batch:
+            raise _malformed(state)
         return saved.epoch * self.steps_per_epoch + saved.samples // self.global_batch
+
+
+def _malformed(state: Any) -> CheckpointError:
+    return CheckpointError(f"the data position {state} is malformed", "resume from an older checkpoint")
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data: `samples` of `epoch` are used up."""
+    """Where a run stands in its data: `samples` of `epoch` are used up. `index_hash` is the order's fingerprint."""
 
     version: int
     seed: int

@@ -1,28 +1,31 @@
-"""Reading packed data sets: the manifest, the index and single samples, by offset.
+"""Reading packed data sets: samples by offset, the indexes as they are needed.
 
-    OUT/manifest.json ──► load_manifest ──► Manifest       classes, picture size, every shard's size and hash
-    a split's indexes ──► open_split    ──► ShardSplit     one structured array, one row per sample
-    row i             ──► read, metadata ──► JPEG bytes, JSON       one os.pread each, crc32 checked
+    manifest    ──► open_split ──► ShardSplit   how many samples each shard has; no other file is touched yet
+    ids         ──► shards ──► their indexes    loaded and checked when first needed, the latest used kept
+    index rows  ──► byte ranges, near ones merged ──► Storage, several in flight ──► crc32 ──► JPEG bytes, JSON
 
 A shard is an ordinary WebDataset tar; the index beside it says where each member's bytes begin, so nothing
-here reads a tar header. Bytes whose crc32 is not the index's are never handed out. `shards/README.md` is the
-contract of the format for other readers.
+here reads a tar header. Bytes whose crc32 is not the index's are never handed out, and one bad sample does
+not lose the others. `shards/README.md` is the contract of the format for other readers.
 """
 
 import hashlib
 import io
 import json
-import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from operator import index as as_integer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kfood_dist.data.labels import DishClass
 from kfood_dist.data.manifest import VERSION, Manifest, ShardFile, load_manifest
+from kfood_dist.data.storage import Range, Storage
 from kfood_dist.errors import ShardError
 
 # Explicit little-endian fields without padding: the same bytes on every machine.
@@ -43,27 +46,33 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
-# A process may usually have 1,024 open files; a large data set has more shards than that.
-_MAX_OPEN_SHARDS = 256
+# Samples that lie nearer than this are read in one go: two short reads cost more than the bytes between.
+_GAP_BYTES = 32 << 10
+# One read is no longer than this, so that a long run of samples is several reads in flight.
+_SPAN_BYTES = 4 << 20
+# Reading ahead is only advice, and coarse: few calls matter more than the bytes between.
+_AHEAD_GAP_BYTES = 256 << 10
+# Indexes that a process keeps: of some 1,900 shards of 2,000 samples.
+_KEPT_INDEX_BYTES = 256 << 20
+# Indexes that are read together where all are wanted.
+_INDEXES_AT_ONCE = 64
+# Where a part's offset, size and crc32 stand in an index row.
+_PARTS = {part: INDEX_DTYPE.names.index(f"{part}_offset") for part in ("image", "json")}  # type: ignore[union-attr]
 
 
-def open_split(folder: Path, split: str) -> "ShardSplit":
-    """Open one split of a packed folder: reads its indexes, and no picture yet.
+def open_split(where: str | Path | Storage, split: str) -> "ShardSplit":
+    """Open one split of a packed data set: reads its manifest only, however many shards there are.
 
-    Raises ShardError as `load_manifest` does; when the split is unknown or empty; and when a tar or an index
-    is missing, has not the manifest's size, or the index is not the one the manifest was written with.
+    Raises ShardError as `load_manifest` does, and when the split is unknown or empty. Whether the shards are
+    there is told by `ShardSplit.require_files`, or by the first read.
     """
-    manifest = load_manifest(folder)
-    shards = manifest.shards_of(split)
+    manifest = load_manifest(where)
     if split not in manifest.splits:
         raise ShardError(
-            f"{folder} has no samples in split {split!r}",
+            f"{manifest.where} has no samples in split {split!r}",
             f"choose one of: {', '.join(manifest.splits) or '(none)'}; or pack again with another --split",
         )
-    for shard in shards:
-        _require_size(manifest.folder / shard.path, shard.bytes)
-    index = np.concatenate([load_index(manifest, shard) for shard in shards])
-    return ShardSplit(manifest, split, shards, index)
+    return ShardSplit(manifest, split)
 
 
 def load_index(manifest: Manifest, shard: ShardFile) -> np.ndarray:
@@ -71,114 +80,246 @@ def load_index(manifest: Manifest, shard: ShardFile) -> np.ndarray:
 
     Raises ShardError when it is missing, damaged, or not the one the manifest was written with.
     """
-    path = manifest.folder / shard.index_path
-    _require_size(path, shard.index_bytes)
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise _damaged(path, "is not the index that the manifest was written with")
-    try:
-        index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
-        raise _damaged(path, f"is not a numpy array ({error})") from None
-    if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
-        raise _damaged(path, f"does not hold {shard.samples} rows of the index format {VERSION}")
-    if len(index) and int(index["label"].max()) >= len(manifest.classes):
-        raise _damaged(path, f"names a class beyond the manifest's {len(manifest.classes)}")
+    size = manifest.storage.size(shard.index_path)
+    if size != shard.index_bytes:
+        raise _wrong_size(manifest.storage, shard.index_path, size, shard.index_bytes)
+    [data] = manifest.storage.read_ranges([(shard.index_path, 0, shard.index_bytes)])
+    index = _parse_index(manifest, shard, data)
+    if isinstance(index, ShardError):
+        raise index
     return index
 
 
-def _require_size(path: Path, expected: int) -> None:
+def _parse_index(manifest: Manifest, shard: ShardFile, data: bytes | ShardError) -> np.ndarray | ShardError:
+    """What `load_index` gives, or would raise; a fault of the reading is passed on."""
+    if isinstance(data, ShardError):
+        return data
+
+    def fault(what: str) -> ShardError:
+        return manifest.storage.fault(shard.index_path, what)
+
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        return fault("is not the index that the manifest was written with")
     try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise _damaged(path, f"cannot be opened ({error.strerror})") from None
-    if size != expected:
-        raise _damaged(path, f"has {size:,} bytes, not the {expected:,} of the manifest")
+        index = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError, MemoryError, OverflowError) as error:
+        return fault(f"is not a numpy array ({error})")
+    if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
+        return fault(f"does not hold {shard.samples} rows of the index format {VERSION}")
+    if len(index) and int(index["label"].max()) >= len(manifest.classes):
+        return fault(f"names a class beyond the manifest's {len(manifest.classes)}")
+    for part in _PARTS:
+        offset, size = index[f"{part}_offset"], index[f"{part}_size"]
+        if np.any((offset > shard.bytes) | (size > shard.bytes - np.minimum(offset, shard.bytes))):
+            return fault(f"leads beyond the end of {shard.path}")
+    return index
 
 
-def _damaged(path: Path, fault: str) -> ShardError:
-    return ShardError(f"{path} {fault}", f"list every fault with `kfood verify {path.parent}`, or pack again")
+def _wrong_size(storage: Storage, name: str, size: int, expected: int) -> ShardError:
+    return storage.fault(name, f"has {size:,} bytes, not the {expected:,} of the manifest")
+
+
+class _Wanted(NamedTuple):
+    """One part of one sample: where it lies, in an order that sorts by place; `n` is its place in the answer."""
+
+    shard: int
+    offset: int
+    size: int
+    n: int
+    crc32: int
+    key: bytes
 
 
 class ShardSplit:
-    """Random access to one split's samples.
+    """Random access to one split's samples, by their position in the split's shards, from 0.
 
     Files are opened when first read, anew in each process, so an object may be forked or pickled; threads of
     one process should not share it.
     """
 
-    def __init__(self, manifest: Manifest, split: str, shards: tuple[ShardFile, ...], index: np.ndarray):
+    def __init__(self, manifest: Manifest, split: str):
         self.manifest = manifest
         self.split = split
         self.classes = manifest.classes
-        self.index = index
-        hashes = "".join(s.index_sha256 for s in shards)
-        self.index_hash = hashlib.sha256(hashes.encode("ascii")).hexdigest()
-        self._paths = [manifest.folder / s.path for s in shards]
-        self._starts = [0, *np.cumsum([s.samples for s in shards]).tolist()][:-1]
-        self._descriptors: dict[int, int] = {}
-        self._owner_pid = os.getpid()
+        self._shards = manifest.shards_of(split)
+        ends = np.cumsum([shard.samples for shard in self._shards], dtype=np.int64)
+        self._starts: list[int] = [0, *ends.tolist()][:-1]
+        self._length = int(ends[-1]) if len(ends) else 0
+        self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._kept_bytes = 0
+        hashes = "".join(shard.index_sha256 for shard in self._shards)
+        self.index_hash = hashlib.sha256(hashes.encode("utf-8")).hexdigest()
 
-    def __reduce__(self) -> tuple[Callable[[Path, str], "ShardSplit"], tuple[Path, str]]:
-        # The copy reads the indexes itself: cheaper than sending them, and no descriptor crosses processes.
-        return open_split, (self.manifest.folder.resolve(), self.split)
+    def __reduce__(self) -> tuple[Callable[..., "ShardSplit"], tuple[Storage, str]]:
+        # The copy reads the manifest itself: cheaper than sending it, and no descriptor crosses processes.
+        return open_split, (self.manifest.storage, self.split)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self._length
 
     def key(self, i: int) -> str:
-        """The sample's WebDataset key, such as `train-00000042`."""
-        return bytes(self.index["key"][i]).decode("ascii")
+        """The sample's WebDataset key, such as `train-00000042`; raises ShardError as `rows` does."""
+        return self.rows([i])["key"][0].decode("ascii")
 
     def label(self, i: int) -> DishClass:
-        """The class of sample i."""
-        return self.classes[int(self.index["label"][i])]
+        """The class of sample i; raises ShardError as `rows` does."""
+        return self.classes[int(self.rows([i])["label"][0])]
 
     def read(self, i: int) -> bytes:
         """The JPEG bytes of sample i; raises ShardError naming shard and key unless they are those packed."""
-        return self._read_part(i, "image")
+        return _raised(self.read_many([i])[0])
 
-    def read_many(self, ids: Sequence[int]) -> list[bytes | ShardError]:
-        """The JPEG bytes of each sample, or what is wrong with it."""
-        found: list[bytes | ShardError] = []
-        for i in ids:
-            try:
-                found.append(self.read(i))
-            except ShardError as error:
-                found.append(error)
-        return found
+    def read_many(self, ids: Iterable[int]) -> list[bytes | ShardError]:
+        """The JPEG bytes of each sample in the order of `ids`, or the ShardError that `read` would raise for it."""
+        return self._read_parts(ids, "image")
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The sample's JSON: `label, category, source, width, height, group`; raises as `read` does."""
-        return json.loads(self._read_part(i, "json"))
+        return json.loads(_raised(self._read_parts([i], "json")[0]))
+
+    def rows(self, ids: Iterable[int]) -> np.ndarray:
+        """The index rows of some samples in the order of `ids`, shape (len(ids),), dtype INDEX_DTYPE.
+
+        Raises ShardError when the index of one of their shards is missing or damaged.
+        """
+        places = [self._place(i) for i in ids]
+        rows = np.empty(len(places), INDEX_DTYPE)
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for n, (shard, row) in enumerate(places):
+            by_shard.setdefault(shard, []).append((n, row))
+        for shard, index in self._indexes_of(sorted(by_shard)):
+            found = np.array(by_shard[shard])
+            rows[found[:, 0]] = _raised(index)[found[:, 1]]
+        return rows
+
+    def labels(self) -> np.ndarray:
+        """The class id of every sample, shape (samples,), uint16. Reads every index, which takes a while.
+
+        Raises ShardError as `rows` does.
+        """
+        parts = [_raised(index)["label"].astype(np.uint16) for _, index in self._indexes_of(range(len(self._shards)))]
+        return np.concatenate(parts)
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """The rows of all samples, shape (samples,): for small sets; a hundred million take 7 GB."""
+        return np.concatenate([_raised(index) for _, index in self._indexes_of(range(len(self._shards)))])
+
+    def will_need(self, ids: Iterable[int]) -> None:
+        """Tell the kernel which samples will soon be read, so that it reads them ahead; nothing for a URL."""
+        if self.manifest.storage.is_local:
+            wanted, _ = self._wanted(ids, "image")
+            spans = _spans(wanted, _AHEAD_GAP_BYTES, None)
+            self.manifest.storage.will_need([self._range(span) for span in spans])
+
+    def require_files(self) -> None:
+        """Raise ShardError unless every tar and every index of the split is there and of the manifest's size."""
+        storage = self.manifest.storage
+        expected = {shard.path: shard.bytes for shard in self._shards}
+        expected |= {shard.index_path: shard.index_bytes for shard in self._shards}
+        for name, size in storage.sizes(expected).items():
+            if _raised(size) != expected[name]:
+                raise _wrong_size(storage, name, _raised(size), expected[name])
 
     def close(self) -> None:
         """Close the files of this process; a later read opens them again."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self.manifest.storage.close()
 
-    def _read_part(self, i: int, part: str) -> bytes:
-        row = self.index[i]
-        shard = bisect_right(self._starts, i % len(self)) - 1
-        offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
-        try:
-            data = os.pread(self._descriptor(shard), size, offset)
-        except OSError as error:
-            raise _damaged(self._paths[shard], f"cannot be read at {self.key(i)} ({error.strerror})") from None
-        if len(data) != size:
-            raise _damaged(self._paths[shard], f"ends inside {self.key(i)}")
-        if zlib.crc32(data) != int(row[f"{part}_crc32"]):
-            raise _damaged(self._paths[shard], f"has wrong bytes at {self.key(i)} ({part}: crc32 differs)")
-        return data
+    def _place(self, i: int) -> tuple[int, int]:
+        """The shard of sample i, and its row there; a negative i counts from the end."""
+        i = as_integer(i)
+        if not -self._length <= i < self._length:
+            raise IndexError(f"sample {i} of {self._length}")
+        i %= self._length
+        shard = bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
 
-    def _descriptor(self, shard: int) -> int:
-        if self._owner_pid != os.getpid():
-            # After a fork these are copies inherited from the parent; closing them leaves the parent's alone.
-            self.close()
-            self._owner_pid = os.getpid()
-        if shard not in self._descriptors:
-            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY)
-        return self._descriptors[shard]
+    def _indexes_of(self, shards: Sequence[int]) -> Iterator[tuple[int, np.ndarray | ShardError]]:
+        """The index of each shard, or what is wrong with it; those not kept are read some at a time."""
+        for start in range(0, len(shards), _INDEXES_AT_ONCE):
+            batch = shards[start : start + _INDEXES_AT_ONCE]
+            found: dict[int, np.ndarray | ShardError] = {s: self._indexes[s] for s in batch if s in self._indexes}
+            missing = [s for s in batch if s not in found]
+            files = [self._shards[s] for s in missing]
+            read = self.manifest.storage.read_ranges([(f.index_path, 0, f.index_bytes) for f in files])
+            for s, file, data in zip(missing, files, read, strict=True):
+                found[s] = self._keep(s, _parse_index(self.manifest, file, data))
+            yield from ((s, found[s]) for s in batch)
+
+    def _keep(self, shard: int, index: np.ndarray | ShardError) -> np.ndarray | ShardError:
+        """Keep an index for the next sample, and let the oldest go where they take too much memory."""
+        if isinstance(index, np.ndarray):
+            self._indexes[shard] = index
+            self._kept_bytes += index.nbytes
+            while self._kept_bytes > _KEPT_INDEX_BYTES and len(self._indexes) > 1:
+                self._kept_bytes -= self._indexes.popitem(last=False)[1].nbytes
+        return index
+
+    def _wanted(self, ids: Iterable[int], part: str) -> tuple[list[_Wanted], dict[int, ShardError]]:
+        """Where the part of each sample lies, sorted by place; and the faults of those whose index is damaged."""
+        first = _PARTS[part]
+        places = [self._place(i) for i in ids]
+        indexes = dict(self._indexes_of(sorted({shard for shard, _ in places})))
+        wanted, faults = [], {}
+        for n, (shard, row) in enumerate(places):
+            index = indexes[shard]
+            if isinstance(index, ShardError):
+                faults[n] = index
+                continue
+            values = index.item(row)
+            wanted.append(_Wanted(shard, values[first], values[first + 1], n, values[first + 2], values[0]))
+        wanted.sort()
+        return wanted, faults
+
+    def _range(self, span: list[_Wanted]) -> Range:
+        start, end = span[0].offset, max(wanted.offset + wanted.size for wanted in span)
+        return self._shards[span[0].shard].path, start, end - start
+
+    def _read_parts(self, ids: Iterable[int], part: str) -> list[bytes | ShardError]:
+        wanted, faults = self._wanted(ids, part)
+        results: list[Any] = [None] * (len(wanted) + len(faults))
+        for n, fault in faults.items():
+            results[n] = fault
+        spans = _spans(wanted, _GAP_BYTES, _SPAN_BYTES)
+        read = self.manifest.storage.read_ranges([self._range(span) for span in spans])
+        for span, data in zip(spans, read, strict=True):
+            start = span[0].offset
+            for sample in span:
+                if isinstance(data, ShardError):
+                    results[sample.n] = data
+                else:
+                    at = sample.offset - start
+                    whole = data if len(span) == 1 else data[at : at + sample.size]
+                    results[sample.n] = self._checked(sample, whole, part)
+        return results
+
+    def _checked(self, sample: _Wanted, data: bytes, part: str) -> bytes | ShardError:
+        if len(data) == sample.size and zlib.crc32(data) == sample.crc32:
+            return data
+        key = sample.key.decode("ascii", errors="replace")
+        cut = len(data) != sample.size
+        what = f"ends inside {key}" if cut else f"has wrong bytes at {key} ({part}: crc32 differs)"
+        return self.manifest.storage.fault(self._shards[sample.shard].path, what)
+
+
+def _spans(wanted: list[_Wanted], gap: int, longest: int | None) -> list[list[_Wanted]]:
+    """Runs of samples, sorted by place, that one read serves: gaps up to `gap` bytes, no longer than `longest`."""
+    spans: list[list[_Wanted]] = []
+    shard, start, end = -1, 0, 0
+    for sample in wanted:
+        sample_end = sample.offset + sample.size
+        near = sample.shard == shard and sample.offset <= end + gap
+        if near and (longest is None or sample_end - start <= longest):
+            spans[-1].append(sample)
+            end = max(end, sample_end)
+        else:
+            spans.append([sample])
+            shard, start, end = sample.shard, sample.offset, sample_end
+    return spans
+
+
+def _raised(value: Any) -> Any:
+    """The value, or raise it if it is the error in a value's place."""
+    if isinstance(value, ShardError):
+        raise value
+    return value

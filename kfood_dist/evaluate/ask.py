@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from kfood_dist.data.collate import StreamingCollator
 from kfood_dist.data.labels import is_match, normalise
+from kfood_dist.data.mix import Mixture
 from kfood_dist.data.plan import EMPTY, MicroBatch, deal
 from kfood_dist.data.shards import ShardSplit
 from kfood_dist.data.template import Template
@@ -96,7 +97,7 @@ def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int
     }
 
 
-def make_record(shards: ShardSplit, i: int, text: str, confidence: float) -> Record:
+def make_record(shards: ShardSplit | Mixture, i: int, text: str, confidence: float) -> Record:
     """What becomes of picture i answered with `text`; no text, and so wrong, where it was refused."""
     dish = shards.label(i)
     return Record(

@@ -19,14 +19,14 @@ def require_same_pictures(settings: Settings, manifest: Manifest) -> None:
     """Raise RecipeError unless the packed pictures have the size, and were resized the way, the settings say."""
     if manifest.image_size != settings.image_size:
         raise RecipeError(
-            f"the pictures in {manifest.folder} are {manifest.image_size} pixels wide, those asked about "
+            f"the pictures in {manifest.where} are {manifest.image_size} pixels wide, those asked about "
             f"{settings.image_size}",
             f"name shards packed with --image-size {settings.image_size}; without an adapter, "
             f"--set data.image_size={manifest.image_size} does as well",
         )
     if settings.resize not in (None, manifest.resize):
         raise RecipeError(
-            f"the pictures in {manifest.folder} were resized by {manifest.resize!r}, the adapter's by "
+            f"the pictures in {manifest.where} were resized by {manifest.resize!r}, the adapter's by "
             f"{settings.resize!r}",
             f"name shards packed with --resize {settings.resize}",
         )

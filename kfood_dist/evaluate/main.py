@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "predictions.jsonl and report.html. Greedy answers, strict exact match. Runs alone or under accelerate "
         "launch. Run again with the same inputs, it reuses the report."
     )
-    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="folder that `kfood pack` wrote")
+    parser.add_argument("--shards", required=True, metavar="DIR", help="folder or URL that `kfood pack` wrote")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     add_model_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
@@ -127,7 +127,7 @@ def _facts(task: Task, world: World, device: "torch.device", seconds: float) -> 
         "model": task.model,
         "adapter": str(task.adapter) if task.adapter else None,
         "adapter_sha256": sha256_file(weights) if weights else None,
-        "shards": str(task.shards.manifest.folder),
+        "shards": task.shards.manifest.where,
         "index_hash": task.shards.index_hash,
         "split": task.shards.split,
         "image_size": task.settings.image_size,

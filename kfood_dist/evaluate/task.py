@@ -19,7 +19,7 @@ from kfood_dist.evaluate.settings import (
 )
 from kfood_dist.model.adapters import read_adapter_facts
 from kfood_dist.model.base import require_base
-from kfood_dist.runtime import require_folder_possible
+from kfood_dist.runtime import World, require_folder_possible
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def check(args: argparse.Namespace) -> Task:
     settings, recipe_eval = resolve_settings(args)
     shards = open_split(args.shards, args.split)
     require_same_pictures(settings, shards.manifest)
+    if World.from_environment().is_main:
+        shards.require_files()
     for folder, option in ((args.out, "--out"), (args.tensorboard, "--tensorboard")):
         require_folder_possible(folder, option)
     settings = replace(settings, resize=shards.manifest.resize)

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import StreamingCollator
+from kfood_dist.data.mix import open_mixture
 from kfood_dist.data.patches import VisionSpec
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.shards import open_split
@@ -23,27 +24,14 @@ from kfood_dist.train.engine import Engine, build_accelerator, build_engine
 from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
-from kfood_dist.train.preflight import build_template
+from kfood_dist.train.preflight import build_template, num_steps
 
 
-def build_plan(recipe: Recipe, accumulation: int, world_size: int) -> Plan:
-    """The reading plan of the training split."""
-    num_samples = len(open_split(recipe.data.shards, "train"))
-    return Plan(num_samples, recipe.train.seed, world_size, recipe.train.micro_batch_size, accumulation)
-
-
-def num_steps(recipe: Recipe, accumulation: int, world_size: int) -> int:
-    """Optimiser steps of the whole run: `train.max_steps`, or as many as `train.epochs` take."""
-    plan = build_plan(recipe, accumulation, world_size)
-    return recipe.train.max_steps or recipe.train.epochs * plan.steps_per_epoch
-
-
-def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Checkpoint | None) -> tuple[Trainer, int]:
+def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None) -> tuple[Trainer, int]:
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
-    accelerator = build_accelerator(recipe, accumulation, world)
+    accelerator = build_accelerator(recipe, plan.accumulation, world)
     template = build_template(recipe)
-    collator = StreamingCollator(open_split(recipe.data.shards, "train"), template, unreadable="replace")
-    plan = build_plan(recipe, accumulation, world.size)
+    collator = StreamingCollator(open_mixture(recipe.data, "train"), template, unreadable="replace")
     module = build_module(recipe, template.vision, accelerator.device)
     engine = _build_engine(recipe, accelerator, module)
 
@@ -54,14 +42,14 @@ def build_trainer(recipe: Recipe, accumulation: int, world: World, newest: Check
     }
     start = 0
     if newest:
-        start = plan.resume(newest.state()["data"], collator.shards.index_hash)
+        start = plan.resume(newest.state()["data"])
         load_engine(engine, newest)
-    max_steps = num_steps(recipe, accumulation, world.size)
+    max_steps = num_steps(recipe, plan)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
     facts = {
         **how,
         "global_batch": plan.global_batch,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": plan.accumulation,
         "quantization": recipe.model.quantization,
         "precision": recipe.model.precision,
         **model_facts(module.model),
@@ -141,7 +129,7 @@ def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
 def _announce(trainer: Trainer, start: int) -> None:
     facts, plan = trainer.run_facts, trainer.plan
     trainer.log.say(
-        f"{plan.num_samples} pictures, {trainer.max_steps} steps of {plan.global_batch} "
+        f"{plan.order.num_samples} pictures, {trainer.max_steps} steps of {plan.global_batch} "
         f"({plan.ranks} ranks × {plan.micro_batch} × accumulation {plan.accumulation}), "
         f"{facts['distributed_type']} ZeRO {facts['zero_stage']}, {facts['quantization']}, "
         f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained, on {facts['device']}"

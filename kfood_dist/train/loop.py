@@ -21,6 +21,7 @@ import torch
 
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import Batch, StreamingCollator
+from kfood_dist.data.mix import read_ahead
 from kfood_dist.data.plan import MicroBatch, Plan, deal
 from kfood_dist.data.stream import stream
 from kfood_dist.errors import TrainingError
@@ -59,6 +60,8 @@ class Trainer:
         """Take the steps from `start` to `max_steps`; returns the last checkpoint's adapter folder."""
         recipe = self.recipe.train
         micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
+        if self.recipe.data.shuffle_window and self.world.local_rank == 0:
+            micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
         batches = stream(
             self.collator,
             micro_batches,
@@ -147,7 +150,7 @@ class Trainer:
             if self.world.is_main:
                 save_adapter(self.module.model, target.adapter, {**self.adapter_facts, "step": done}, weights)
 
-        state = {"data": self.plan.state(done, self.collator.shards.index_hash), **self.checkpoint_facts}
+        state = {"data": self.plan.state(done), **self.checkpoint_facts}
         began = time.perf_counter()
         checkpoint.save(self.checkpoints, done, state, self.world, write, self.recipe.train.keep_checkpoints)
         self.log.say(f"step {done}: checkpoint written in {time.perf_counter() - began:.1f} s")

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from kfood_dist.config import Recipe, load_recipe, save_recipe
+from kfood_dist.data.plan import Plan
 from kfood_dist.errors import KfoodError
 from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
 from kfood_dist.train.lock import hold
-from kfood_dist.train.preflight import preflight
+from kfood_dist.train.preflight import num_steps, preflight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,30 +33,30 @@ def run(args: argparse.Namespace) -> int:
     end_with_launcher()
     recipe = load_recipe(args.config, args.set)
     world = World.from_environment()
-    accumulation = preflight(recipe, world.size)
+    plan = preflight(recipe, world.size, look_at_files=world.is_main)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         try:
-            return train(recipe, accumulation, world)
+            return train(recipe, plan, world)
         except KfoodError as error:
             if not world.is_main:  # what only this rank met, nobody else can tell
                 print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             raise
 
 
-def train(recipe: Recipe, accumulation: int, world: World) -> int:
+def train(recipe: Recipe, plan: Plan, world: World) -> int:
     """Resume from the newest checkpoint or begin, train to the end, publish the adapter."""
     quiet_libraries()
     raise_open_file_limit()
-    from kfood_dist.train.build import build_trainer, num_steps  # torch and all the rest
+    from kfood_dist.train.build import build_trainer  # torch and all the rest
 
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
-    if newest and newest.step >= num_steps(recipe, accumulation, world.size):
+    if newest and newest.step >= num_steps(recipe, plan):
         if world.is_main:
             publish_adapter(newest.adapter, recipe.run.dir / "adapter")
             print(f"{recipe.run.dir}: already trained, {newest.step} steps; adapter in {recipe.run.dir / 'adapter'}")
         return 0
-    trainer, start = build_trainer(recipe, accumulation, world, newest)
+    trainer, start = build_trainer(recipe, plan, world, newest)
     if world.is_main:
         save_recipe(recipe, recipe.run.dir / "recipe.yaml")
     adapter = trainer.train(start)

@@ -1,6 +1,6 @@
 """Everything that can be known to be wrong before a process group starts or a model loads, checked in a second.
 
-    recipe, world size ──► preflight ──► accumulation; or one error with its remedy
+    recipe, world size ──► preflight ──► Plan: who reads what; or one error with its remedy
 
 The launcher runs it once, before it starts any rank; each rank runs it again, since a rank may be started otherwise.
 """
@@ -8,7 +8,8 @@ The launcher runs it once, before it starts any rank; each rank runs it again, s
 from typing import Any
 
 from kfood_dist.config import Recipe, load_recipe
-from kfood_dist.data.manifest import Manifest, load_manifest
+from kfood_dist.data.manifest import Manifest
+from kfood_dist.data.mix import build_data_order, open_mixture
 from kfood_dist.data.patches import grid_of
 from kfood_dist.data.plan import Plan, accumulation_for
 from kfood_dist.data.shards import open_split
@@ -30,10 +31,12 @@ CHANGEABLE = {
 }  # fmt: skip
 
 
-def preflight(recipe: Recipe, world_size: int) -> int:
+def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Plan:
     """Check a recipe against shards, base model, DeepSpeed JSON, run directory and world size.
 
-    Returns the micro-steps per optimiser step. Raises RecipeError, ShardError, ModelError or CheckpointError.
+    `look_at_files` looks for every shard too, which one rank may do for all. Returns the plan of reading.
+
+    Raises RecipeError, ShardError, ModelError or CheckpointError.
     """
     train = recipe.train
     require_folder_possible(recipe.run.dir, "run.dir")
@@ -42,19 +45,28 @@ def preflight(recipe: Recipe, world_size: int) -> int:
         accumulation = accumulation_for(train.global_batch_size, train.micro_batch_size, world_size)
     if train.zero_stage:
         deepspeed_config(recipe, accumulation, world_size)
-    require_image_size(load_manifest(recipe.data.shards), recipe.data.image_size)
-    shards = open_split(recipe.data.shards, "train")
+    data = open_mixture(recipe.data, "train")
+    require_image_size(data.manifest, recipe.data.image_size)
+    if look_at_files:
+        data.require_files()
+    plan = Plan(build_data_order(data, recipe.data), train.seed, world_size, train.micro_batch_size, accumulation)
     if recipe.eval.every_steps:
-        open_split(recipe.data.shards, recipe.eval.split)
+        measured = open_split(recipe.data.shards, recipe.eval.split)
+        if look_at_files:
+            measured.require_files()
     require_base(recipe.model.base)
     build_template(recipe)
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest:
         _require_same_recipe(recipe)
         _require_same_ranks(newest, recipe, world_size)
-        plan = Plan(len(shards), train.seed, world_size, train.micro_batch_size, accumulation)
-        plan.resume(newest.state()["data"], shards.index_hash)
-    return accumulation
+        plan.resume(newest.state()["data"])
+    return plan
+
+
+def num_steps(recipe: Recipe, plan: Plan) -> int:
+    """Optimiser steps of the whole run: `train.max_steps`, or as many as `train.epochs` take."""
+    return recipe.train.max_steps or recipe.train.epochs * plan.steps_per_epoch
 
 
 def build_template(recipe: Recipe) -> Template:
@@ -79,7 +91,7 @@ def require_image_size(manifest: Manifest, image_size: int) -> None:
     """Raise RecipeError unless the shards were packed at the size the model will be shown."""
     if manifest.image_size != image_size:
         raise RecipeError(
-            f"data.image_size is {image_size}, but {manifest.folder} was packed at {manifest.image_size}",
+            f"data.image_size is {image_size}, but {manifest.where} was packed at {manifest.image_size}",
             f"set data.image_size={manifest.image_size}, or pack again with --image-size {image_size}",
         )
 

@@ -1,26 +1,52 @@
-"""The order of samples: pure integers, so every property is checked over ranks, batches and resume points."""
+"""Who reads what: pure integers, so every property is checked over orders, ranks, batches and resume points."""
 
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfood_dist.data.plan import EMPTY, Plan, accumulation_for, deal, order
+from kfood_dist.data.plan import EMPTY, Plan, accumulation_for, deal
+from kfood_dist.data.sampling import Order, build_order, plain_order
+from kfood_dist.data.shuffle import RUNS_PER_WINDOW, Shuffle
 from kfood_dist.errors import CheckpointError, RecipeError
 
-GOLDEN = [0, 2, 11, 9, 1, 8, 5, 4, 3, 10, 6, 7]
-GOLDEN_SHA256 = "26b0fe0729d6daad947ffacf6e68fbd8631ae03ba14badfd46895fb865fe4d56"
+GOLDEN = [9, 6, 5, 7, 8, 11, 0, 4, 10, 1, 2, 3]
+GOLDEN_SHA256 = "ea85c22a56b5f33f92ed9e983fd76a4b48b6aeb9219206f92028af3ec5ee8f01"
+GOLDEN_WINDOWED_SHA256 = "3a42bd5fb971713e1f97c6d605cc8beb43eaf180c67dbc9f9f7a66cdcbf302b8"
+GOLDEN_MIXED_SHA256 = "e9810a7dabfabd4b5552570b6f5d64fc9717c4d9db29a90598ba43d35531f57f"
 
-plans = st.builds(
-    Plan,
-    num_samples=st.integers(1, 300),
-    seed=st.integers(0, 2**32 - 1),
-    ranks=st.integers(1, 16),
-    micro_batch=st.integers(1, 5),
-    accumulation=st.integers(1, 5),
-)
+windows = st.one_of(st.none(), st.integers(1, 400))
+
+
+@st.composite
+def plain_orders(draw: st.DrawFn) -> Order:
+    return plain_order(draw(st.integers(1, 300)), draw(windows))
+
+
+@st.composite
+def mixed_orders(draw: st.DrawFn) -> Order:
+    """Several folders with weights, and labels balanced or not."""
+    sizes = draw(st.lists(st.integers(1, 80), min_size=1, max_size=4))
+    weights = [1.0, *draw(st.lists(st.floats(0.1, 3), min_size=len(sizes) - 1, max_size=len(sizes) - 1))]
+    labels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, draw(st.integers(1, 12)), sum(sizes))
+    return build_order(sizes, weights, labels, draw(st.sampled_from([0.0, 0.4, 1.0])), draw(windows), "hash")
+
+
+def plans_of(orders: st.SearchStrategy[Order]) -> st.SearchStrategy[Plan]:
+    return st.builds(
+        Plan,
+        order=orders,
+        seed=st.integers(0, 2**32 - 1),
+        ranks=st.integers(1, 16),
+        micro_batch=st.integers(1, 5),
+        accumulation=st.integers(1, 5),
+    )
+
+
+plans = plans_of(st.one_of(plain_orders(), mixed_orders()))
 
 
 def read_ids(plan: Plan, start: int, stop: int) -> dict[int, list[int]]:
@@ -32,24 +58,34 @@ def read_ids(plan: Plan, start: int, stop: int) -> dict[int, list[int]]:
     return seen
 
 
+def sha256(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+
+
 def test_the_order_is_golden() -> None:
     """Another order would resume old checkpoints onto other data: it may never change."""
-    assert order(0, 0, 12).tolist() == GOLDEN
-    digest = hashlib.sha256(order(7, 3, 10_000).astype("<i8").tobytes()).hexdigest()
-    assert digest == GOLDEN_SHA256
+    assert plain_order(12).ids(0, 0, 0, 12).tolist() == GOLDEN
+    assert sha256(plain_order(10_000).ids(7, 3, 0, 10_000)) == GOLDEN_SHA256
+    assert sha256(plain_order(10_000, window=900).ids(7, 3, 0, 10_000)) == GOLDEN_WINDOWED_SHA256
+    labels = np.arange(700) ** 2 % 11
+    mixed = build_order([500, 200], [1.0, 0.7], labels, 0.5, 256)
+    assert sha256(mixed.ids(7, 3, 0, mixed.epoch_length)) == GOLDEN_MIXED_SHA256
 
 
-@given(plans, st.integers(0, 2))
+# One epoch
+
+
+@given(plans_of(plain_orders()), st.integers(0, 3))
 def test_every_sample_once_per_epoch(plan: Plan, epoch: int) -> None:
     start = epoch * plan.steps_per_epoch
     seen = read_ids(plan, start, start + plan.steps_per_epoch)
-    assert sorted(i for ids in seen.values() for i in ids) == list(range(plan.num_samples))
+    assert sorted(i for ids in seen.values() for i in ids) == list(range(plan.order.num_samples))
 
 
 @given(plans, st.data())
 def test_a_step_sees_its_slice_of_the_order_whatever_the_cut(plan: Plan, data: st.DataObject) -> None:
-    step = data.draw(st.integers(0, 2 * plan.steps_per_epoch))
-    ids = order(plan.seed, plan.epoch_of(step), plan.num_samples)
+    step = data.draw(st.integers(0, 3 * plan.steps_per_epoch))
+    ids = plan.order.ids(plan.seed, plan.epoch_of(step), 0, plan.samples_per_epoch)
     begin = step % plan.steps_per_epoch * plan.global_batch
     assert sorted(read_ids(plan, step, step + 1)[step]) == sorted(ids[begin : begin + plan.global_batch])
 
@@ -60,26 +96,6 @@ def test_every_rank_takes_the_same_number_of_micro_steps(plan: Plan, data: st.Da
     counts = {len(list(plan.micro_batches(rank, step, step + 1))) for rank in range(plan.ranks)}
     assert counts == {plan.num_micro_steps(step)}
     assert 1 <= plan.num_micro_steps(step) <= plan.accumulation
-
-
-@given(plans, st.data())
-def test_resuming_at_any_step_reads_what_was_left(plan: Plan, data: st.DataObject) -> None:
-    stop = 2 * plan.steps_per_epoch
-    step = data.draw(st.integers(0, stop))
-    resumed = plan.resume(plan.state(step, "hash"), "hash")
-    assert resumed == step
-    whole = read_ids(plan, 0, stop)
-    assert read_ids(plan, resumed, stop) == {s: ids for s, ids in whole.items() if s >= step}
-
-
-@given(plans, st.integers(1, 16))
-def test_another_number_of_ranks_sees_the_same_global_batches(plan: Plan, ranks: int) -> None:
-    if plan.global_batch % (ranks * plan.micro_batch):
-        return
-    accumulation = accumulation_for(plan.global_batch, plan.micro_batch, ranks)
-    other = Plan(plan.num_samples, plan.seed, ranks, plan.micro_batch, accumulation)
-    mine, theirs = (read_ids(p, 0, p.steps_per_epoch) for p in (plan, other))
-    assert {s: sorted(ids) for s, ids in mine.items()} == {s: sorted(ids) for s, ids in theirs.items()}
 
 
 @given(st.integers(0, 200), st.integers(1, 16), st.integers(1, 8))
@@ -95,23 +111,61 @@ def test_samples_before_counts_short_steps_as_they_are(plan: Plan, data: st.Data
     assert plan.samples_before(step) == sum(len(ids) for ids in read_ids(plan, 0, step).values())
 
 
-def test_epochs_and_seeds_differ() -> None:
-    assert order(0, 0, 100).tolist() != order(0, 1, 100).tolist()
-    assert order(0, 0, 100).tolist() != order(1, 0, 100).tolist()
+# Resuming
+
+
+@given(plans, st.integers(0, 3), st.data())
+def test_resuming_at_any_step_of_any_epoch_on_any_ranks_reads_what_was_left(
+    plan: Plan, epoch: int, data: st.DataObject
+) -> None:
+    """On every number of ranks, and every micro-batch, that divides the global batch."""
+    start = epoch * plan.steps_per_epoch
+    step = data.draw(st.integers(start, start + plan.steps_per_epoch))
+    stop = start + 2 * plan.steps_per_epoch
+    cuts = [n for n in range(1, 17) if plan.global_batch % n == 0]
+    ranks = data.draw(st.sampled_from(cuts))
+    micro_batch = data.draw(st.sampled_from([m for m in range(1, 26) if plan.global_batch % (ranks * m) == 0]))
+    accumulation = accumulation_for(plan.global_batch, micro_batch, ranks)
+    other = Plan(plan.order, plan.seed, ranks, micro_batch, accumulation)
+    resumed = other.resume(plan.state(step))
+    assert resumed == step
+    expected = {s: sorted(ids) for s, ids in read_ids(plan, start, stop).items() if s >= step}
+    assert {s: sorted(ids) for s, ids in read_ids(other, resumed, stop).items()} == expected
+
+
+@given(plans, st.integers(0, 10**6))
+def test_the_state_is_one_small_record(plan: Plan, step: int) -> None:
+    state = plan.state(step)
+    assert set(state) == {"version", "seed", "epoch", "samples", "global_batch", "index_hash"}
+    assert all(isinstance(value, int | str) for value in state.values())
+    assert plan.resume(state) == step
 
 
 def test_a_position_in_other_data_is_refused_with_the_difference() -> None:
-    plan = Plan(num_samples=100, seed=1, ranks=2, micro_batch=2, accumulation=2)
-    other = Plan(num_samples=100, seed=2, ranks=2, micro_batch=2, accumulation=4)
+    plan = Plan(plain_order(100, index_hash="one"), seed=1, ranks=2, micro_batch=2, accumulation=2)
+    other = Plan(plain_order(100, index_hash="two"), seed=2, ranks=2, micro_batch=2, accumulation=4)
     with pytest.raises(CheckpointError) as raised:
-        other.resume(plan.state(3, "one"), "two")
-    for part in ("seed was 1 and is now 2", "global_batch was 8 and is now 16", "index_hash was one and is now two"):
-        assert part in str(raised.value)
+        other.resume(plan.state(3))
+    told = str(raised.value)
+    for part in ("seed was 1 and is now 2", "global_batch was 8 and is now 16", "index_hash was "):
+        assert part in told
+    assert plan.order.fingerprint in told and other.order.fingerprint in told
 
 
-def test_a_malformed_position_is_refused() -> None:
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"epoch": 0},
+        Plan(plain_order(10), 0, 1, 4, 1).state(1) | {"samples": "4"},
+        Plan(plain_order(10), 0, 1, 4, 1).state(1) | {"epoch": -1},
+        Plan(plain_order(10), 0, 1, 4, 1).state(1) | {"samples": 3},
+        Plan(plain_order(10), 0, 1, 4, 1).state(1) | {"samples": 10**9},
+        "nonsense",
+    ],
+)
+def test_a_malformed_position_is_refused(state) -> None:
     with pytest.raises(CheckpointError, match="malformed"):
-        Plan(10, 0, 1, 1, 1).resume({"epoch": 0}, "hash")
+        Plan(plain_order(10), 0, 1, 4, 1).resume(state)
 
 
 def test_a_world_that_does_not_divide_the_global_batch_is_refused_with_those_that_do() -> None:
@@ -119,3 +173,145 @@ def test_a_world_that_does_not_divide_the_global_batch_is_refused_with_those_tha
         accumulation_for(32, 4, 3)
     with pytest.raises(RecipeError, match=r"let train\.micro_batch_size divide 32"):
         accumulation_for(32, 5, 1)
+
+
+# The shuffle and its window
+
+
+@given(st.integers(1, 2000), st.integers(1, 700), st.integers(0, 5), st.data())
+def test_a_shuffle_read_in_pieces_is_one_permutation(size: int, window: int, epoch: int, data: st.DataObject) -> None:
+    whole = Shuffle(size, window, 3, epoch).take(0, size)
+    assert sorted(whole.tolist()) == list(range(size))
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    assert Shuffle(size, window, 3, epoch).take(start, stop).tolist() == whole[start:stop].tolist()
+
+
+@given(st.integers(0, 20))
+def test_a_window_reads_long_runs_only(epoch: int) -> None:
+    size, window = 100_003, 6400
+    shuffle = Shuffle(size, window, 1, epoch)
+    for start in range(0, size - window, window):
+        ids = np.sort(shuffle.take(start, start + window))
+        stretches = 1 + int((np.diff(ids) > 1).sum())
+        assert len(ids) == window
+        assert stretches <= RUNS_PER_WINDOW + 1  # one run may lie over the end of the set and its beginning
+    assert shuffle.take(0, window).tolist() != sorted(shuffle.take(0, window).tolist())
+
+
+def test_every_place_of_a_small_set_is_as_likely_for_every_sample() -> None:
+    """A chi-squared bound over 4,000 epochs of 8 samples in windows of 1, 4 and all; a sound shuffle keeps it."""
+    for window in (4, 64, None):
+        counts = np.zeros((8, 8))
+        for epoch in range(4000):
+            counts[np.arange(8), plain_order(8, window).ids(0, epoch, 0, 8)] += 1
+        chi_squared = ((counts - 500) ** 2 / 500).sum()
+        assert chi_squared < 100  # 49 degrees of freedom: the mean is 49, and 100 is passed once in 50,000
+
+
+def test_epochs_seeds_and_windows_differ() -> None:
+    plain = plain_order(1000)
+    orders = [
+        plain.ids(0, 0, 0, 1000),
+        plain.ids(0, 1, 0, 1000),
+        plain.ids(1, 0, 0, 1000),
+        plain_order(1000, 128).ids(0, 0, 0, 1000),
+        plain_order(1000, 128).ids(0, 1, 0, 1000),
+    ]
+    assert len({tuple(ids.tolist()) for ids in orders}) == len(orders)
+
+
+@given(st.integers(1, 3000), windows, st.data())
+def test_a_window_is_where_its_places_are(size: int, window: int | None, data: st.DataObject) -> None:
+    order = plain_order(size, window)
+    place = data.draw(st.integers(0, size - 1))
+    start, stop = found = order.window_at(place)
+    assert 0 <= start <= place < stop <= size
+    assert order.window_at(start) == order.window_at(stop - 1) == found
+    assert order.num_windows == len({order.window_at(p) for p in range(size)})
+    if window is None or size <= window:
+        assert order.num_windows == 1
+
+
+# Mixing and balance
+
+
+@given(mixed_orders(), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_over_epochs_no_sample_is_drawn_twice_before_all_of_its_stream_were(
+    order: Order, epochs: int, seed: int
+) -> None:
+    drawn = Counter(i for epoch in range(epochs) for i in order.ids(seed, epoch, 0, order.epoch_length).tolist())
+    members = np.arange(order.num_samples) if order._members is None else order._members
+    for size, draws, first in zip(order._sizes, order._draws, order._first, strict=True):
+        counts = {drawn[i] for i in members[first : first + size].tolist()}
+        assert counts <= {draws * epochs // size, -(-draws * epochs // size)}
+        assert sum(drawn[i] for i in members[first : first + size].tolist()) == draws * epochs
+
+
+def test_a_folder_is_drawn_by_its_weight() -> None:
+    order = build_order([600, 300, 10], [1.0, 0.5, 7.0])
+    ids = order.ids(0, 0, 0, order.epoch_length)
+    assert np.bincount(np.searchsorted([600, 900], ids, side="right")).tolist() == [600, 150, 70]
+    halves = [set(order.ids(0, e, 0, order.epoch_length).tolist()) & set(range(600, 900)) for e in (0, 1)]
+    assert not halves[0] & halves[1]
+
+
+def test_folders_are_mixed_from_the_first_step_on() -> None:
+    ids = build_order([600, 300], [1.0, 1.0]).ids(0, 0, 0, 90)
+    assert 15 <= (ids >= 600).sum() <= 45
+
+
+@pytest.mark.parametrize(("balance", "expected"), [(0.0, [800, 180, 20]), (1.0, [334, 333, 333]), (0.5, None)])
+def test_classes_are_balanced(balance: float, expected: list[int] | None) -> None:
+    labels = np.repeat([0, 1, 2], [800, 180, 20])
+    order = build_order([1000], [1.0], labels, balance)
+    counts = np.bincount(labels[order.ids(0, 0, 0, order.epoch_length)])
+    share = np.array([800, 180, 20]) ** (1 - balance)
+    assert counts.sum() == 1000
+    assert np.abs(counts - 1000 * share / share.sum()).max() < 1
+    assert expected in (None, counts.tolist())
+
+
+def test_balance_over_several_folders_counts_a_class_once() -> None:
+    labels = np.array([0] * 90 + [1] * 10 + [1] * 50 + [2] * 50)
+    order = build_order([100, 100], [1.0, 2.0], labels, 1.0)
+    ids = order.ids(0, 0, 0, order.epoch_length)
+    assert np.bincount(labels[ids]).tolist() == [100, 100, 100]
+    of_class_1 = ids[labels[ids] == 1]
+    assert ((of_class_1 >= 100).sum(), len(of_class_1)) == (91, 100)  # 50 · 2 of 50 · 2 + 10
+
+
+def test_a_class_without_samples_is_no_stream() -> None:
+    order = build_order([4], [1.0], np.array([0, 5, 5, 9]), 1.0)
+    assert order.epoch_length == 4
+    assert set(order.ids(0, 0, 0, 4)) <= {0, 1, 2, 3}
+
+
+def test_the_fingerprint_is_of_all_that_decides() -> None:
+    labels = np.zeros(10, dtype=int)
+    different = [
+        build_order([10], [1.0], index_hash="a"),
+        build_order([10], [1.0], index_hash="b"),
+        build_order([5, 5], [1.0, 1.0], index_hash="a"),
+        build_order([5, 5], [1.0, 2.0], index_hash="a"),
+        build_order([10], [1.0], labels, 0.5, index_hash="a"),
+        build_order([10], [1.0], window=5, index_hash="a"),
+    ]
+    assert len({order.fingerprint for order in different}) == len(different)
+
+
+# A hundred million
+
+
+def test_a_hundred_million_samples_are_planned_in_pieces() -> None:
+    """The last step of an epoch is there without the epoch: sorting it whole would take 800 MB for the words alone."""
+    import tracemalloc
+
+    plan = Plan(plain_order(10**8), seed=0, ranks=8, micro_batch=16, accumulation=8)
+    step = 4 * plan.steps_per_epoch - 2
+    tracemalloc.start()
+    ids = plan.ids(plan.resume(plan.state(step)))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(ids.tolist())) == plan.global_batch
+    assert peak_bytes < 100 * 2**20

@@ -167,7 +167,7 @@ def test_descriptors_are_few_and_given_back(packed, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     split = open_split(packed, "train")
     assert len(os.listdir("/proc/self/fd")) == before
-    monkeypatch.setattr("kfood_dist.data.shards._MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("kfood_dist.data.storage._MAX_OPEN_FILES", 2)
     for i in (0, 8, 17, 0, 8):
         split.read(i)
         assert len(os.listdir("/proc/self/fd")) <= before + 2
@@ -235,17 +235,28 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(packed, split)
         open_split(packed, split)
 
 
-def test_missing_and_cut_files_are_named_before_anything_is_read(copied):
+def test_missing_and_cut_files_are_named_when_looked_for(copied):
     os.truncate(copied / "train-000001.tar", 5000)
+    split = open_split(copied, "train")
     with pytest.raises(ShardError, match=r"train-000001.tar has 5,000 bytes, not the .*`kfood verify"):
-        open_split(copied, "train")
+        split.require_files()
     (copied / "train-000001.tar").unlink()
     with pytest.raises(ShardError, match=r"train-000001.tar cannot be opened \(No such file"):
-        open_split(copied, "train")
-    assert len(open_split(copied, "test")) == 6
+        split.require_files()
+    test = open_split(copied, "test")
+    test.require_files()
     (copied / "test-000000.index.npy").unlink()
     with pytest.raises(ShardError, match=r"test-000000.index.npy cannot be opened"):
-        open_split(copied, "test")
+        test.require_files()
+
+
+def test_one_shard_that_is_gone_loses_no_other(copied):
+    (copied / "train-000001.tar").unlink()
+    (copied / "train-000000.index.npy").write_bytes(b"junk")
+    found = open_split(copied, "train").read_many([0, 9, 17])
+    assert [type(data) for data in found] == [ShardError, ShardError, bytes]
+    assert "train-000000.index.npy is not the index" in str(found[0])
+    assert "train-000001.tar cannot be opened" in str(found[1])
 
 
 def test_one_flipped_byte_in_a_sample_is_noticed_when_it_is_read(copied):
@@ -276,7 +287,7 @@ def test_a_label_changed_in_the_index_is_noticed(copied):
     index["label"] = 1 - index["label"]
     np.save(path, index)
     with pytest.raises(ShardError, match=r"train-000000.index.npy is not the index that the manifest"):
-        open_split(copied, "train")
+        open_split(copied, "train").read(0)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "junk", "other_dtype", "short", "class"])
@@ -298,4 +309,4 @@ def test_an_index_of_another_kind_is_refused_even_if_the_manifest_names_it(copie
     described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit_manifest(copied, lambda m: m["shards"][-1].update(index=described))
     with pytest.raises(ShardError, match=r"test-000000.index.npy (is not a numpy|does not hold|names a class)"):
-        open_split(copied, "test")
+        open_split(copied, "test").read(0)

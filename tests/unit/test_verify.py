@@ -126,7 +126,9 @@ def test_a_cut_tar_that_the_manifest_agrees_with_still_lacks_its_samples(folder)
     path = folder / f"{FIRST}.tar"
     os.truncate(path, cuts(path)["at a sample"])
     describe_again(folder, FIRST)
-    assert faults(folder) == [f"{FIRST}.tar: lacks 10 of 12 members, train-00000001.jpg first"]
+    assert faults(folder) == [
+        f"{FIRST}.index.npy: {folder}/{FIRST}.index.npy leads beyond the end of {FIRST}.tar",
+    ]
 
 
 def test_one_flipped_byte_anywhere_is_noticed(packed, folder):

@@ -169,7 +169,7 @@ def _existing(out: Path, identity: str, max_rejected: float) -> Manifest | None:
     if not isinstance(origin, dict) or origin.get("fingerprint") != identity:
         raise SourceError(f"{out} holds another data set: of another source, or other options", another)
     for split in manifest.splits:
-        open_split(out, split).close()
+        open_split(out, split).require_files()
     if (share := manifest.raw["rejected"]["share"]) > max_rejected:
         raise SourceError(
             f"{out} was packed with {share:.1%} of its inputs refused, above --max-rejected {max_rejected}",

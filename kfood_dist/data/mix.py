@@ -1,0 +1,146 @@
+"""One or several packed folders behind one row of sample ids: the first folder's ids, then the next one's.
+
+    recipe's data section ──► open_mixture ──► Mixture: read as a ShardSplit is, and the order its draws come in
+
+Classes are one by name, whatever their number in each folder. All folders must hold pictures of one size, resized in
+one way: the prompt and the picture are the same in training, evaluation and prediction.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from kfood_dist.config import Data
+from kfood_dist.data.labels import DishClass
+from kfood_dist.data.plan import MicroBatch, Plan
+from kfood_dist.data.sampling import Order, build_order
+from kfood_dist.data.shards import ShardSplit, open_split
+from kfood_dist.errors import ShardError
+
+
+def open_mixture(data: Data, split: str) -> "Mixture":
+    """Open one split of `data.shards` and of every folder in `data.mix`.
+
+    Raises ShardError as `open_split` does, and when the folders' pictures differ in size or resizing.
+    """
+    parts = [open_split(where, split) for where in (data.shards, *(source.shards for source in data.mix))]
+    _require_alike(parts)
+    return Mixture(parts, [1.0, *(source.weight for source in data.mix)])
+
+
+def build_data_order(mixture: "Mixture", data: Data) -> Order:
+    """The order in which a recipe draws from its folders."""
+    return build_order(
+        [len(part) for part in mixture.parts],
+        mixture.weights,
+        mixture.labels() if data.class_balance else None,
+        data.class_balance,
+        data.shuffle_window,
+        mixture.index_hash,
+    )
+
+
+def read_ahead(
+    micro_batches: Iterator[MicroBatch], plan: Plan, start: int, stop: int, will_need: Callable[[np.ndarray], None]
+) -> Iterator[MicroBatch]:
+    """Hand on the micro-batches of the steps start … stop - 1; near each new window, have it read in long runs.
+
+    The kernel reads them into its page cache, which all processes of a node share: one rank of each asks.
+    """
+    coarse = plan.coarse_reads(start, stop)
+    step, ids = next(coarse, (stop, np.empty(0, np.int64)))
+    for micro_batch in micro_batches:
+        while step <= micro_batch.step:
+            will_need(ids)
+            step, ids = next(coarse, (stop, ids))
+        yield micro_batch
+
+
+class Mixture:
+    """Random access to the samples of several ShardSplits; see ShardSplit for what each method does and raises."""
+
+    def __init__(self, parts: Sequence[ShardSplit], weights: Sequence[float]):
+        self.parts = list(parts)
+        self.weights = list(weights)
+        self.split = parts[0].split
+        self.manifest = parts[0].manifest
+        self.index_hash = "+".join(part.index_hash for part in parts)
+        self._first = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @cached_property
+    def classes(self) -> tuple[DishClass, ...]:
+        """The classes of all folders; of one that several have, the first folder's entry counts."""
+        by_name: dict[str, DishClass] = {}
+        for part in self.parts:
+            for dish in part.classes:
+                by_name.setdefault(dish.name, dish)
+        return tuple(by_name.values())
+
+    def labels(self) -> np.ndarray:
+        """The class id of every sample, a place in `classes`, int64 (samples,)."""
+        place = {dish.name: i for i, dish in enumerate(self.classes)}
+        tables = [np.array([place[dish.name] for dish in part.classes], dtype=np.int64) for part in self.parts]
+        return np.concatenate([table[part.labels()] for table, part in zip(tables, self.parts, strict=True)])
+
+    def key(self, i: int) -> str:
+        """The sample's key; where there are several folders, with its folder's name before it."""
+        part, local = self._locate(i)
+        return part.key(local) if len(self.parts) == 1 else f"{part.manifest.name}/{part.key(local)}"
+
+    def label(self, i: int) -> DishClass:
+        part, local = self._locate(i)
+        return part.label(local)
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        part, local = self._locate(i)
+        return part.metadata(local)
+
+    def read(self, i: int) -> bytes:
+        part, local = self._locate(i)
+        return part.read(local)
+
+    def read_many(self, ids: Sequence[int]) -> list[bytes | ShardError]:
+        found: list[bytes | ShardError] = [b""] * len(ids)
+        for part, places, local in self._by_part(np.asarray(ids, dtype=np.int64)):
+            for place, data in zip(places, part.read_many(local.tolist()), strict=True):
+                found[place] = data
+        return found
+
+    def will_need(self, ids: np.ndarray) -> None:
+        for part, _, local in self._by_part(ids):
+            part.will_need(local)
+
+    def require_files(self) -> None:
+        for part in self.parts:
+            part.require_files()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+    def _locate(self, i: int) -> tuple[ShardSplit, int]:
+        number = int(np.searchsorted(self._first, i, side="right")) - 1
+        return self.parts[number], i - int(self._first[number])
+
+    def _by_part(self, ids: np.ndarray) -> list[tuple[ShardSplit, np.ndarray, np.ndarray]]:
+        """For each folder that some of `ids` lie in: the folder, their places among `ids`, their ids in it."""
+        numbers = np.searchsorted(self._first, ids, side="right") - 1
+        places = [(n, np.flatnonzero(numbers == n)) for n in np.unique(numbers)]
+        return [(self.parts[n], here, ids[here] - self._first[n]) for n, here in places]
+
+
+def _require_alike(parts: Sequence[ShardSplit]) -> None:
+    main = parts[0].manifest
+    for other in (part.manifest for part in parts[1:]):
+        for name in ("image_size", "resize"):
+            ours, theirs = getattr(main, name), getattr(other, name)
+            if ours != theirs:
+                raise ShardError(
+                    f"{other.where} was packed with {name} {theirs}, {main.where} with {ours}",
+                    f"pack it again with --{name.replace('_', '-')} {ours}",
+                )

@@ -1,0 +1,250 @@
+"""Where a packed data set lies: a folder, or a place that fsspec reaches (http, s3 and others).
+
+    open_storage("…/dir" | "file:///…" | "http://…" | "s3://…") ──► LocalStorage | RemoteStorage (`remote.py`)
+    storage.read_ranges([(name, offset, size), …])              ──► bytes, or the ShardError of that range
+
+Either kind opens its files or connections when first used, anew in each process: an object may be pickled or
+forked. One fault never hides the other ranges, and always names the file.
+"""
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from kfood_dist.errors import ShardError
+
+# (file name, offset in bytes, number of bytes)
+Range = tuple[str, int, int]
+
+# A process may usually have 1,024 open files; a large data set has more shards than that.
+_MAX_OPEN_FILES = 256
+# Reads that wait for the disk at once, per process. A parallel file system answers them together.
+_NUM_THREADS = 8
+# Not on Linux, or a Python built without it: every read may wait then.
+_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+# What a file system answers that does not know RWF_NOWAIT, such as NFS and tmpfs.
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class MissingFileError(ShardError):
+    """A file of the data set, or the whole of it, is not where it was looked for."""
+
+
+class Storage(ABC):
+    """The files of one packed data set. `where` names it in messages: a path or a URL."""
+
+    where: str
+    is_local: bool
+
+    @abstractmethod
+    def place(self, name: str) -> str:
+        """The path or URL of one file."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises MissingFileError, or ShardError where it cannot be read."""
+
+    @abstractmethod
+    def sizes(self, names: Iterable[str]) -> dict[str, int | ShardError]:
+        """The size of each file in bytes, or what keeps it from being known."""
+
+    def size(self, name: str) -> int:
+        """The size of one file in bytes; raises as `read` does."""
+        size = self.sizes([name])[name]
+        if isinstance(size, ShardError):
+            raise size
+        return size
+
+    @abstractmethod
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
+        """The bytes of each range in order, several in flight; fewer than asked for where a file ends inside."""
+
+    def will_need(self, ranges: Iterable[Range]) -> None:  # noqa: B027 - only a local disk can be told
+        """Say which ranges will soon be read; returns at once."""
+
+    @abstractmethod
+    def fault(self, name: str, what: str) -> ShardError:
+        """The error of one file that is not as its manifest says."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what this process has open; a later read opens it again."""
+
+
+def open_storage(where: "str | Path | Storage") -> Storage:
+    """The storage of a folder's path or of a URL; reads nothing.
+
+    Raises ShardError for a protocol that is unknown or whose package is not installed.
+    """
+    if isinstance(where, Storage):
+        return where
+    text = str(where)
+    protocol, separator, _ = text.partition("://")
+    if not separator:
+        return LocalStorage(Path(where))
+    if protocol in ("file", "local"):
+        return LocalStorage(Path(unquote(urlsplit(text).path)))
+    # Here, not above: fsspec and aiohttp take a quarter of a second that a local data set need not pay.
+    from kfood_dist.data.remote import RemoteStorage
+
+    return RemoteStorage(text)
+
+
+class LocalStorage(Storage):
+    """A folder on a local disk or a mounted file system."""
+
+    is_local = True
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.where = str(folder)
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
+        self._nowait = _NOWAIT
+        self._owner_pid = os.getpid()
+
+    def __reduce__(self) -> tuple[Callable[..., "LocalStorage"], tuple[Any, ...]]:
+        # Absolute, because the copy may be unpickled by a process that stands elsewhere.
+        return LocalStorage, (self.folder.resolve(),)
+
+    def place(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFileError(f"{self.place(name)} does not exist", "check the path") from None
+        except OSError as error:
+            raise ShardError(
+                f"{self.place(name)} cannot be read ({error.strerror})", "check the path and its permissions"
+            ) from None
+
+    def size(self, name: str) -> int:
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError as error:
+            raise self.fault(name, f"cannot be opened ({error.strerror})") from None
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int | ShardError]:
+        # One look at the folder first: what is not in it costs no call of its own.
+        try:
+            with os.scandir(self.folder) as entries:
+                present = {entry.name: entry for entry in entries}
+        except OSError as error:
+            return {name: self.fault(name, f"cannot be opened ({error.strerror})") for name in names}
+        return {name: self._size(name, present.get(name)) for name in names}
+
+    def _size(self, name: str, entry: os.DirEntry | None) -> int | ShardError:
+        if entry is None:
+            return self.fault(name, f"cannot be opened ({os.strerror(errno.ENOENT)})")
+        try:
+            return entry.stat().st_size
+        except OSError as error:
+            return self.fault(name, f"cannot be opened ({error.strerror})")
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
+        results: list[bytes | ShardError] = []
+        # Fewer at once than files may be open, so that none is closed while it is read.
+        batch = max(1, _MAX_OPEN_FILES // 2)
+        for start in range(0, len(ranges), batch):
+            results += self._read_batch(ranges[start : start + batch])
+        return results
+
+    def _read_batch(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
+        """What the page cache holds is read at once; the rest is waited for by several threads together."""
+        results: list[Any] = [None] * len(ranges)
+        waiting = []
+        for n, (name, offset, size) in enumerate(ranges):
+            try:
+                descriptor = self._descriptor(name)
+            except OSError as error:
+                results[n] = self.fault(name, f"cannot be opened ({error.strerror})")
+                continue
+            results[n] = self._read_cached(descriptor, offset, size)
+            if results[n] is None:
+                waiting.append((n, descriptor))
+
+        def wait(deal: list[tuple[int, int]]) -> None:
+            for n, descriptor in deal:
+                name, offset, size = ranges[n]
+                try:
+                    results[n] = _read_fully(descriptor, offset, size)
+                except OSError as error:
+                    results[n] = self.fault(name, f"cannot be read ({error.strerror})")
+
+        if len(waiting) == 1:
+            wait(waiting)
+        elif waiting:
+            list(self._threads().map(wait, (waiting[k::_NUM_THREADS] for k in range(_NUM_THREADS))))
+        return results
+
+    def _read_cached(self, descriptor: int, offset: int, size: int) -> bytes | None:
+        """The bytes if the kernel has them all in memory, else None; never waits for the disk."""
+        if self._nowait is None:
+            return None
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(descriptor, [buffer], offset, self._nowait)
+        except OSError as error:
+            if error.errno in _NOT_SUPPORTED:
+                self._nowait = None
+            return None  # any other fault meets the read that waits, which tells it
+        return bytes(buffer) if count == size else None
+
+    def will_need(self, ranges: Iterable[Range]) -> None:
+        for name, offset, size in ranges:
+            try:
+                os.posix_fadvise(self._descriptor(name), offset, size, os.POSIX_FADV_WILLNEED)
+            except OSError:
+                continue  # only advice: a file that cannot be opened is told by the read that follows
+
+    def fault(self, name: str, what: str) -> ShardError:
+        return ShardError(
+            f"{self.place(name)} {what}", f"list every fault with `kfood verify {self.where}`, or pack again"
+        )
+
+    def close(self) -> None:
+        if self._pool is not None and self._owner_pid == os.getpid():
+            self._pool.shutdown()
+        self._pool = None
+        # After a fork these are copies inherited from the parent; closing them leaves the parent's alone.
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._owner_pid = os.getpid()
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_NUM_THREADS, "read")
+        return self._pool
+
+    def _descriptor(self, name: str) -> int:
+        """An open descriptor of this process, the least recently used one closed where there are too many."""
+        if self._owner_pid != os.getpid():
+            self.close()
+        descriptor = self._descriptors.get(name)
+        if descriptor is None:
+            if len(self._descriptors) >= _MAX_OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+            descriptor = self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
+        else:
+            self._descriptors.move_to_end(name)
+        return descriptor
+
+
+def _read_fully(descriptor: int, offset: int, size: int) -> bytes:
+    """As many of `size` bytes as the file has: one pread may give fewer, on a network file system or above 2 GiB."""
+    data = os.pread(descriptor, size, offset)
+    while data and len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data

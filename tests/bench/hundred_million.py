@@ -1,0 +1,119 @@
+"""How long a resume at the end of an epoch of 100 million samples takes, from the saved position to the first batch.
+
+    50,000 shards of 2,000 samples (hard links to one tar and one index) ──► fresh process: open, plan, resume, read
+
+The files are real and each is opened by its own name; only their bytes are the same, so that 100 million samples fit
+on one disk. Run it with `python tests/bench/data.py`, or alone: `python tests/bench/hundred_million.py --model DIR`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+NUM_SHARDS = 50_000
+SAMPLES_PER_SHARD = 2_000
+GLOBAL_BATCH = 1_024
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(shards: Path, out: Path) -> None:
+    """A packed folder of NUM_SHARDS × SAMPLES_PER_SHARD training samples, with the pictures of `shards`."""
+    from kfood_dist.data.manifest import load_manifest, seal
+    from kfood_dist.data.shards import open_split
+    from kfood_dist.data.tars import Entry, file_sha256, save_index, write_tar
+
+    split = open_split(shards, "train")
+    out.mkdir(parents=True)
+
+    def entries():
+        for n in range(SAMPLES_PER_SHARD):
+            i = n % len(split)
+            row = split.rows([i])[0]
+            meta = json.dumps(split.metadata(i), ensure_ascii=False).encode()
+            label, group, width, height, tokens = (
+                int(row[name]) for name in ("label", "group", "width", "height", "tokens")
+            )
+            yield Entry(f"train-{n:08d}", split.read(i), meta, label, group, width, height, tokens)
+
+    tar, index = out / "train-000000.tar", out / "train-000000.index.npy"
+    save_index(index, write_tar(tar, entries()))
+    described = {"bytes": tar.stat().st_size, "sha256": file_sha256(tar), "samples": SAMPLES_PER_SHARD}
+    of_index = {"bytes": index.stat().st_size, "sha256": file_sha256(index)}
+    listed = []
+    for n in range(NUM_SHARDS):
+        name = f"train-{n:06d}"
+        if n:
+            os.link(tar, out / f"{name}.tar")
+            os.link(index, out / f"{name}.index.npy")
+        listed.append(
+            {"split": "train", "path": f"{name}.tar", **described, "index": {"path": f"{name}.index.npy", **of_index}}
+        )
+    raw = load_manifest(shards).raw | {"shards": listed}
+    raw["splits"]["train"]["samples"] = NUM_SHARDS * SAMPLES_PER_SHARD
+    (out / "manifest.json").write_bytes(seal(raw))
+
+
+def resume(shards: Path, model: str) -> dict[str, Any]:
+    """Seconds of each part of a resume at the last full step of epoch 3, in this process."""
+    began = time.perf_counter()
+    import torch  # noqa: F401
+
+    from kfood_dist.data.collate import StreamingCollator
+    from kfood_dist.data.plan import Plan
+    from kfood_dist.data.sampling import build_order
+    from kfood_dist.data.shards import open_split
+    from kfood_dist.data.stream import stream
+    from kfood_dist.data.template import Template
+    from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+
+    template = Template(load_tokenizer(model), load_vision_spec(model, load_config(model), 224), "", "이름은?", 1536)
+    marks = {"imports and tokenizer": time.perf_counter() - began}
+
+    began = time.perf_counter()
+    split = open_split(shards, "train")
+    marks["open"] = time.perf_counter() - began
+    order = build_order(split)
+    plan = Plan(order, seed=0, ranks=8, micro_batch=16, accumulation=8)
+    state = {
+        "version": plan.state(0)["version"],
+        "seed": 0,
+        "epoch": 3,
+        "samples": (plan.steps_per_epoch - 2) * GLOBAL_BATCH,
+        "global_batch": GLOBAL_BATCH,
+        "index_hash": order.fingerprint,
+    }
+    step = plan.resume(state)
+    batches = stream(StreamingCollator(split, template), plan.micro_batches(0, step, step + 2), num_workers=1)
+    batch = next(iter(batches))
+    marks["to the first batch"] = time.perf_counter() - began
+    return {"samples": len(split), "shards": len(split.manifest.shards), "step": step, "batch": len(batch.ids)} | marks
+
+
+def measure(shards: Path, model: str) -> dict[str, Any]:
+    """Build the large folder in a temporary place and time a resume in a fresh process."""
+    with tempfile.TemporaryDirectory(dir=shards.parent) as folder:
+        large = Path(folder) / "large"
+        build(shards, large)
+        command = [sys.executable, __file__, "--resume", str(large), "--model", model]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=Path, default=ROOT / "shards/practice", help="a packed folder to multiply")
+    parser.add_argument("--model", default=str(ROOT / "data/practice/model"), help="base model whose tokenizer is used")
+    parser.add_argument("--resume", type=Path, metavar="LARGE", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    print(json.dumps(resume(args.resume, args.model) if args.resume else measure(args.shards, args.model)))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

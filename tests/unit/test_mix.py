@@ -1,0 +1,189 @@
+"""Several packed folders as one; and `kfood order`, which prints what training reads."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kfood_dist.cli import main
+from kfood_dist.config import build_data
+from kfood_dist.data.mix import Mixture, build_data_order, open_mixture, read_ahead
+from kfood_dist.data.plan import Plan
+from kfood_dist.data.sampling import plain_order
+from kfood_dist.data.shards import open_split
+from kfood_dist.errors import RecipeError, ShardError
+from kfood_dist.practice.pictures import DISHES, write_pictures
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of other dishes, and one that `tiny_shards` has too."""
+    folder = tmp_path_factory.mktemp("others")
+    list(write_pictures(folder / "pictures", DISHES[-5:-2], 6, seed=9))
+    assert main(["pack", str(folder / "pictures"), str(folder / "more"), "--split", "0.7,0.15,0.15"]) == 0
+    return folder / "more"
+
+
+@pytest.fixture
+def mixture(tiny_shards: Path, others: Path) -> Mixture:
+    return open_mixture(build_data({"shards": str(tiny_shards), "mix": [{"shards": str(others)}]}, "data"), "train")
+
+
+def test_a_mixture_reads_as_its_parts_do(mixture: Mixture, tiny_shards: Path, others: Path) -> None:
+    first, second = open_split(tiny_shards, "train"), open_split(others, "train")
+    assert len(mixture) == len(first) + len(second)
+    ids = [len(first) + 1, 0, len(mixture) - 1, 3, len(first) - 1, len(first)]
+    parts = [(second, 1), (first, 0), (second, len(second) - 1), (first, 3), (first, len(first) - 1), (second, 0)]
+    assert mixture.read_many(ids) == [part.read(i) for part, i in parts]
+    for i, (part, local) in zip(ids, parts, strict=True):
+        assert mixture.read(i) == part.read(local)
+        assert mixture.metadata(i) == part.metadata(local)
+        assert mixture.label(i).name == part.label(local).name == mixture.classes[mixture.labels()[i]].name
+        assert mixture.key(i) == f"{part.manifest.name}/{part.key(local)}"
+    copy = pickle.loads(pickle.dumps(mixture))
+    assert copy.read_many(ids) == mixture.read_many(ids)
+
+
+def test_classes_are_one_by_name(mixture: Mixture, tiny_shards: Path, others: Path) -> None:
+    names = [dish.name for dish in mixture.classes]
+    ours = [dish.name for dish in open_split(tiny_shards, "train").classes]
+    theirs = [dish.name for dish in open_split(others, "train").classes]
+    assert set(ours) & set(theirs)
+    assert len(names) == len(set(names)) == len({*ours, *theirs})
+    assert names[: len(ours)] == ours
+
+
+def test_folders_of_another_size_or_resizing_are_refused(tmp_path: Path, pictures: Path, tiny_shards: Path) -> None:
+    for option, value, fault in (("--image-size", "56", "image_size 56, "), ("--resize", "crop", "resize crop, ")):
+        other = tmp_path / value
+        assert main(["pack", str(pictures), str(other), option, value]) == 0
+        data = build_data({"shards": str(tiny_shards), "mix": [{"shards": str(other)}]}, "data")
+        with pytest.raises(ShardError, match=rf"was packed with {fault}.* → pack it again with {option} "):
+            open_mixture(data, "train")
+
+
+def test_one_folder_is_a_mixture_of_one(tiny_shards: Path) -> None:
+    mixture = open_mixture(build_data({"shards": str(tiny_shards)}, "data"), "train")
+    assert mixture.key(3) == open_split(tiny_shards, "train").key(3)
+    assert mixture.index_hash == open_split(tiny_shards, "train").index_hash
+
+
+@pytest.mark.parametrize("global_batch", [24, 64, 200])
+def test_windows_are_asked_for_before_they_are_read_and_once(global_batch: int) -> None:
+    order = plain_order(1000, window=64)
+    plan = Plan(order, seed=0, ranks=1, micro_batch=global_batch // 2, accumulation=2)
+    start, stop = plan.steps_per_epoch + 2, 3 * plan.steps_per_epoch
+    asked: list[list[int]] = []
+
+    for micro_batch in read_ahead(
+        plan.micro_batches(0, start, stop), plan, start, stop, lambda ids: asked.append(ids.tolist())
+    ):
+        assert set(micro_batch.ids) <= {i for window in asked for i in window}
+        if micro_batch.step == start:
+            assert len(asked) <= 2 + -(-global_batch // 64)  # those of the step and one more, not the whole epoch
+    assert all(len(window) == 64 or len(window) == 1000 % 64 for window in asked)
+    asked_last_epoch = [i for window in asked[-16:] for i in window]
+    assert sorted(asked_last_epoch) == list(range(1000))
+
+
+def test_nothing_is_asked_for_where_all_is_shuffled_together() -> None:
+    assert list(Plan(plain_order(1000), 0, 1, 4, 2).coarse_reads(0, 300)) == []
+
+
+def test_will_need_brings_the_files_into_the_page_cache(mixture: Mixture) -> None:
+    mixture.will_need(np.arange(len(mixture)))
+    assert all(isinstance(data, bytes) for data in mixture.read_many(range(len(mixture))))
+
+
+# kfood order
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
+    assert main(["order", *words]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header == "step, micro_step, rank, key"
+    return [line.split(", ") for line in lines]
+
+
+def test_order_prints_every_sample_once_whoever_reads_it(capsys: pytest.CaptureFixture[str], tiny_shards: Path) -> None:
+    num_samples = len(open_split(tiny_shards, "train"))
+    cuts = ((1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (1, 1, 8))
+    by_step = []
+    for ranks, micro_batch, accumulation in cuts:
+        lines = printed(
+            capsys, str(tiny_shards), "--seed", "3", "--epoch", "2", "--ranks", str(ranks),
+            "--micro-batch", str(micro_batch), "--accumulation", str(accumulation),
+        )  # fmt: skip
+        assert len({key for *_, key in lines}) == len(lines) == num_samples
+        by_step.append({step: sorted(key for s, _, _, key in lines if s == step) for step, *_ in lines})
+    assert all(steps == by_step[0] for steps in by_step)
+
+
+def test_order_prints_what_training_and_a_resumed_run_read(
+    capsys: pytest.CaptureFixture[str], tiny_shards: Path
+) -> None:
+    options = [str(tiny_shards), "--seed", "5", "--epoch", "1", "--ranks", "2", "--micro-batch", "3"]
+    lines = printed(capsys, *options)
+    mixture = open_mixture(build_data({"shards": str(tiny_shards)}, "data"), "train")
+    plan = Plan(build_data_order(mixture, build_data({"shards": str(tiny_shards)}, "data")), 5, 2, 3, 1)
+    first = plan.steps_per_epoch
+    expected = {
+        (step - first, rank): [mixture.key(int(i)) for i in slots[0, rank] if i >= 0]
+        for step, slots in plan.slots(first, 2 * first)
+        for rank in range(2)
+    }
+    for (step, rank), keys in expected.items():
+        assert [key for s, _, r, key in lines if (int(s), int(r)) == (step, rank)] == keys
+    assert printed(capsys, *options, "--start", "2") == [line for line in lines if int(line[0]) >= 2]
+    assert printed(capsys, *options, "--start", "1", "--steps", "2") == [line for line in lines if line[0] in "12"]
+
+
+def test_order_mixes_and_balances_as_a_recipe_does(
+    capsys: pytest.CaptureFixture[str], tiny_shards: Path, others: Path
+) -> None:
+    words = [str(tiny_shards), "--mix", f"{others}=2", "--class-balance", "1", "--window", "70"]
+    keys = [key for *_, key in printed(capsys, *words)]
+    source = {"shards": str(tiny_shards), "mix": [{"shards": str(others), "weight": 2}]}
+    data = build_data(source | {"class_balance": 1, "shuffle_window": 70}, "data")
+    mixture = open_mixture(data, "train")
+    order = build_data_order(mixture, data)
+    assert keys == [mixture.key(int(i)) for i in order.ids(0, 0, 0, order.epoch_length)]
+    assert {key.split("/")[0] for key in keys} == {tiny_shards.name, others.name}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--ranks", "0"], "must be at least 1"),
+        (["--steps", "-1"], "at least 0"),
+        (["--class-balance", "2"], "class_balance: input should be less than or equal to 1"),
+        (["--window", "0"], "shuffle_window: input should be greater than or equal to 1"),
+        (["--mix", "more"], "--mix more has no weight → write it as --mix DIR=WEIGHT"),
+        (["--mix", "more=much"], "mix.0.weight: input should be a valid number"),
+        (["--mix", "nowhere=1"], "shard folder nowhere does not exist"),
+        (["--split", "holdout"], "no samples in split 'holdout'"),
+    ],
+)
+def test_order_refuses_with_the_remedy(
+    capsys: pytest.CaptureFixture[str], tiny_shards: Path, words: list[str], fault: str
+) -> None:
+    assert main(["order", str(tiny_shards), *words]) == 2
+    told = capsys.readouterr().err
+    assert fault in told and told.startswith("kfood order: ")
+    assert "→" in told
+
+
+def test_a_wrong_key_in_a_mixed_source_is_told_with_the_right_one() -> None:
+    with pytest.raises(RecipeError, match=r"mix.0.wieght: no such key; did you mean weight\?"):
+        build_data({"shards": "a", "mix": [{"shards": "b", "wieght": 1}]}, "data")
+
+
+def test_a_folder_copied_elsewhere_gives_the_same_order(tmp_path: Path, tiny_shards: Path) -> None:
+    elsewhere = shutil.copytree(tiny_shards, tmp_path / "elsewhere")
+    orders = [
+        build_data_order(open_mixture(data, "train"), data)
+        for data in (build_data({"shards": str(where)}, "data") for where in (tiny_shards, elsewhere))
+    ]
+    assert orders[0].fingerprint == orders[1].fingerprint
