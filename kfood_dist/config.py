@@ -190,7 +190,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"recipe {path} cannot be read ({error.strerror})",
             "name one of launch/recipes/*.yaml or your own",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
         first_line = " ".join(str(error).split())
         raise RecipeError(f"recipe {path} is not YAML ({first_line})", "mend that line") from None
     if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
@@ -209,7 +209,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> str | None:
         return f"--set {text}: write it as section.key=value, for example train.max_steps=20"
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return f"--set {text}: the value is not YAML; put quotes around it"
     tree.setdefault(section, {})[key] = parsed
     return None

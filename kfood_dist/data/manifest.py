@@ -5,6 +5,7 @@
 `shards/README.md` is the contract of the format for other readers.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from kfood_dist.data.storage import LocalStorage, MissingFileError, Storage, ope
 from kfood_dist.errors import ShardError
 
 FORMAT = "kfood-shards"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
+REJECTED_NAME = "rejected.csv"
 SPLITS = ("train", "val", "test")
 
+_CHECKSUM = "checksum"
 _PACK_AGAIN = "pack the source again with `kfood pack SOURCE OUT`"
 
 
@@ -82,8 +85,9 @@ def load_manifest(where: str | Path | Storage) -> Manifest:
     version.
     """
     storage = open_storage(where)
-    raw = _load_json(storage)
+    data = _read(storage)
     place = storage.place(MANIFEST_NAME)
+    raw = _parse_json(place, data)
     if raw.get("format") != FORMAT:
         raise ShardError(
             f"{place} is of format {raw.get('format')!r}, not {FORMAT!r}", "name a folder that `kfood pack` wrote"
@@ -93,24 +97,46 @@ def load_manifest(where: str | Path | Storage) -> Manifest:
             f"{place} is of version {raw.get('version')!r}; version {VERSION} is read here",
             "pack the source again with this kfood",
         )
+    if not _is_sealed(data):
+        raise ShardError(f"{place} is damaged or was edited: its checksum is another", _PACK_AGAIN)
     try:
         return _parse_manifest(storage, raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(f"{place} is damaged ({type(error).__name__}: {error})", _PACK_AGAIN) from None
 
 
-def _load_json(storage: Storage) -> dict[str, Any]:
+def seal(raw: dict[str, Any]) -> bytes:
+    """The file's bytes: JSON whose last line is a SHA-256 over all lines before it."""
+    body = json.dumps({k: v for k, v in raw.items() if k != _CHECKSUM}, ensure_ascii=False, indent=1).encode("utf-8")
+    return _sealed(body.removesuffix(b"\n}"))
+
+
+def _sealed(lines: bytes) -> bytes:
+    return lines + f',\n "{_CHECKSUM}": "{hashlib.sha256(lines).hexdigest()}"\n}}'.encode("ascii")
+
+
+def _is_sealed(data: bytes) -> bool:
+    """Whether `data` is as `seal` made it. A hash of the bytes: of a large manifest, much quicker than of its parts."""
+    end = data.rfind(f',\n "{_CHECKSUM}": '.encode("ascii"))
+    return end > 0 and data == _sealed(data[:end])
+
+
+def _read(storage: Storage) -> bytes:
     if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
         raise MissingFileError(
             f"shard folder {storage.where} does not exist", "name the OUT of a `kfood pack SOURCE OUT`"
         )
-    place = storage.place(MANIFEST_NAME)
     try:
-        raw = json.loads(storage.read(MANIFEST_NAME))
+        return storage.read(MANIFEST_NAME)
     except MissingFileError:
         raise MissingFileError(
             f"{storage.where} has no {MANIFEST_NAME}", "pack it with `kfood pack SOURCE OUT`"
         ) from None
+
+
+def _parse_json(place: str, data: bytes) -> dict[str, Any]:
+    try:
+        raw = json.loads(data)
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or JSON nested without end
         raise ShardError(f"{place} is not JSON", _PACK_AGAIN) from None
     if not isinstance(raw, dict):
@@ -136,6 +162,7 @@ def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
         for entry in raw["shards"]
     )
     _count(raw["rejected"]["count"]), float(raw["rejected"]["share"]), dict(raw["rejected"]["by_reason"])
+    str(raw["rejected"]["sha256"])
     for split in SPLITS:
         _count(raw["splits"][split]["samples"])
     return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), shards, raw)

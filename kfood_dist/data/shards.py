@@ -83,8 +83,7 @@ def load_index(manifest: Manifest, shard: ShardFile) -> np.ndarray:
     size = manifest.storage.size(shard.index_path)
     if size != shard.index_bytes:
         raise _wrong_size(manifest.storage, shard.index_path, size, shard.index_bytes)
-    [data] = manifest.storage.read_ranges([(shard.index_path, 0, shard.index_bytes)])
-    index = _parse_index(manifest, shard, data)
+    index = _parse_index(manifest, shard, manifest.storage.read(shard.index_path))
     if isinstance(index, ShardError):
         raise index
     return index
@@ -102,12 +101,14 @@ def _parse_index(manifest: Manifest, shard: ShardFile, data: bytes | ShardError)
         return fault("is not the index that the manifest was written with")
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError, OverflowError) as error:
-        return fault(f"is not a numpy array ({error})")
+    except Exception as error:  # numpy meets hostile bytes here, and its header parser raises nearly anything
+        return fault(f"is not a numpy array ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
     if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (shard.samples,):
         return fault(f"does not hold {shard.samples} rows of the index format {VERSION}")
     if len(index) and int(index["label"].max()) >= len(manifest.classes):
         return fault(f"names a class beyond the manifest's {len(manifest.classes)}")
+    if not index["key"].tobytes().isascii():
+        return fault("has a key that is not ASCII")
     for part in _PARTS:
         offset, size = index[f"{part}_offset"], index[f"{part}_size"]
         if np.any((offset > shard.bytes) | (size > shard.bytes - np.minimum(offset, shard.bytes))):
@@ -175,7 +176,11 @@ class ShardSplit:
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The sample's JSON: `label, category, source, width, height, group`; raises as `read` does."""
-        return json.loads(_raised(self._read_parts([i], "json")[0]))
+        try:
+            return json.loads(_raised(self._read_parts([i], "json")[0]))
+        except (ValueError, RecursionError):
+            shard, _ = self._place(i)
+            raise self.manifest.storage.fault(self._shards[shard].path, f"has no JSON at {self.key(i)}") from None
 
     def rows(self, ids: Iterable[int]) -> np.ndarray:
         """The index rows of some samples in the order of `ids`, shape (len(ids),), dtype INDEX_DTYPE.

@@ -220,6 +220,11 @@ class LocalStorage(Storage):
         self._descriptors.clear()
         self._owner_pid = os.getpid()
 
+    def __del__(self) -> None:
+        # Descriptors are plain numbers: nobody else closes them when the last reference goes.
+        if "_owner_pid" in self.__dict__:
+            self.close()
+
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_NUM_THREADS, "read")

@@ -1,7 +1,7 @@
 """`kfood verify`: is a packed folder what its manifest says, down to every picture?
 
     manifest ──► each shard: size, SHA-256 ──► its index: hash, rows ──► its members: place, crc32, JSON, JPEG
-            └──► the folder: shards that no line of the manifest names
+            └──► the folder: shards that no line of the manifest names, and the list of what was left out
             └──► all indexes: counts per split and class, groups that lie in one split
 
 Every fault is named; one hides another only where there is nothing left to look at.
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from kfood_dist.data.images import ImageRejected, decode_rgb
 from kfood_dist.data.labels import DishClass
-from kfood_dist.data.manifest import MANIFEST_NAME, SPLITS, Manifest, ShardFile, load_manifest
+from kfood_dist.data.manifest import MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest, ShardFile, load_manifest
 from kfood_dist.data.packing.prepare import available_cores
 from kfood_dist.data.shards import load_index
 from kfood_dist.data.tars import Member, file_sha256, members
@@ -172,7 +172,13 @@ def _check_json(manifest: Manifest, row: np.void, member: Member) -> Iterator[st
 
 
 def _check_folder(manifest: Manifest) -> Iterator[Fault]:
-    """Shards and indexes that no line of the manifest names."""
+    """Shards and indexes that no line of the manifest names, and the list of what was left out."""
+    rejected = manifest.folder / REJECTED_NAME
+    try:
+        if file_sha256(rejected) != manifest.raw["rejected"]["sha256"]:
+            yield Fault(REJECTED_NAME, "has not the SHA-256 of the manifest")
+    except OSError as error:
+        yield Fault(REJECTED_NAME, f"cannot be read ({error.strerror})")
     known = {shard.path for shard in manifest.shards} | {shard.index_path for shard in manifest.shards}
     for path in sorted(manifest.folder.iterdir()):
         if path.name.endswith((".tar", ".index.npy")) and path.name not in known:

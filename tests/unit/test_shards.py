@@ -14,7 +14,7 @@ import webdataset
 from pictures import write_folder
 from PIL import Image
 
-from kfood_dist.data.manifest import load_manifest
+from kfood_dist.data.manifest import load_manifest, seal
 from kfood_dist.data.packing.options import PackOptions
 from kfood_dist.data.packing.pack import pack
 from kfood_dist.data.packing.split import parse_fractions
@@ -46,7 +46,7 @@ def edit_manifest(folder, change):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(seal(manifest))
 
 
 def flip(path, position):
@@ -67,7 +67,8 @@ def test_the_manifest_says_what_is_there(packed):
         "per_class": {"불고기": 9, "약과": 9},
     }
     assert manifest.raw["splits"]["val"] == {"samples": 0, "groups": 0, "per_class": {"불고기": 0, "약과": 0}}
-    assert manifest.raw["rejected"] == {"count": 0, "share": 0.0, "by_reason": {}}
+    listed = hashlib.sha256((packed / "rejected.csv").read_bytes()).hexdigest()
+    assert manifest.raw["rejected"] == {"count": 0, "share": 0.0, "by_reason": {}, "sha256": listed}
 
 
 def test_samples_are_read_by_offset_through_all_shards(packed):
@@ -211,7 +212,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(copied, content):
     [
         (lambda m: m.update(format="other"), "of format 'other', not 'kfood-shards'"),
         (lambda m: m.pop("format"), "of format None"),
-        (lambda m: m.update(version=2), "of version 2; version 1 is read here"),
+        (lambda m: m.update(version=1), "of version 1; version 2 is read here"),
         (lambda m: m.pop("classes"), "damaged .KeyError: 'classes'"),
         (lambda m: m.update(classes=[3]), "damaged"),
         (lambda m: m.update(image_size="224"), "damaged"),

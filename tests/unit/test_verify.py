@@ -3,12 +3,14 @@ import json
 import os
 import shutil
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pictures import encoded, picture, write_folder
 
 from kfood_dist.cli import main
+from kfood_dist.data.manifest import seal
 from kfood_dist.data.packing.options import PackOptions
 from kfood_dist.data.packing.pack import pack
 from kfood_dist.data.packing.split import parse_fractions
@@ -53,7 +55,7 @@ def describe_again(folder, name):
             if described["path"].startswith(name):
                 data = (folder / described["path"]).read_bytes()
                 described.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(seal(manifest))
 
 
 def change_index(folder, name, change):
@@ -131,16 +133,47 @@ def test_a_cut_tar_that_the_manifest_agrees_with_still_lacks_its_samples(folder)
     ]
 
 
-def test_one_flipped_byte_anywhere_is_noticed(packed, folder):
-    size = (packed / f"{FIRST}.tar").stat().st_size
-    for name in (f"{FIRST}.tar", f"{FIRST}.index.npy"):
-        original = (packed / name).read_bytes()
-        step = 97 if name.endswith(".tar") else 11
-        for position in range(0, min(size, len(original)), step * 7):
-            flip(folder / name, position)
-            assert any(fault.startswith(f"{name}: ") for fault in faults(folder)), position
-            (folder / name).write_bytes(original)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """One split of one shard of one sample: small enough to try every byte of every file."""
+    root = tmp_path_factory.mktemp("tiny")
+    source = write_folder(root / "source", {"구이/불고기": 1})
+    (source / "구이/불고기/broken.jpg").write_bytes(b"junk")
+    options = replace(OPTIONS, image_size=16, fractions=parse_fractions("1,0,0"), max_rejected=0.5)
+    pack(source, root / "out", options)
+    return root / "out"
+
+
+EVERY_FILE = ("manifest.json", "rejected.csv", f"{FIRST}.index.npy", f"{FIRST}.tar")
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_one_flipped_byte_anywhere_is_noticed(tiny, tmp_path, name):
+    """Every byte of every file of a packed folder, one at a time."""
+    folder = shutil.copytree(tiny, tmp_path / "out")
+    original = (tiny / name).read_bytes()
+    for position in range(len(original)):
+        data = bytearray(original)
+        data[position] ^= 1 << position % 8
+        (folder / name).write_bytes(data)
+        assert name in {fault.path for fault in verify(folder, show_progress=False)}, position
+    (folder / name).write_bytes(original)
     assert faults(folder) == []
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_a_file_cut_at_any_length_is_noticed(tiny, tmp_path, name):
+    folder = shutil.copytree(tiny, tmp_path / "out")
+    for length in range((tiny / name).stat().st_size - 1, -1, -1):
+        os.truncate(folder / name, length)
+        assert name in {fault.path for fault in verify(folder, show_progress=False)}, length
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_any_file_that_is_missing_is_noticed(tiny, tmp_path, name):
+    folder = shutil.copytree(tiny, tmp_path / "out")
+    (folder / name).unlink()
+    assert name in {fault.path for fault in verify(folder)}
 
 
 def test_a_flipped_byte_in_a_picture_names_the_picture(folder):
@@ -213,7 +246,7 @@ def test_a_picture_that_no_longer_decodes_is_noticed_though_every_checksum_agree
 def test_counts_and_groups_that_do_not_add_up_are_noticed(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["per_class"]["약과"] += 1
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
     assert faults(folder) == [
         "manifest.json: states other numbers of samples, groups or pictures per class than the indexes"
     ]

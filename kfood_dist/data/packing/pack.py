@@ -10,8 +10,8 @@ whole or untouched; what grows with the source in memory are names and numbers, 
 
 import argparse
 import csv
+import hashlib
 import io
-import json
 import os
 import time
 import unicodedata
@@ -21,7 +21,16 @@ from pathlib import Path
 
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.data.labels import DishClass, load_classes
-from kfood_dist.data.manifest import FORMAT, MANIFEST_NAME, SPLITS, VERSION, Manifest, load_manifest
+from kfood_dist.data.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SPLITS,
+    VERSION,
+    Manifest,
+    load_manifest,
+    seal,
+)
 from kfood_dist.data.packing.options import PackOptions, fingerprint
 from kfood_dist.data.packing.place import classes_of, part_ambiguous, place
 from kfood_dist.data.packing.prepare import Refusal, prepare_all
@@ -33,8 +42,6 @@ from kfood_dist.data.shards import open_split
 from kfood_dist.data.tars import write_file
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import KfoodError, ShardError, SourceError
-
-REJECTED_NAME = "rejected.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +208,8 @@ def _fill(
         for split, samples in place(pictures, classes, options.fractions, options.seed).items():
             writer.write(split, samples)
     (partial / "spool").unlink()
-    write_file(partial / REJECTED_NAME, _rejected_csv(refused))
+    rejected_csv = _rejected_csv(refused)
+    write_file(partial / REJECTED_NAME, rejected_csv)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -216,10 +224,11 @@ def _fill(
             "count": len(refused),
             "share": round(len(refused) / len(records), 6),
             "by_reason": _by_reason(refused),
+            "sha256": hashlib.sha256(rejected_csv).hexdigest(),
         },
         "shards": writer.shards,
     }
-    write_file(partial / MANIFEST_NAME, json.dumps(manifest, ensure_ascii=False, indent=1).encode("utf-8"))
+    write_file(partial / MANIFEST_NAME, seal(manifest))
 
 
 def _require_enough(refused: Sequence[Refusal], num_inputs: int, out: Path, max_rejected: float) -> None:
