@@ -6,6 +6,7 @@ Views only ever `pread`, so they share one descriptor without a shared position.
 after a fork too, and keeps the latest few; a file that is no longer the one that was listed raises SourceError.
 """
 
+import errno
 import io
 import os
 import threading
@@ -68,10 +69,10 @@ class Window(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to `offset` from the start, the position or the end; before the start is a ValueError."""
+        """Move to `offset` from the start, the position or the end; before the start is an OSError, as in files."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
         if base + offset < 0:
-            raise ValueError(f"position {base + offset} lies before the start")
+            raise OSError(errno.EINVAL, f"position {base + offset} lies before the start")
         self._position = base + offset
         return self._position
 

@@ -70,7 +70,7 @@ def read_member(member: Member) -> bytes:
         view.seek(data_offset(view, member.offset))
         # Asked for what the directory says, it inflates no more than that, whatever the data would grow to.
         data = zipfile.ZipExtFile(view, "r", info).read(member.num_bytes)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OverflowError, OSError) as error:
         require_unchanged(member.archive)
         raise ImageRejected("unreadable", f"damaged in its zip ({str(error) or 'it ends too early'})") from None
     if len(data) != member.num_bytes:

@@ -7,6 +7,7 @@ Always holds: of records from folders and zips no two have the same `source`; th
 refused under that name and are not read.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,15 +125,13 @@ def _with_own_names(records: Sequence[Record]) -> list[Record]:
 
     The first of them by path, sound ones before others, keeps the name.
     """
-    taken = {record.source for record in records}
-    if len(taken) == len(records):
-        return list(records)
     own, seen = list[Record](), set[str]()
     for record in sorted(records, key=lambda record: (record.problem is not None, _order(record))):
         name, number = record.source, 1
-        while name in seen or (number > 1 and name in taken):
+        while name in seen:
             number += 1
-            name = f"{record.source} ({number})"
+            stem, dot = os.path.splitext(record.source)
+            name = f"{stem} ({number}){dot}"
         seen.add(name)
         own.append(replace(record, source=name))
     return own

@@ -30,6 +30,11 @@ _ENCRYPTED_FLAG = 0x1
 _LOCAL_HEADER_BYTES = 30
 
 
+# What zipfile raises for a damaged directory. ValueError: a name is not the UTF-8 it claims to be; OSError: a
+# position before the start, for the view turns every other one into a SourceError.
+_DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, OSError, struct.error)
+
+
 class ZipRejected(Exception):
     """A zip that is not read: `reason` is a word to count by, `detail` a sentence for a person."""
 
@@ -109,13 +114,13 @@ def _inner(member: Member) -> Archive:
     """The zip that a member is: a window where it is stored, else to be unpacked in memory."""
     outer = member.archive
     if member.method == zipfile.ZIP_STORED:
-        if member.packed_bytes != member.num_bytes:
-            raise ZipRejected("unreadable_archive", "its size in the outer zip's directory is wrong")
         try:
-            start = outer.start + data_offset(open_view(outer, read_member), member.offset)
-        except (zipfile.BadZipFile, ValueError) as error:
+            at = data_offset(open_view(outer, read_member), member.offset)
+        except _DAMAGE as error:
             raise ZipRejected("unreadable_archive", str(error)) from None
-        return Archive(outer.path, outer.file_bytes, outer.mtime_ns, start, member.num_bytes)
+        if member.packed_bytes != member.num_bytes or at + member.num_bytes > outer.num_bytes:
+            raise ZipRejected("unreadable_archive", "its size in the outer zip's directory is wrong")
+        return Archive(outer.path, outer.file_bytes, outer.mtime_ns, outer.start + at, member.num_bytes)
     if member.num_bytes > MAX_UNPACKED_BYTES:
         detail = f"{member.num_bytes:,} bytes, compressed in a zip; extract the outer zip and pack the folder"
         raise ZipRejected("too_large", detail)
@@ -127,8 +132,7 @@ def _directory(archive: Archive) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(open_view(archive, read_member)) as opened:
             infos, end = opened.infolist(), opened.start_dir
-    # ValueError: a name is not the UTF-8 it claims to be, or a position is before the start.
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+    except _DAMAGE as error:
         raise ZipRejected("unreadable_archive", f"no whole zip ({error})") from None
     except ImageRejected as error:
         raise ZipRejected("unreadable_archive", error.detail) from None
@@ -149,12 +153,13 @@ def _entries(infos: list[zipfile.ZipInfo]) -> Iterator[_Entry]:
     for info in infos:
         name = unicodedata.normalize("NFC", member_name(info))
         unsafe = leads_astray(name)
-        parts = [part for part in name.replace("\\", "/").replace("\0", "/").split("/") if part not in ("", ".")]
-        if name.endswith("/") or any(_is_hidden(part) for part in parts):
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        if not parts or name.endswith("/") or any(_is_hidden(part) for part in parts):
             continue
-        if any(suffix(part) in SUFFIXES | {".zip"} for part in (parts if unsafe else parts[-1:])):
+        # A name with a NUL is one thing to a program that stops there, and another to one that does not.
+        if any(suffix(file) in SUFFIXES | {".zip"} for file in (parts[-1], *parts[-1].split("\0"))):
             yield _Entry(name if unsafe else "/".join(parts), unsafe, info)
-        elif not unsafe and parts[-1:] == [LIST_NAME]:
+        elif not unsafe and parts[-1] == LIST_NAME:
             yield _Entry("/".join(parts), False, info)
 
 
