@@ -1,4 +1,6 @@
+import errno
 import os
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -52,6 +54,30 @@ def test_the_class_is_the_own_folder_wherever_category_folders_repeat(tmp_path, 
     assert (record.label, record.category, record.source) == (label, category, path)
     assert record.problem is None
     assert read_picture(record) == JPEG
+
+
+def test_a_folder_around_everything_is_no_category(tmp_path):
+    for place in ("만두/만두", "한과/약과", "한과/한과"):
+        put(tmp_path / "kfood" / place / "a.jpg")
+    found = {r.source: (r.category, r.label) for r in scan(tmp_path)}
+    assert found == {
+        "kfood/만두/만두/a.jpg": ("만두", "만두"),
+        "kfood/한과/약과/a.jpg": ("한과", "약과"),
+        "kfood/한과/한과/a.jpg": ("한과", "한과"),
+    }
+    assert {r.category for r in scan(tmp_path / "kfood" / "한과")} == {""}
+
+
+def test_two_spellings_of_one_name_are_two_pictures_with_names_of_their_own(tmp_path):
+    for form in ("NFC", "NFD"):
+        put(tmp_path / "약과" / unicodedata.normalize(form, "사진.jpg"), JPEG + form.encode())
+    put(tmp_path / "약과" / "사진 (2).jpg")
+    found = {r.source: read_picture(r) for r in scan(tmp_path)}
+    assert found == {
+        "약과/사진.jpg": JPEG + b"NFD",
+        "약과/사진 (2).jpg": JPEG,
+        "약과/사진 (3).jpg": JPEG + b"NFC",
+    }
 
 
 def test_pictures_straight_in_the_source_are_of_the_dish_it_is_named_after(tmp_path):
@@ -249,9 +275,9 @@ def test_what_is_no_source_is_refused_at_once(tmp_path):
     (tmp_path / "empty" / "구이").mkdir(parents=True)
     with pytest.raises(SourceError, match="holds no pictures"):
         scan(tmp_path / "empty")
-    with pytest.raises(SourceError, match="not supported yet → unpack it first"):
+    with pytest.raises(SourceError, match=r"kfood\.ZIP cannot be read: no whole zip .* → download it again"):
         scan(put(tmp_path / "kfood.ZIP"))
-    with pytest.raises(SourceError, match=r"neither a folder nor a \.csv"):
+    with pytest.raises(SourceError, match=r"neither a folder nor a \.zip or \.csv"):
         scan(put(tmp_path / "list.txt"))
     with pytest.raises(SourceError, match="holds no pictures"):
         scan(write_csv(tmp_path / "rows.csv"))
@@ -263,11 +289,46 @@ def test_what_is_no_source_is_refused_at_once(tmp_path):
         scan(put(tmp_path / "binary.csv", b"\xff\xfe\x00\xd8" * 4))
 
 
-def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+def test_a_file_that_cannot_be_read_is_refused_and_costs_no_other(tmp_path):
     path = put(tmp_path / "약과" / "a.jpg")
     (record,) = scan(tmp_path)
     path.unlink()
+    path.mkdir()
     with pytest.raises(ImageRejected, match="unreadable: cannot be read"):
+        read_picture(record)
+    path.rmdir()
+    path.symlink_to(path)
+    with pytest.raises(ImageRejected, match="unreadable: cannot be read"):
+        read_picture(record)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_refused_and_costs_no_other(tmp_path):
+    path = put(tmp_path / "약과" / "a.jpg")
+    path.chmod(0)
+    (record,) = scan(tmp_path)
+    with pytest.raises(ImageRejected, match="unreadable: cannot be read"):
+        read_picture(record)
+
+
+def test_a_source_that_went_away_stops_the_packing(tmp_path):
+    put(tmp_path / "source" / "약과" / "a.jpg")
+    (record,) = scan(tmp_path / "source")
+    (tmp_path / "source").rename(tmp_path / "moved")
+    with pytest.raises(SourceError, match=r"a\.jpg was listed and can no longer be read .* → bring it"):
+        read_picture(record)
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV])
+def test_a_failing_disk_stops_the_packing(tmp_path, monkeypatch, fault):
+    put(tmp_path / "약과" / "a.jpg")
+    (record,) = scan(tmp_path)
+
+    def failing(*_):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(SourceError, match=re.escape(os.strerror(fault))):
         read_picture(record)
 
 

@@ -1,0 +1,99 @@
+"""Pictures as files in folders, and the zips that lie among them.
+
+Each real folder is entered once, links last. A zip is read as the folder it stands for, unless that folder lies
+beside it: then the folder counts.
+"""
+
+import os
+import stat
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from kfood_dist.data.packing.sources.boxes import BoxCount, give_boxes, read_list_file
+from kfood_dist.data.packing.sources.names import file_name
+from kfood_dist.data.packing.sources.read import is_fault_of_one_file
+from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
+from kfood_dist.data.packing.sources.zips import ZipRejected, list_zip
+from kfood_dist.errors import SourceError
+
+
+def list_folder(root: Path) -> tuple[list[Record], BoxCount]:
+    """The pictures under a folder; raises SourceError when a folder cannot be listed."""
+    pictures, zipped, count = list[Record](), list[Record](), BoxCount()
+    for path in _walk(root):
+        record = file_record(path, "/".join(file_name(part) for part in path.relative_to(root).parts))
+        if suffix(path.name) != ".zip" or record.problem is not None:
+            pictures.append(record)
+            continue
+        found, found_count = _zip_in_folder(record)
+        zipped += found
+        count += found_count
+    pictures, own_count = give_boxes(pictures, lambda record: str(record.path.parent), read_list_file)
+    return pictures + zipped, count + own_count
+
+
+def _zip_in_folder(record: Record) -> tuple[list[Record], BoxCount]:
+    if folder := _extracted_beside(record.path):
+        detail = f"lies beside the folder {file_name(folder)}, which is read instead; remove one of the two"
+        return [replace(record, problem="extracted", detail=detail)], BoxCount()
+    try:
+        found, count = list_zip(record.path, record.source)
+        if not found:
+            raise ZipRejected("empty", "a zip that holds no pictures")
+        return found, count
+    except ZipRejected as rejected:
+        return [replace(record, problem=rejected.reason, detail=rejected.detail)], BoxCount()
+    except OSError as error:
+        if is_fault_of_one_file(error):
+            detail = f"cannot be read ({error.strerror})"
+            return [replace(record, problem="unreadable_archive", detail=detail)], BoxCount()
+        raise SourceError(f"{record.path} cannot be read ({error.strerror})", "check its disk") from None
+
+
+def _extracted_beside(path: Path) -> str:
+    """The name of the folder a zip was extracted to, "" where there is none beside it."""
+    stem = path.name[: -len(".zip")]
+    spellings = dict.fromkeys((stem, unicodedata.normalize("NFC", stem), unicodedata.normalize("NFD", stem)))
+    return next((name for name in spellings if name and (path.parent / name).is_dir()), "")
+
+
+def file_record(path: Path, source: str) -> Record:
+    """The record of a file, without label; its problem is `missing` where there is no such file."""
+    source = unicodedata.normalize("NFC", source)
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in a CSV's path
+        return Record(path, source, problem="missing", detail="no such file")
+    if not stat.S_ISREG(status.st_mode):
+        return Record(path, source, problem="missing", detail="not a file")
+    return Record(path, source, num_bytes=status.st_size)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file with the suffix of a picture or a zip, hidden ones aside; each real folder is entered once.
+
+    Linked folders come last, so that a picture is named by its real place where it has one in the source, and
+    loops end.
+    """
+    folders, links, entered = [root], list[Path](), set[tuple[int, int]]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as listing:
+                entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise SourceError(f"folder {folder} cannot be listed ({error.strerror})", "check its permissions") from None
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(folder / entry.name)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(folder / entry.name)
+            elif suffix(entry.name) in SUFFIXES | {".zip"}:
+                yield folder / entry.name
+        links.sort()

@@ -1,0 +1,69 @@
+"""One input of a source: the values that the modules of this package hand to each other. Small and picklable."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"})
+
+# No photograph comes near it; it keeps a mislabelled film, an archive or a zip bomb out of memory.
+MAX_FILE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """A zip: a whole file, or the `num_bytes` of it from `start` on (a zip stored in a zip).
+
+    `file_bytes` and `mtime_ns` are the file's when it was listed: another file under its name is noticed by
+    them. A zip that is itself compressed in another has `packed`, and the rest speaks of that other's file.
+    """
+
+    path: Path
+    file_bytes: int
+    mtime_ns: int
+    start: int
+    num_bytes: int
+    packed: "Member | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of a zip, as the zip's directory says; `offset` is where its local header begins in the zip."""
+
+    archive: Archive
+    offset: int
+    packed_bytes: int
+    num_bytes: int
+    crc32: int
+    method: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One picture of a source: where it is opened, what it is called, what it shows.
+
+    `source` is its path relative to the source's root in NFC, through zips as through folders; `num_bytes` its
+    size, unpacked (0 when missing). `path` is the file to open: the picture's, or that of the zip whose `member`
+    it is. `box` is the dish's place in the picture, x, y, width, height in pixels, where a list beside the
+    picture gives one. `problem` is None or the reason why it cannot be used, and `detail` says so in words.
+    """
+
+    path: Path
+    source: str
+    label: str = ""
+    category: str = ""
+    num_bytes: int = 0
+    problem: str | None = None
+    detail: str = ""
+    member: Member | None = None
+    box: tuple[int, int, int, int] | None = None
+
+    @property
+    def crc32(self) -> int | None:
+        """The CRC-32 of a picture's bytes where they need not be read to know it: in a zip."""
+        return None if self.member is None else self.member.crc32
+
+
+def suffix(name: str) -> str:
+    """The suffix of a file's name in small letters, with its dot."""
+    return os.path.splitext(name)[1].lower()

@@ -1,0 +1,137 @@
+"""A source, whatever its shape, to one sorted list of records.
+
+    folder, zip ──► files, zips ──► labels and categories by name ─┐
+    CSV         ──► table ─────────────────────────────────────────┴──► checks ──► records sorted by `source`
+
+Always holds: of records from folders and zips no two have the same `source`; those with a `problem` will be
+refused under that name and are not read.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kfood_dist.data.labels import MAX_SYLLABLES, DishClass, clean
+from kfood_dist.data.packing.sources.boxes import BoxCount, give_boxes, read_list_file
+from kfood_dist.data.packing.sources.files import list_folder
+from kfood_dist.data.packing.sources.names import file_name, named
+from kfood_dist.data.packing.sources.opened import close_all
+from kfood_dist.data.packing.sources.record import SUFFIXES, Record
+from kfood_dist.data.packing.sources.table import check_rows, list_table
+from kfood_dist.data.packing.sources.zips import ZipRejected, list_zip
+from kfood_dist.errors import SourceError
+
+# Of a record with another problem nothing can be said by its label.
+_STILL_CHECKED = (None, "missing")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source holds: `kind` is folder, zip or csv; `boxes` says what its lists of boxes were worth."""
+
+    kind: str
+    records: list[Record]
+    boxes: BoxCount
+
+
+def scan(source: Path, image_root: Path | None = None, classes: Sequence[DishClass] | None = None) -> list[Record]:
+    """The records of `scan_source`."""
+    return scan_source(source, image_root, classes).records
+
+
+def scan_source(source: Path, image_root: Path | None = None, classes: Sequence[DishClass] | None = None) -> Scan:
+    """List the pictures of a folder, a zip or a CSV, sorted by name.
+
+    With `classes`, labels become the names of that list (aliases count) and any other label is a problem.
+    Raises SourceError when the source is missing, empty, of another kind, or not readable as what it is.
+    """
+    kind = _kind(source)
+    if image_root is not None and kind != "csv":
+        raise SourceError(f"--image-root does not go with the {kind} {source}", "leave it out")
+    known = None if classes is None else {name: dish for dish in classes for name in dish.accepted()}
+    try:
+        records, boxes = _LISTING[kind](source, image_root)
+    finally:
+        close_all()
+    if not records:
+        raise SourceError(
+            f"source {source} holds no pictures ({' '.join(sorted(SUFFIXES))})",
+            "name the folder or the zip that holds the dishes' folders, or a CSV with rows",
+        )
+    records = [_check_label(record, known) for record in records]
+    records = list(check_rows(records, known)) if kind == "csv" else _with_own_names(records)
+    return Scan(kind, sorted(records, key=_order), boxes)
+
+
+def _order(record: Record) -> tuple[str, str]:
+    return record.source, str(record.path)
+
+
+def _kind(source: Path) -> str:
+    if not source.exists():
+        raise SourceError(f"source {source} does not exist", "name a folder of pictures, a .zip or a .csv")
+    kind = "folder" if source.is_dir() else source.suffix.lower().removeprefix(".")
+    if kind not in _LISTING:
+        raise SourceError(f"source {source} is neither a folder nor a .zip or .csv", "name one of these")
+    return kind
+
+
+def _list_folder(source: Path, _: Path | None) -> tuple[list[Record], BoxCount]:
+    records, boxes = list_folder(source)
+    return named(records, file_name(source.resolve().name)), boxes
+
+
+def _list_zip(source: Path, _: Path | None) -> tuple[list[Record], BoxCount]:
+    try:
+        records, boxes = list_zip(source)
+    except ZipRejected as rejected:
+        raise SourceError(
+            f"{source} cannot be read: {rejected.detail}", "download it again, or mend it with `zip -FF`"
+        ) from None
+    except OSError as error:
+        raise SourceError(f"{source} cannot be read ({error.strerror})", "check its permissions") from None
+    return named(records, file_name(source.resolve().stem)), boxes
+
+
+def _list_csv(source: Path, image_root: Path | None) -> tuple[list[Record], BoxCount]:
+    records = list(list_table(source, image_root or source.parent))
+    records, boxes = give_boxes(records, lambda record: str(record.path.parent), read_list_file)
+    # A table may well name some of a folder's pictures only.
+    return records, replace(boxes, lines_unmatched=0)
+
+
+_LISTING = {"folder": _list_folder, "zip": _list_zip, "csv": _list_csv}
+
+
+def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Record:
+    """The record with its label normalised, or with the problem of its label; `known`: classes by name."""
+    if record.problem not in _STILL_CHECKED:
+        return record
+    cleaned = clean(record.label)
+    if not 0 < len(cleaned) <= MAX_SYLLABLES:
+        detail = f"{len(cleaned)} syllables" if cleaned else "no label"
+        return replace(record, label=cleaned, problem="bad_label", detail=detail)
+    if known is None:
+        return replace(record, label=cleaned)
+    dish = known.get(cleaned)
+    if dish is None:
+        return replace(record, label=cleaned, problem="unknown_label", detail="not in the class list")
+    return replace(record, label=dish.name, category=dish.category or record.category)
+
+
+def _with_own_names(records: Sequence[Record]) -> list[Record]:
+    """The records, those called like another numbered: two spellings of a name, or a name twice in a zip.
+
+    The first of them by path, sound ones before others, keeps the name.
+    """
+    own, seen = list[Record](), set[str]()
+    for record in sorted(records, key=lambda record: (record.problem is not None, _order(record))):
+        name, number = record.source, 1
+        while name in seen:
+            number += 1
+            stem, dot = os.path.splitext(record.source)
+            name = f"{stem} ({number}){dot}"
+        seen.add(name)
+        own.append(replace(record, source=name))
+    return own
