@@ -2,11 +2,19 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from pictures import encoded, picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from kfood_dist.data.images import ImageRejected, decode_rgb, prepare_jpeg
+from kfood_dist.data.images import (
+    RESIZE_POLICIES,
+    ImageRejected,
+    decode_rgb,
+    prepare_jpeg,
+    upright_size,
+    usable_box,
+)
 
 RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 160, 60), (40, 60, 200), (255, 255, 255)
 
@@ -199,3 +207,127 @@ def test_decoding_something_else_is_refused():
     for data in (b"", b"junk", encoded(picture(7), "PNG"), encoded(picture(7))[:300]):
         with pytest.raises(ImageRejected, match="unreadable"):
             decode_rgb(data)
+
+
+# --- crop boxes
+
+
+def quadrants(width=400, height=300, **save):
+    """Red, green, blue and white quarters, as a JPEG file."""
+    image = Image.new("RGB", (width, height))
+    for i, colour in enumerate(COLOURS):
+        image.paste(
+            colour, (i % 2 * width // 2, i // 2 * height // 2, (i % 2 + 1) * width // 2, (i // 2 + 1) * height // 2)
+        )
+    buffer = io.BytesIO()
+    image.save(buffer, save.pop("format", "JPEG"), quality=95, **save)
+    return buffer.getvalue()
+
+
+COLOURS = ((220, 30, 30), (30, 220, 30), (30, 30, 220), (240, 240, 240))
+
+
+@pytest.mark.parametrize("policy", RESIZE_POLICIES)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("quarter", range(4))
+def test_a_box_is_all_that_is_kept(policy, kind, quarter):
+    box = (quarter % 2 * 200 + 10, quarter // 2 * 150 + 10, 180, 130)
+    rgb = decode_rgb(prepare_jpeg(quadrants(format=kind), 32, policy, box=box)).astype(int)
+    assert np.abs(rgb[12:20, 4:28] - COLOURS[quarter]).max() < 12
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_box_is_of_the_upright_picture(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = quadrants(format=kind, exif=exif.tobytes())
+    upright = decode_rgb(prepare_jpeg(data, 64)).astype(int)
+    width, height = upright_size(data)
+    assert (width, height) == ((400, 300) if orientation < 5 else (300, 400))
+    for i, (x, y) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
+        box = (x * width // 2 + 8, y * height // 2 + 8, width // 2 - 16, height // 2 - 16)
+        kept = decode_rgb(prepare_jpeg(data, 32, box=box)).astype(int).mean((0, 1))
+        assert np.abs(kept - upright[i // 2 * 32 + 16, i % 2 * 32 + 16]).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("box", "usable"),
+    [
+        ((0, 0, 100, 80), (0, 0, 100, 80)),
+        ((-20, -10, 60, 50), (0, 0, 40, 40)),
+        ((95, 10, 500, 500), None),
+        ((60, 10, 500, 500), (60, 10, 40, 70)),
+        ((0, 0, 0, 0), None),
+        ((10, 10, -5, 20), None),
+        ((200, 200, 50, 50), None),
+        ((10, 10, 3, 60), None),
+    ],
+)
+def test_a_box_is_clipped_to_the_picture(box, usable):
+    assert usable_box(box, 100, 80) == usable
+    data = quadrants(100, 80)
+    assert prepare_jpeg(data, 32, box=box) == prepare_jpeg(data, 32, box=usable)
+    if usable is None:
+        assert prepare_jpeg(data, 32, box=box) == prepare_jpeg(data, 32)
+
+
+def test_a_small_box_of_a_large_picture_is_decoded_at_twice_the_target(monkeypatch):
+    """A tenth of a 4,000-pixel picture to 224 px: no scaled decoding may fall below 448 pixels of the box."""
+    seen = []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda *a, **k: seen.append(decode(*a, **k).shape) or decode(*a, **k)
+    )
+    for box, least in ((None, 448), ((100, 100, 400, 300), 4000), ((0, 0, 2000, 1500), 896)):
+        prepare_jpeg(quadrants(4000, 3000), 224, box=box)
+        height, width, _ = seen.pop()
+        assert (height >= least * 3 / 4 if box else height >= least) and width >= least
+        assert width < 4000 or least == 4000
+
+
+# --- brightness and colour by themselves
+
+
+def pillow_alone(data, size=224):
+    return Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1600, 1200), (333, 517), (224, 224), (100, 900)])
+@pytest.mark.parametrize("sampling", ["4:2:0", "4:2:2", "4:4:4"])
+def test_the_quick_way_is_nearly_as_near_to_the_exactly_resized_picture_as_pillows_own_jpeg(size, sampling):
+    """Within 2 dB, both above 40: on drawn forms; tests/bench/README.md has the figures of real photographs."""
+    forms = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(forms).resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92, subsampling=sampling)
+    exact = pillow_alone(buffer.getvalue())
+    stored = io.BytesIO()
+    exact.save(stored, "JPEG", quality=90, subsampling="4:2:0")
+    ours, pillows = decode_rgb(prepare_jpeg(buffer.getvalue(), 224)), decode_rgb(stored.getvalue())
+    assert psnr(ours, exact) > max(40, psnr(pillows, exact) - 2)
+
+
+@pytest.mark.parametrize(
+    "save", [{"keep_rgb": True}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}]
+)
+def test_other_kinds_of_jpeg_look_the_same(save):
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((300, 200))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, **save)
+    assert psnr(decode_rgb(prepare_jpeg(buffer.getvalue(), 64)), pillow_alone(buffer.getvalue(), 64)) > 30
+
+
+def test_decoding_gives_pillows_values():
+    for data in (quadrants(), quadrants(progressive=True), quadrants(101, 67)):
+        assert (decode_rgb(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
+    grey = io.BytesIO()
+    Image.new("L", (30, 20), 99).save(grey, "JPEG")
+    assert decode_rgb(grey.getvalue()).shape == (20, 30, 3)
+    for length in range(0, len(quadrants()), 97):
+        with pytest.raises(ImageRejected, match="unreadable"):
+            decode_rgb(quadrants()[:length])

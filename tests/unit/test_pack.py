@@ -1,7 +1,10 @@
+import contextlib
 import csv
+import errno
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,14 +15,21 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pictures import encoded, folder_bytes, picture, write_folder
 from PIL import Image
 
 from kfood_dist.cli import main
+from kfood_dist.data.images import decode_rgb
+from kfood_dist.data.manifest import load_manifest
+from kfood_dist.data.packing.choose import choose
+from kfood_dist.data.packing.chunks import prepare_chunk
+from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.pack import pack
+from kfood_dist.data.packing.sources import scan
 from kfood_dist.data.shards import open_split
+from kfood_dist.data.tars import write_tar
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import KfoodError, ShardError, SourceError
 
@@ -52,8 +62,9 @@ def sources_by_split(folder: Path) -> dict[str, list[str]]:
 
 
 def test_a_folder_becomes_stratified_shuffled_splits(source, tmp_path):
-    manifest, reused = pack(source, tmp_path / "out", SMALL)
-    assert not reused
+    packed = pack(source, tmp_path / "out", SMALL)
+    manifest = packed.manifest
+    assert not packed.reused
     assert {k: v["samples"] for k, v in manifest.raw["splits"].items()} == {"train": 36, "val": 3, "test": 6}
     assert manifest.raw["splits"]["train"]["per_class"] == {"만두": 12, "불고기": 12, "약과": 12}
     assert [s.samples for s in manifest.shards_of("train")] == [10, 10, 10, 6]
@@ -92,7 +103,7 @@ def test_copies_of_a_picture_stay_in_one_split_and_share_a_group(tmp_path):
     for path in sorted((source / "한과/약과").iterdir())[:12]:
         for n in (1, 2):
             path.with_stem(f"{path.stem}_{n}").write_bytes(path.read_bytes())
-    manifest, _ = pack(source, tmp_path / "out", SMALL)
+    manifest = pack(source, tmp_path / "out", SMALL).manifest
     assert sum(said["groups"] for said in manifest.raw["splits"].values()) == 30
     splits_of, groups_of = defaultdict(set), defaultdict(set)
     for name in manifest.splits:
@@ -111,7 +122,7 @@ def test_every_kind_of_file_is_packed(tmp_path):
     kinds = {".JPG": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF", ".bmp": "BMP"}
     for i, (suffix, kind) in enumerate(kinds.items()):
         (folder / f"{i}{suffix}").write_bytes(encoded(picture(i), kind))
-    manifest, _ = pack(tmp_path / "source", tmp_path / "out", SMALL)
+    manifest = pack(tmp_path / "source", tmp_path / "out", SMALL).manifest
     assert sum(said["samples"] for said in manifest.raw["splits"].values()) == 5
 
 
@@ -119,7 +130,7 @@ def test_a_list_of_classes_fixes_their_ids_and_names(source, tmp_path):
     listed = tmp_path / "classes.tsv"
     rows = ["category\tname\taliases", "과자\t유과\t", "과자\t유밀과\t약과", "구이\t불고기\t", "만두\t만두\t"]
     listed.write_text("\n".join(rows), encoding="utf-8")
-    manifest, _ = pack(source, tmp_path / "out", replace(SMALL, classes=listed))
+    manifest = pack(source, tmp_path / "out", replace(SMALL, classes=listed)).manifest
     assert [c.name for c in manifest.classes] == ["유과", "유밀과", "불고기", "만두"]
     assert manifest.raw["splits"]["train"]["per_class"] == {"유과": 0, "유밀과": 12, "불고기": 12, "만두": 12}
     split = open_split(tmp_path / "out", "train")
@@ -142,7 +153,7 @@ def test_each_unusable_input_is_named_and_the_run_goes_on(tmp_path):
     twice = encoded(picture(1002))
     (folder / "twice.jpg").write_bytes(twice)
     (source / "구이" / "불고기" / "twice.jpg").write_bytes(twice)
-    manifest, _ = pack(source, tmp_path / "out", replace(SMALL, max_rejected=0.2))
+    manifest = pack(source, tmp_path / "out", replace(SMALL, max_rejected=0.2)).manifest
     assert rejected(tmp_path / "out") == {
         "한과/약과/empty.jpg": "empty",
         "한과/약과/text.jpg": "unreadable",
@@ -172,7 +183,7 @@ def test_too_many_refused_leaves_no_out_but_the_list(tmp_path):
     fault = r"2 of 20 inputs \(10.0%\).*, more than --max-rejected 0.05: empty 2 → .*out.rejected.csv"
     with pytest.raises(SourceError, match=fault):
         pack(source, out, SMALL)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.rejected.csv", "source"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "out.rejected.csv", "source"]
     assert set(rejected(tmp_path / "out.rejected.csv").values()) == {"empty"}
     pack(source, out, replace(SMALL, max_rejected=0.1))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
@@ -196,7 +207,7 @@ def test_a_list_whose_pictures_lie_elsewhere_points_to_the_image_root(tmp_path, 
     with pytest.raises(SourceError, match=r"missing 45 → .*--image-root"):
         pack(listed, tmp_path / "out", SMALL)
     options = replace(SMALL, image_root=source)
-    manifest, _ = pack(listed, tmp_path / "out", options)
+    manifest = pack(listed, tmp_path / "out", options).manifest
     assert manifest.raw["source"]["kind"] == "csv"
     pack(source, tmp_path / "folder", SMALL)
     assert sources_by_split(tmp_path / "out") == sources_by_split(tmp_path / "folder")
@@ -209,7 +220,7 @@ def test_a_complete_out_is_reused_and_another_one_left_alone(source, tmp_path):
     out = tmp_path / "out"
     pack(source, out, SMALL)
     before, made = folder_bytes(out), (out / "manifest.json").stat().st_mtime_ns
-    assert pack(source, out, replace(SMALL, workers=2))[1]
+    assert pack(source, out, replace(SMALL, workers=2)).reused
     with pytest.raises(SourceError, match="holds another data set"):
         pack(source, out, replace(SMALL, seed=1))
     altered = shutil.copytree(source, tmp_path / "altered")
@@ -238,26 +249,16 @@ def test_an_out_with_other_files_is_left_alone_and_an_empty_one_filled(source, t
         pack(source, busy / "thesis.txt", SMALL)
 
 
-def test_a_failure_in_the_middle_leaves_nothing(source, tmp_path, monkeypatch):
+def test_what_reads_back_damaged_is_not_published_and_not_kept(source, tmp_path, monkeypatch):
     out = tmp_path / "deep" / "out"
-    monkeypatch.setattr("kfood_dist.data.packing.pack.verify", lambda folder: [f"{folder.name} is bad"])
-    with pytest.raises(KfoodError, match="reads back damaged"):
-        pack(source, out, SMALL)
-    assert list((tmp_path / "deep").iterdir()) == []
-
-
-def test_two_at_a_time_do_not_write_the_same_out(source, tmp_path):
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    (partial / "spool").write_bytes(b"of the other process")
-    descriptor = os.open(partial, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(SourceError, match=r"another process is writing .*out"):
-        pack(source, tmp_path / "out", SMALL)
-    assert folder_bytes(partial) == {"spool": b"of the other process"}
-    os.close(descriptor)
-    pack(source, tmp_path / "out", SMALL)
-    assert not partial.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("kfood_dist.data.packing.job.verify", lambda folder: [f"{folder.name} is bad"])
+        with pytest.raises(KfoodError, match="reads back damaged"):
+            pack(source, out, SMALL)
+    assert not out.exists()
+    assert not list((tmp_path / "deep").rglob("*.tar"))
+    pack(source, out, SMALL)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
 
 
 def slow_source(root: Path) -> Path:
@@ -270,22 +271,15 @@ def slow_source(root: Path) -> Path:
     return root
 
 
-def start_and_wait_for_spool(source: Path, out: Path) -> tuple[subprocess.Popen, list[int]]:
-    words = [
-        sys.executable,
-        "-m",
-        "kfood_dist",
-        "pack",
-        str(source),
-        str(out),
-        "--image-size",
-        "32",
-        "--workers",
-        "2",
-    ]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    spool = out.parent / f".{out.name}.partial" / "spool"
-    while not (spool.exists() and spool.stat().st_size):
+def start(source: Path, out: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "kfood_dist", "pack", source, out, "--image-size", "32", "--workers", "2", *words]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def start_and_wait_for_a_chunk(source: Path, out: Path) -> tuple[subprocess.Popen, list[int]]:
+    process = start(source, out)
+    chunks = out.parent / f".{out.name}.partial" / "chunks"
+    while not any(chunks.glob("*.chunk")):
         assert process.poll() is None, "ended before it could be interrupted"
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -310,27 +304,143 @@ def assert_gone(pids: list[int]) -> None:
     raise AssertionError(f"workers {alive} outlive the process that started them")
 
 
-def test_killed_in_the_middle_and_started_again_it_gives_the_same_bytes(tmp_path):
-    source = slow_source(tmp_path / "source")
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """A source that takes a few seconds, and what an undisturbed packing makes of it."""
+    root = tmp_path_factory.mktemp("slow")
+    source = slow_source(root / "source")
+    pack(source, root / "undisturbed", PackOptions(image_size=32, workers=2))
+    return source, folder_bytes(root / "undisturbed")
+
+
+def test_killed_and_started_again_it_goes_on_and_its_workers_are_gone(slow, tmp_path):
+    source, undisturbed = slow
     out = tmp_path / "out"
-    process, workers = start_and_wait_for_spool(source, out)
+    process, workers = start_and_wait_for_a_chunk(source, out)
     process.kill()
     process.wait()
     process.stderr.close()
     assert len(workers) >= 2
     assert_gone(workers)
     assert not out.exists()
-    assert (tmp_path / ".out.partial" / "spool").exists()
-    (tmp_path / ".out.partial" / "train-000000.tar").write_bytes(b"as a later kill would leave")
-    options = PackOptions(image_size=32, workers=2)
-    pack(source, out, options)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
-    pack(source, tmp_path / "undisturbed", options)
-    assert folder_bytes(out) == folder_bytes(tmp_path / "undisturbed")
+    chunks = tmp_path / ".out.partial" / "chunks"
+    first = next(chunks.glob("*.chunk"))
+    made = first.stat().st_mtime_ns, first.stat().st_ino
+    second = start(source, out)
+    while second.poll() is None and (path := chunks / first.name).exists():
+        with contextlib.suppress(FileNotFoundError):
+            assert (path.stat().st_mtime_ns, path.stat().st_ino) == made
+        time.sleep(0.05)
+    assert second.wait(timeout=60) == 0
+    second.stderr.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert folder_bytes(out) == undisturbed
 
 
-def test_an_interrupt_is_the_parents_to_act_on(tmp_path):
-    process, children = start_and_wait_for_spool(slow_source(tmp_path / "source"), tmp_path / "out")
+def test_killed_at_many_instants_it_gives_the_same_bytes(slow, tmp_path):
+    source, undisturbed = slow
+    out = tmp_path / "out"
+    moments = random.Random(0)
+    kills = 0
+    while not out.exists():
+        process = start(source, out)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moments.uniform(0.3, 1.4))
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        kills += process.wait() != 0
+        process.stderr.close()
+        assert kills < 60
+    assert kills >= 2
+    assert folder_bytes(out) == undisturbed
+    assert start(source, out).wait() == 0
+
+
+def test_parts_of_an_array_end_in_one_data_set_though_one_was_killed(slow, tmp_path):
+    source, undisturbed = slow
+    out = tmp_path / "out"
+    packers = [start(source, out, "--part", f"{part}/3") for part in (1, 2, 3)]
+    time.sleep(1)
+    packers[1].kill()
+    assert [packer.wait(timeout=120) for packer in (packers[0], packers[2])] == [0, 0]
+    assert not out.exists()
+    assert start(source, out, "--part", "2/3").wait(timeout=120) == 0
+    assert folder_bytes(out) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for packer in packers:
+        packer.stderr.close()
+
+
+def test_a_part_says_what_is_missing_and_the_last_one_ends_it(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
+    assert main([*words, "--part", "2/2"]) == 0
+    assert "part     2 of 2 is prepared; 4 chunks of other parts are missing yet" in capsys.readouterr().out
+    assert main([*words, "--part", "1/2"]) == 0
+    assert "packed   45 pictures" in capsys.readouterr().out
+    assert main([*words, "--part", "2/2"]) == 0
+    assert "reused" in capsys.readouterr().out
+    assert main(["pack", str(source), str(tmp_path / "whole"), *words[3:]]) == 0
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_plain_packing_finishes_what_parts_left(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    assert pack(source, tmp_path / "out", replace(SMALL, part=3, parts=5)).missing_chunks == 6
+    assert pack(source, tmp_path / "out", SMALL).manifest
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("part", "parts", "held"), [(1, 1, "part-1-of-1.lock"), (2, 3, "part-2-of-3.lock")])
+def test_the_same_part_is_not_packed_twice_at_a_time(source, tmp_path, part, parts, held):
+    work = tmp_path / ".out.partial"
+    work.mkdir()
+    with open(work / held, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SourceError, match=r"another process is writing .*out"):
+            pack(source, tmp_path / "out", replace(SMALL, part=part, parts=parts))
+    assert pack(source, tmp_path / "out", SMALL).manifest
+
+
+def test_only_one_packer_puts_the_shards_together(source, tmp_path, capsys):
+    (tmp_path / ".out.partial").mkdir()
+    with open(tmp_path / ".out.partial" / "merge.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1", "--part", "1/2"]
+        assert pack(source, tmp_path / "out", replace(SMALL, part=2, parts=2)).manifest is None
+        assert main(words) == 0
+    assert "another packer is putting" in capsys.readouterr().out
+    assert pack(source, tmp_path / "out", SMALL).manifest
+
+
+def test_a_damaged_chunk_is_made_again(source, tmp_path, monkeypatch):
+    pack(source, tmp_path / "undisturbed", SMALL)
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    for damage in (lambda data: data[:-100], lambda data: b"", lambda data: data[:50] + b"x" + data[51:]):
+        pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2))
+        victim = next((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))
+        victim.write_bytes(damage(victim.read_bytes()))
+        pack(source, tmp_path / "out", SMALL)
+        assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_other_options_use_what_still_fits(source, tmp_path, monkeypatch):
+    """Split and shard size do not touch a picture; its size does."""
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    made = []
+    monkeypatch.setattr(
+        "kfood_dist.data.packing.job.prepare_chunk", lambda c, **words: made.append(c.name) or prepare_chunk(c, **words)
+    )
+    pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2))
+    assert len(made) == 4
+    pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2, shard_size=3, seed=5))
+    assert len(made) == 4
+    pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2, image_size=48))
+    assert len(made) == 8
+
+
+def test_an_interrupt_is_the_parents_to_act_on(slow, tmp_path):
+    process, children = start_and_wait_for_a_chunk(slow[0], tmp_path / "out")
     for child in children:
         os.kill(child, signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -338,29 +448,181 @@ def test_an_interrupt_is_the_parents_to_act_on(tmp_path):
     assert verify(tmp_path / "out") == []
 
 
-def test_interrupted_by_hand_it_clears_up_and_says_so(tmp_path):
-    source = slow_source(tmp_path / "source")
-    process, workers = start_and_wait_for_spool(source, tmp_path / "out")
+def test_interrupted_by_hand_it_says_so_and_keeps_what_is_done(slow, tmp_path):
+    process, workers = start_and_wait_for_a_chunk(slow[0], tmp_path / "out")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers alike
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.strip() == "kfood pack: interrupted"
     assert_gone(workers)
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
+    assert any((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(source, tmp_path):
+def test_a_source_that_vanishes_stops_the_packing_which_goes_on_when_it_is_back(source, tmp_path, monkeypatch):
+    pack(source, tmp_path / "undisturbed", SMALL)
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    moved = shutil.copytree(source, tmp_path / "moved")
+
+    def until_it_vanishes(chunk, **words):
+        if len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 3:
+            moved.rename(tmp_path / "away")
+        prepare_chunk(chunk, **words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kfood_dist.data.packing.job.prepare_chunk", until_it_vanishes)
+        with pytest.raises(SourceError, match=r"→ "):
+            pack(moved, tmp_path / "out", SMALL)
+    assert len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 3
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "away").rename(moved)
+    manifest = pack(moved, tmp_path / "out", SMALL).manifest
+    assert manifest.raw["rejected"]["count"] == 0
+    before, after = folder_bytes(tmp_path / "undisturbed"), folder_bytes(tmp_path / "out")
+    assert {k: v for k, v in before.items() if k != "manifest.json"} == {
+        k: v for k, v in after.items() if k != "manifest.json"
+    }  # the manifest names the source
+
+
+def test_a_full_disk_is_said(source, tmp_path):
     """No file may grow beyond 20 kB in that process: the kernel's own refusal, as on a full disk."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-        "from kfood_dist.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    words = [sys.executable, "-c", code, "pack", source, tmp_path / "out", "--workers", "1"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = run_with_a_file_limit(20_000, source, tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert "no space left to write" in done.stderr
+    assert "it goes on where it stopped" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def run_with_a_file_limit(num_bytes: int, source: Path, out: Path) -> subprocess.CompletedProcess:
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}));"
+        "from kfood_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", code, "pack", source, out, "--workers", "1"]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def test_a_disk_that_fills_up_leaves_finished_shards_intact(source, tmp_path, monkeypatch):
+    pack(source, tmp_path / "undisturbed", SMALL)
+    written = []
+
+    def until_full(path, entries):
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path.name)
+        return write_tar(path, entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kfood_dist.data.packing.write.write_tar", until_full)
+        with pytest.raises(KfoodError, match=r"no space left to write .*out .*→ free .* it goes on where it stopped"):
+            pack(source, tmp_path / "out", SMALL)
+    assert len(list((tmp_path / ".out.partial").rglob("train-*.index.npy"))) == 3
+    again = []
+    monkeypatch.setattr(
+        "kfood_dist.data.packing.write.write_tar", lambda path, e: again.append(path.name) or write_tar(path, e)
+    )
+    pack(source, tmp_path / "out", SMALL)
+    assert written == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
+    assert not set(written) & set(again)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+
+
+def test_too_small_a_disk_is_told_with_the_numbers_before_any_shard(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(KfoodError, match=r"no space left to write .*0\.\d MiB are needed and 0\.0 MiB are free"):
+        pack(source, tmp_path / "out", SMALL)
+    assert not list((tmp_path / ".out.partial").rglob("*.tar"))
+
+
+# --- parts of a source
+
+
+def test_subsets_share_no_picture_and_are_balanced(source, tmp_path):
+    seen = []
+    for subset in (1, 2, 3, 4):
+        options = replace(SMALL, per_class=4, subset=subset)
+        manifest = pack(source, tmp_path / f"out{subset}", options).manifest
+        per_class = sum((Counter(s["per_class"]) for s in manifest.raw["splits"].values()), Counter())
+        wanted = 4 if subset < 4 else 3
+        assert per_class == {"만두": wanted, "불고기": wanted, "약과": wanted}
+        short = {} if subset < 4 else dict.fromkeys(per_class, 3)
+        assert manifest.raw["chosen"] == {"per_class": 4, "subset": subset, "short": short}
+        seen += [name for names in sources_by_split(tmp_path / f"out{subset}").values() for name in names]
+    assert len(set(seen)) == len(seen) == 45
+    with pytest.raises(SourceError, match=r"subset 5 of 4 .* is empty: no class has more than 15 → .* up to 4"):
+        pack(source, tmp_path / "out5", replace(SMALL, per_class=4, subset=5))
+
+
+def test_a_subset_reads_its_own_pictures_only(source, tmp_path, capsys):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    records = {record.source for record in choose(scan(copy), 4, 2, SMALL.seed)[0]}
+    for path in copy.rglob("*.jpg"):
+        if path.relative_to(copy).as_posix() not in records:
+            path.write_bytes(b"junk" * (path.stat().st_size // 4) + b"j" * (path.stat().st_size % 4))
+    manifest = pack(copy, tmp_path / "out", replace(SMALL, per_class=4, subset=2)).manifest
+    assert manifest.raw["rejected"]["count"] == 0
+    words = ["pack", str(source), str(tmp_path / "short"), "--per-class", "20", "--image-size", "32", "--workers", "1"]
+    assert main(words) == 0
+    assert "short    3 classes have fewer than 20: 만두 15, 불고기 15, 약과 15" in capsys.readouterr().out
+
+
+# --- crop boxes
+
+
+def test_crop_boxes_are_used_when_asked_for_and_counted(tmp_path, capsys):
+    source = write_folder(tmp_path / "source", {"구이/불고기": 12})
+    folder = source / "구이" / "불고기"
+    names = sorted(path.stem for path in folder.glob("*.jpg"))
+    half = Image.new("RGB", (200, 100), (200, 0, 0))
+    half.paste((0, 0, 200), (100, 0, 200, 100))
+    for name in names:
+        half.save(folder / f"{name}.jpg", quality=95)
+        (folder / f"{name}.jpg").write_bytes((folder / f"{name}.jpg").read_bytes() + name.encode())
+    boxes = [f"{name}=100,0,100,100" for name in names[:5]] + [f"{names[5]}=500,500,10,10", "nonsense"]
+    (folder / "crop_area.properties").write_text("\n".join(boxes))
+    words = ["pack", str(source), str(tmp_path / "cut"), "--image-size", "32", "--crop-boxes", "--workers", "1"]
+    assert main(words) == 0
+    assert "cropped  cropped 5, without_box 6, unusable_box 1; 1 lines of the lists ignored" in capsys.readouterr().out
+    blue, whole = set(), set()
+    for split in load_manifest(tmp_path / "cut").splits:
+        shards = open_split(tmp_path / "cut", split)
+        for i in range(len(shards)):
+            left = decode_rgb(shards.read(i))[16, 4]
+            (blue if left[2] > left[0] else whole).add(Path(shards.metadata(i)["source"]).stem)
+    assert blue == set(names[:5])
+    assert whole == set(names[5:])
+    manifest = pack(source, tmp_path / "uncut", SMALL).manifest
+    assert manifest.raw["crop_boxes"] is None
+
+
+# --- splits without leakage
+
+
+def test_look_alikes_lie_in_one_split_and_the_manifest_says_what_chance_would_have_done(tmp_path):
+    """Sixty pictures: twenty plates of three photographs each, numbered as they were taken."""
+    folder = tmp_path / "source" / "구이" / "불고기"
+    folder.mkdir(parents=True)
+    for plate in range(20):
+        image = photograph(plate)
+        for shot in range(3):
+            turned = image.rotate(4 * shot, resample=Image.Resampling.BICUBIC).crop((20, 20, 380, 280))
+            turned.save(folder / f"Img_000_{3 * plate + shot:04d}.jpg", quality=90 - shot)
+    manifest = pack(tmp_path / "source", tmp_path / "out", replace(SMALL, image_size=224)).manifest
+    by_split = sources_by_split(tmp_path / "out")
+    plates = {split: {int(name[-8:-4]) // 3 for name in names} for split, names in by_split.items()}
+    assert not plates["train"] & plates["test"] and not plates["train"] & plates["val"]
+    assert not plates["val"] & plates["test"]
+    assert sum(manifest.raw["splits"][split]["groups"] for split in plates) == 20
+    leaked = manifest.raw["random_split_would_leak"]
+    assert leaked["val"] + leaked["test"] >= 8  # of twelve pictures, each with two others of its plate
+    assert verify(tmp_path / "out") == []
+
+
+def photograph(seed: int) -> Image.Image:
+    """Something with large forms, as photographs have and noise has not."""
+    noise = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC)
 
 
 # --- the command
@@ -400,6 +662,12 @@ def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
         (["--workers", "0"], "--workers 0"),
         (["--max-rejected", "1.5"], "--max-rejected 1.5"),
         (["--seed", "-1"], "--seed -1"),
+        (["--per-class", "0"], "--per-class 0"),
+        (["--subset", "2"], "--subset 2 without --per-class"),
+        (["--per-class", "3", "--subset", "0"], "--subset 0"),
+        (["--part", "4/3"], "--part 4/3 cannot be used → write it as K/N"),
+        (["--part", "0/3"], "--part 0/3"),
+        (["--part", "second"], "--part second"),
         (["--split", "0.5,0.5"], "--split 0.5,0.5 is not three"),
         (["--classes", "/nowhere.tsv"], "class list /nowhere.tsv cannot be read"),
         (["--image-root", "/tmp"], "--image-root does not go with the folder"),

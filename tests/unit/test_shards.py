@@ -15,8 +15,8 @@ from pictures import write_folder
 from PIL import Image
 
 from kfood_dist.data.manifest import load_manifest, seal
+from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.pack import pack
 from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.errors import ShardError

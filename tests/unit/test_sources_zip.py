@@ -11,6 +11,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ from zips import CRC, FLAGS, METHOD, OFFSET, PACKED, UNPACKED, as_folder, with_f
 
 from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.labels import load_classes
-from kfood_dist.data.packing.prepare import PictureSettings, prepare_all
+from kfood_dist.data.packing.chunks import cut, load_chunk, prepare_chunk
+from kfood_dist.data.packing.prepare import PictureSettings, Prepared, Refusal, in_processes
 from kfood_dist.data.packing.sources import opened, read, read_picture, scan, zips
 from kfood_dist.errors import SourceError
 
 CLASSES = Path(__file__).resolve().parents[2] / "shards" / "kfood150.tsv"
-SETTINGS = PictureSettings(image_size=32, resize="squash", quality=90, min_side=32)
+SETTINGS = PictureSettings(image_size=32, resize="squash", quality=90, min_side=32, crop_boxes=False)
 JPEG = encoded(picture())
 OTHER = encoded(picture(1))
 
@@ -40,8 +42,12 @@ def said(records):
 
 
 def prepared(records, workers):
-    with tempfile.TemporaryFile() as spool:
-        return prepare_all([r for r in records if r.problem is None], spool, SETTINGS, workers)
+    """What became of the sound records, through the files that worker processes write."""
+    with tempfile.TemporaryDirectory() as folder:
+        chunks = cut([r for r in records if r.problem is None], SETTINGS)
+        list(in_processes(partial(prepare_chunk, settings=SETTINGS, folder=Path(folder)), chunks, workers))
+        outcomes = [outcome for chunk in chunks for outcome in load_chunk(chunk, Path(folder))]
+    return [o for o in outcomes if isinstance(o, Prepared)], [o for o in outcomes if isinstance(o, Refusal)]
 
 
 # --- shapes

@@ -11,8 +11,8 @@ from pictures import encoded, picture, write_folder
 
 from kfood_dist.cli import main
 from kfood_dist.data.manifest import seal
+from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.pack import pack
 from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.data.tars import members
 from kfood_dist.data.verify import verify

@@ -16,7 +16,7 @@ from kfood_dist.errors import SourceError
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What to make of a source. All but `workers` and `max_rejected` decide about the bytes."""
+    """What to make of a source. All but `workers`, `part`, `parts` and `max_rejected` decide about the bytes."""
 
     image_size: int = 224
     resize: str = "squash"
@@ -31,10 +31,15 @@ class PackOptions:
     image_root: Path | None = None
     max_rejected: float = 0.05
     workers: int = field(default_factory=available_cores)
+    crop_boxes: bool = False
+    per_class: int | None = None
+    subset: int = 1
+    part: int = 1
+    parts: int = 1
 
     def picture_settings(self) -> PictureSettings:
         """The part that the workers need."""
-        return PictureSettings(self.image_size, self.resize, self.quality, self.min_side)
+        return PictureSettings(self.image_size, self.resize, self.quality, self.min_side, self.crop_boxes)
 
     def check(self) -> None:
         """Raise SourceError at the first option that cannot be meant."""
@@ -49,7 +54,18 @@ class PackOptions:
         _require(0 <= self.seed < 2**63, f"--seed {self.seed}", "give a whole number from 0")
         _require(self.shard_size >= 1, f"--shard-size {self.shard_size}", "give a number of samples from 1")
         _require(0 <= self.max_rejected <= 1, f"--max-rejected {self.max_rejected}", "give a share from 0 to 1")
+        _require(self.per_class is None or self.per_class >= 1, f"--per-class {self.per_class}", "give a number from 1")
+        _require(self.subset >= 1, f"--subset {self.subset}", "give a number from 1")
+        _require(
+            self.subset == 1 or self.per_class is not None,
+            f"--subset {self.subset} without --per-class",
+            "say how many pictures of each class a subset has, such as --per-class 20",
+        )
+        _require(1 <= self.part <= self.parts, f"--part {self.part}/{self.parts}", _PART)
         _require(self.workers >= 1, f"--workers {self.workers}", "give a number of processes from 1")
+
+
+_PART = "write it as K/N, K from 1 to N, such as 3/8"
 
 
 def _require(sound: bool, what: str, remedy: str) -> None:
@@ -57,10 +73,17 @@ def _require(sound: bool, what: str, remedy: str) -> None:
         raise SourceError(f"{what} cannot be used", remedy)
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """Read `3/8` as (3, 8). Raises SourceError for anything else."""
+    part, _, parts = text.partition("/")
+    _require(part.isdecimal() and parts.isdecimal(), f"--part {text}", _PART)
+    return int(part), int(parts)
+
+
 def fingerprint(kind: str, records: Sequence[Record], classes: Sequence[DishClass] | None, options: PackOptions) -> str:
     """SHA-256, in hex, over every option that shapes the data set and every input's name, size and label.
 
-    A picture that was altered without changing its size in bytes is not noticed.
+    A picture that was altered without changing its size in bytes is not noticed, unless it lies in a zip.
     """
     settled = {
         "kind": kind,
@@ -68,7 +91,11 @@ def fingerprint(kind: str, records: Sequence[Record], classes: Sequence[DishClas
         "fractions": dict(options.fractions),
         "seed": options.seed,
         "shard_size": options.shard_size,
+        "chosen": [options.per_class, options.subset],
         "classes": None if classes is None else [[c.name, c.category, list(c.aliases)] for c in classes],
-        "inputs": [[r.source, r.num_bytes, r.label, r.category, r.problem] for r in records],
+        "inputs": [
+            [r.source, r.num_bytes, r.crc32, r.label, r.category, r.problem, r.box if options.crop_boxes else None]
+            for r in records
+        ],
     }
     return hashlib.sha256(json.dumps(settled, sort_keys=True).encode("ascii")).hexdigest()

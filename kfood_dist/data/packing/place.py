@@ -2,7 +2,7 @@
 
     prepared pictures ──► part_ambiguous ──► those whose bytes have one label only
                       ──► classes_of     ──► class list (unless one was given)
-                      ──► place          ──► the samples of each split, in a seeded shuffled order
+    and their groups  ──► place          ──► the samples of each split, in a seeded shuffled order
 
 Always holds: the order of the pictures that come in decides nothing.
 """
@@ -15,10 +15,6 @@ from kfood_dist.data.labels import DishClass
 from kfood_dist.data.manifest import SPLITS
 from kfood_dist.data.packing.prepare import Prepared, Refusal
 from kfood_dist.data.packing.split import assign_splits, keyed_digest
-
-# 13 hex digits, 52 bits: exact as a JSON number in every reader. Two files that meet by chance share a group,
-# which only makes the group wider.
-_GROUP_DIGITS = 13
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,14 @@ def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
 
 
 def place(
-    pictures: Sequence[Prepared], classes: Sequence[DishClass], fractions: Mapping[str, float], seed: int
+    pictures: Sequence[Prepared],
+    groups: Sequence[int],
+    classes: Sequence[DishClass],
+    fractions: Mapping[str, float],
+    seed: int,
 ) -> dict[str, list[Sample]]:
     """The samples of train, val and test, each in its shuffled order."""
     ids = {dish.name: i for i, dish in enumerate(classes)}
-    groups = [int(picture.sha256[:_GROUP_DIGITS], 16) for picture in pictures]
     splits = assign_splits(groups, [picture.record.label for picture in pictures], fractions, seed)
     placed: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for picture, group, split in zip(pictures, groups, splits, strict=True):
@@ -70,3 +69,14 @@ def place(
     for samples in placed.values():
         samples.sort(key=lambda sample: keyed_digest(seed, "order", sample.picture.record.source))
     return placed
+
+
+def leaked_at_random(
+    pictures: Sequence[Prepared], groups: Sequence[int], fractions: Mapping[str, float], seed: int
+) -> dict[str, int]:
+    """How many pictures of val and of test would have a look-alike in train, had each been dealt by itself."""
+    alone = [int.from_bytes(keyed_digest(seed, "alone", p.record.source)[:8], "big") for p in pictures]
+    splits = assign_splits(alone, [picture.record.label for picture in pictures], fractions, seed)
+    learnt = {group for group, split in zip(groups, splits, strict=True) if split == "train"}
+    counts = Counter(split for group, split in zip(groups, splits, strict=True) if group in learnt)
+    return {split: counts[split] for split in SPLITS if split != "train"}

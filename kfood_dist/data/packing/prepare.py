@@ -1,34 +1,28 @@
-"""Many source pictures to packed JPEGs, in parallel, through one spool file.
+"""One source picture to what is packed of it, in one process or in many.
 
-    records ──► batches ──► worker processes: read, hash, prepare_jpeg ──► spool (JPEGs end to end)
-                                                                      └──► refusals, with their reason
-
-A bounded window of batches is in flight and results are taken in the order of the records: memory does not
-grow with the source, and neither the spool nor the lists depend on the number of workers.
+record ──► read, hash ──► prepare_jpeg ──► perceptual hash ──► PreparedPicture, or Refusal with its reason
+chunks ──► worker processes, each writes its chunk ──► as they are done
 """
 
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TypeVar
 
-from tqdm import tqdm
+import numpy as np
 
-from kfood_dist.data.images import ImageRejected, prepare_jpeg
+from kfood_dist.data.images import ImageRejected, prepare_jpeg, upright_size, usable_box
 from kfood_dist.data.packing.sources import Record, read_picture
 from kfood_dist.errors import SourceError
 
-# About a third of a second of work: few enough round trips, little to wait for when interrupted.
-_BATCH_PICTURES = 16
-_BATCHES_IN_FLIGHT_PER_WORKER = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,16 +33,33 @@ class PictureSettings:
     resize: str
     quality: int
     min_side: int
+    crop_boxes: bool
+
+
+@dataclass(frozen=True)
+class PreparedPicture:
+    """A picture as it will be packed. `cropped` is None where it had no crop box, False where that was unusable."""
+
+    jpeg: bytes
+    sha256: str
+    perceptual_hash: int
+    cropped: bool | None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture in the spool: its record, where its JPEG lies there, and the SHA-256 of its source file."""
+    """A prepared picture's record, and where its JPEG lies: file, offset and size in bytes.
+
+    `sha256` is of its source file, in hex; `perceptual_hash` has 64 bits; `cropped` as in PreparedPicture.
+    """
 
     record: Record
+    file: str
     offset: int
     num_bytes: int
     sha256: str
+    perceptual_hash: int
+    cropped: bool | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -66,66 +77,61 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare_all(
-    records: Sequence[Record], spool: BinaryIO, settings: PictureSettings, workers: int
-) -> tuple[list[Prepared], list[Refusal]]:
-    """Prepare every record without a problem, in order; returns those now in `spool` and those refused.
+def prepare_one(record: Record, settings: PictureSettings) -> PreparedPicture | Refusal:
+    """Read a picture and make it what is packed. Raises SourceError when the source is gone or its disk fails."""
+    try:
+        data = read_picture(record)
+        box = record.box if settings.crop_boxes else None
+        cropped = None if box is None else usable_box(box, *upright_size(data)) is not None
+        jpeg = prepare_jpeg(
+            data,
+            settings.image_size,
+            settings.resize,
+            settings.quality,
+            settings.min_side,
+            box=box,
+        )
+    except ImageRejected as rejected:
+        return Refusal(record.source, record.label, rejected.reason, rejected.detail)
+    return PreparedPicture(jpeg, hashlib.sha256(data).hexdigest(), perceptual_hash(jpeg), cropped)
 
-    Raises SourceError when a worker process dies, OSError when the spool's disk is full.
+
+def perceptual_hash(jpeg: bytes) -> int:
+    """The 64 bits of `imagehash.phash` of a packed picture, which a look-alike shares but for a few."""
+    import imagehash
+    from PIL import Image
+
+    with Image.open(io.BytesIO(jpeg)) as image:
+        image.draft("L", (64, 64))  # the hash is of 32×32 greys
+        bits = imagehash.phash(image).hash
+    return int(np.packbits(bits.flatten()).view(">u8")[0])
+
+
+def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
+    """Do something with each item in `workers` processes, here if there is only one; yields each item done.
+
+    Raises what `do` raises, and SourceError when a worker process dies.
     """
-    prepared, refused = [], []
-    progress = tqdm(total=len(records), desc="prepare", unit="picture", disable=None)
-    # Closed by name: an error here must stop the workers before the spool's folder is cleared away.
-    with progress, closing(_outcomes(records, settings, workers)) as outcomes:
-        for record, outcome in zip(records, outcomes, strict=True):
-            if isinstance(outcome, ImageRejected):
-                refused.append(Refusal(record.source, record.label, outcome.reason, outcome.detail))
-            else:
-                jpeg, sha256 = outcome
-                prepared.append(Prepared(record, spool.tell(), spool.write(jpeg), sha256))
-            progress.update()
-    return prepared, refused
-
-
-_Outcome = tuple[bytes, str] | ImageRejected
-
-
-def _outcomes(records: Sequence[Record], settings: PictureSettings, workers: int) -> Generator[_Outcome, None, None]:
     if workers == 1:
-        yield from (_prepare_one(record, settings) for record in records)
+        for item in items:
+            do(item)
+            yield item
         return
-    in_flight: deque[Future[list[_Outcome]]] = deque()
     # Spawned, not forked: the caller may have threads, and a forked worker would inherit its locks mid-way.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        futures = {pool.submit(do, item): item for item in items}
         try:
-            for start in range(0, len(records), _BATCH_PICTURES):
-                batch = records[start : start + _BATCH_PICTURES]
-                in_flight.append(pool.submit(_prepare_batch, batch, settings))
-                if len(in_flight) > workers * _BATCHES_IN_FLIGHT_PER_WORKER:
-                    yield from in_flight.popleft().result()
-            while in_flight:
-                yield from in_flight.popleft().result()
+            for future in as_completed(futures):
+                future.result()
+                yield futures.pop(future)
         except BrokenProcessPool:
             raise SourceError(
                 "a worker process died, most likely for want of memory", "pack with fewer --workers"
             ) from None
         finally:
-            for future in in_flight:
+            for future in futures:
                 future.cancel()
-
-
-def _prepare_batch(records: Sequence[Record], settings: PictureSettings) -> list[_Outcome]:
-    return [_prepare_one(record, settings) for record in records]
-
-
-def _prepare_one(record: Record, settings: PictureSettings) -> _Outcome:
-    try:
-        data = read_picture(record)
-        jpeg = prepare_jpeg(data, settings.image_size, settings.resize, settings.quality, settings.min_side)
-    except ImageRejected as rejected:
-        return rejected
-    return jpeg, hashlib.sha256(data).hexdigest()
 
 
 def _start_worker() -> None:

@@ -1,10 +1,9 @@
-"""Placed samples and their spool to the files of a packed folder.
+"""Placed samples and their prepared pictures to the files of a packed folder.
 
 samples of each split ──► cut into shards ──► tar + index each ──► the manifest's entries ──► manifest.json
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,23 @@ import numpy as np
 
 from kfood_dist.data.labels import DishClass
 from kfood_dist.data.packing.place import Sample
+from kfood_dist.data.packing.prepare import Prepared
+from kfood_dist.data.storage import Storage
 from kfood_dist.data.tars import Entry, file_sha256, save_index, write_tar
 from kfood_dist.data.verify import count_samples
+from kfood_dist.errors import ShardError
 
 
 class ShardWriter:
     """Writes shards into one folder and remembers what the manifest will say of them.
 
-    `spool` is a descriptor of the file that the samples' pictures lie in, squares of `image_size` pixels.
+    `pictures` is where the samples' JPEGs lie, squares of `image_size` pixels. A shard that an earlier packing of the
+    same samples finished is kept as it is.
     """
 
-    def __init__(self, folder: Path, spool: int, classes: Sequence[DishClass], image_size: int, shard_size: int):
+    def __init__(self, folder: Path, pictures: Storage, classes: Sequence[DishClass], image_size: int, shard_size: int):
         self._folder = folder
-        self._spool = spool
+        self._pictures = pictures
         self._classes = classes
         self._image_size = image_size
         self._shard_size = shard_size
@@ -36,14 +39,19 @@ class ShardWriter:
         """Write all shards of one split; keys count through them."""
         indexes = []
         for number, start in enumerate(range(0, len(samples), self._shard_size)):
-            entries = self._entries(split, start, samples[start : start + self._shard_size])
-            indexes.append(self._write_shard(split, f"{split}-{number:06d}", entries))
+            indexes.append(self._shard(split, number, start, samples[start : start + self._shard_size]))
         self.splits[split] = count_samples(self._classes, indexes)
 
-    def _write_shard(self, split: str, name: str, entries: Iterator[Entry]) -> np.ndarray:
+    def _shard(self, split: str, number: int, start: int, samples: Sequence[Sample]) -> np.ndarray:
+        name = f"{split}-{number:06d}"
         tar, index_file = self._folder / f"{name}.tar", self._folder / f"{name}.index.npy"
-        index = write_tar(tar, entries)
-        save_index(index_file, index)
+        if not index_file.exists():  # it comes last: where it is, the tar is whole
+            tar.unlink(missing_ok=True)
+            partial = self._folder / ".index.partial"
+            partial.unlink(missing_ok=True)
+            save_index(partial, write_tar(tar, self._entries(split, start, samples)))
+            partial.rename(index_file)
+        index = np.load(index_file, allow_pickle=False)
         self.shards.append(
             {
                 "split": split,
@@ -59,7 +67,7 @@ class ShardWriter:
             dish = self._classes[sample.label]
             yield Entry(
                 key=f"{split}-{number:08d}",
-                jpeg=os.pread(self._spool, sample.picture.num_bytes, sample.picture.offset),
+                jpeg=self._jpeg(sample.picture),
                 json=self._metadata(sample, dish),
                 label=sample.label,
                 group=sample.group,
@@ -68,6 +76,12 @@ class ShardWriter:
                 # No byte-level tokenizer makes more tokens than bytes; one more ends the answer.
                 tokens=len(dish.name.encode("utf-8")) + 1,
             )
+
+    def _jpeg(self, picture: Prepared) -> bytes:
+        [data] = self._pictures.read_ranges([(picture.file, picture.offset, picture.num_bytes)])
+        if isinstance(data, ShardError):
+            raise data
+        return data
 
     def _metadata(self, sample: Sample, dish: DishClass) -> bytes:
         fields = {

@@ -1,0 +1,262 @@
+"""The packing itself: from a source to a packed folder, in steps that may be stopped anywhere.
+
+    scan ──► choose ──► chunks of records ──► prepared in parallel, one file each ──► all there?
+                                                                                        │ (the last packer)
+    OUT appears in one rename ◄── verify ◄── tars + indexes ◄── splits ◄── groups ◄── merge
+
+Always holds: the same source, options and seed give the same bytes, whatever the number of workers and of packers,
+and however often they were stopped; OUT is whole or untouched; what grows with the source in memory are names and
+numbers, never pictures.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kfood_dist import __version__
+from kfood_dist.data.labels import load_classes
+from kfood_dist.data.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    VERSION,
+    Manifest,
+    load_manifest,
+    seal,
+)
+from kfood_dist.data.packing.choose import choose
+from kfood_dist.data.packing.chunks import Chunk, cut, is_there, load_chunk, prepare_chunk
+from kfood_dist.data.packing.groups import group_pictures
+from kfood_dist.data.packing.options import PackOptions, fingerprint
+from kfood_dist.data.packing.place import classes_of, leaked_at_random, part_ambiguous, place
+from kfood_dist.data.packing.prepare import Prepared, Refusal, in_processes
+from kfood_dist.data.packing.sources import Record, scan_source
+from kfood_dist.data.packing.workspace import merging, publish, require_space, work_folder
+from kfood_dist.data.packing.write import ShardWriter
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.storage import open_storage
+from kfood_dist.data.tars import write_file
+from kfood_dist.data.verify import verify
+from kfood_dist.errors import KfoodError, ShardError, SourceError
+
+# A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
+_OVERHEAD_BYTES = 2600
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a packing came to: the manifest, and whether it was there already; or None while chunks are missing."""
+
+    manifest: Manifest | None
+    reused: bool = False
+    missing_chunks: int = 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A packing that is settled: its inputs, and what will be said of them."""
+
+    out: Path
+    options: PackOptions
+    records: list[Record]
+    source: dict[str, Any]
+    chosen: dict[str, Any] | None
+
+
+def pack(source: Path, out: Path, options: PackOptions) -> Packed:
+    """Pack `source`, or this packer's part of it, into the new folder `out`.
+
+    Raises SourceError when an option or the source cannot be used, too much is refused (the list then lies in
+    `OUT.rejected.csv`) or `out` holds anything else; KfoodError when the disk is full. After a SourceError or
+    KfoodError the same call goes on where it stopped.
+    """
+    options.check()
+    job = _settle(source, Path(os.path.realpath(out)), options)
+    if (existing := _existing(job)) is not None:
+        return Packed(existing, reused=True)
+    refused = [Refusal(r.source, r.label, r.problem, r.detail) for r in job.records if r.problem is not None]
+    _require_enough(job, refused)
+    settings = options.picture_settings()
+    chunks = cut([record for record in job.records if record.problem is None], settings)
+    with work_folder(job.out, options.part, options.parts) as work:
+        _prepare(job, chunks[options.part - 1 :: options.parts], work / "chunks")
+        missing = sum(not is_there(chunk, work / "chunks") for chunk in chunks)
+        if missing:
+            return Packed(None, missing_chunks=missing)
+        with merging(work) as mine:
+            if not mine:
+                return Packed(None)
+            if (existing := _existing(job)) is not None:  # by another packer, a moment ago
+                return Packed(existing, reused=True)
+            _merge(job, chunks, refused, work)
+    _kept_list(job.out).unlink(missing_ok=True)
+    return Packed(load_manifest(job.out))
+
+
+def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
+    listed = None if options.classes is None else load_classes(options.classes)
+    found = scan_source(source, options.image_root, listed)
+    records, short = choose(found.records, options.per_class, options.subset, options.seed)
+    origin = {
+        "kind": found.kind,
+        "name": unicodedata.normalize("NFC", source.resolve().name),
+        "fingerprint": fingerprint(found.kind, records, listed, options),
+        "crop_lists": asdict(found.boxes),
+    }
+    chosen = None if options.per_class is None else {"per_class": options.per_class, "subset": options.subset}
+    return _Job(out, options, records, origin, chosen and chosen | {"short": short})
+
+
+def _existing(job: _Job) -> Manifest | None:
+    """The manifest of OUT if it is whole and the data set wanted, None if there is nothing yet."""
+    out = job.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    another = "choose another OUT, or remove this one first"
+    try:
+        manifest = load_manifest(out)
+    except ShardError as error:
+        raise SourceError(f"{out} is there already and is no packed data set ({error.what})", another) from None
+    origin = manifest.raw.get("source")
+    if not isinstance(origin, dict) or origin.get("fingerprint") != job.source["fingerprint"]:
+        raise SourceError(f"{out} holds another data set: of another source, or other options", another)
+    for split in manifest.splits:
+        open_split(out, split).require_files()
+    if (share := manifest.raw["rejected"]["share"]) > job.options.max_rejected:
+        raise SourceError(
+            f"{out} was packed with {share:.1%} of its inputs refused, above --max-rejected {job.options.max_rejected}",
+            f"see {out / REJECTED_NAME}; mend the source, or raise --max-rejected",
+        )
+    return manifest
+
+
+def _prepare(job: _Job, chunks: Sequence[Chunk], folder: Path) -> None:
+    """Prepare the chunks that are not there yet."""
+    to_do = [chunk for chunk in chunks if not is_there(chunk, folder)]
+    in_all, left = (sum(len(chunk.records) for chunk in some) for some in (chunks, to_do))
+    with tqdm(total=in_all, initial=in_all - left, desc="prepare", unit="picture", disable=None) as progress:
+        do = partial(prepare_chunk, settings=job.options.picture_settings(), folder=folder)
+        for done in in_processes(do, to_do, job.options.workers):
+            progress.update(len(done.records))
+
+
+def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Path) -> None:
+    """From prepared chunks to OUT."""
+    options = job.options
+    pictures, unusable = _gather(job, chunks, work / "chunks")
+    pictures, ambiguous = part_ambiguous(pictures)
+    refused = [*refused, *unusable, *ambiguous]
+    _require_enough(job, refused)
+    classes = classes_of(pictures) if options.classes is None else load_classes(options.classes)
+    groups = group_pictures(pictures)
+
+    # Shards that were finished before are kept: their place in the data set follows from the fingerprint.
+    result = work / hashlib.sha256(f"{__version__} {job.source['fingerprint']}".encode()).hexdigest()[:16]
+    result.mkdir(exist_ok=True)
+    written = sum(path.stat().st_size for path in result.iterdir())
+    require_space(result, sum(p.num_bytes + _OVERHEAD_BYTES for p in pictures) - written)
+    storage = open_storage(work / "chunks")
+    writer = ShardWriter(result, storage, classes, options.image_size, options.shard_size)
+    for split, samples in place(pictures, groups, classes, options.fractions, options.seed).items():
+        writer.write(split, samples)
+    storage.close()
+    rejected_csv = _rejected_csv(refused)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "image_size": options.image_size,
+        "resize": options.resize,
+        "jpeg_quality": options.quality,
+        "seed": options.seed,
+        "source": job.source,
+        "chosen": job.chosen,
+        "crop_boxes": _count_boxes(pictures) if options.crop_boxes else None,
+        "classes": [{"name": c.name, "category": c.category, "aliases": c.aliases} for c in classes],
+        "splits": writer.splits,
+        "random_split_would_leak": leaked_at_random(pictures, groups, options.fractions, options.seed),
+        "rejected": {
+            "count": len(refused),
+            "share": round(len(refused) / len(job.records), 6),
+            "by_reason": _by_reason(refused),
+            "sha256": hashlib.sha256(rejected_csv).hexdigest(),
+        },
+        "shards": writer.shards,
+    }
+    for name, data in ((REJECTED_NAME, rejected_csv), (MANIFEST_NAME, seal(manifest))):
+        (result / name).unlink(missing_ok=True)
+        write_file(result / name, data)
+    if faults := verify(result):
+        shutil.rmtree(result)
+        raise KfoodError(f"what was written to {job.out} reads back damaged ({faults[0]})", "check that disk")
+    publish(work, result, job.out)
+
+
+def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prepared], list[Refusal]]:
+    """What became of every record, in order; a chunk's file that was damaged since is made again."""
+    pictures: list[Prepared] = []
+    unusable: list[Refusal] = []
+    for chunk in chunks:
+        outcomes = load_chunk(chunk, folder)
+        if outcomes is None:
+            prepare_chunk(chunk, job.options.picture_settings(), folder)
+            outcomes = load_chunk(chunk, folder)
+            if outcomes is None:
+                raise KfoodError(f"{folder / chunk.name} reads back damaged", "check that disk")
+        pictures += (outcome for outcome in outcomes if isinstance(outcome, Prepared))
+        unusable += (outcome for outcome in outcomes if isinstance(outcome, Refusal))
+    return pictures, unusable
+
+
+def _count_boxes(pictures: Sequence[Prepared]) -> dict[str, int]:
+    counts = Counter(picture.cropped for picture in pictures)
+    return {"cropped": counts[True], "without_box": counts[None], "unusable_box": counts[False]}
+
+
+def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
+    """Raise SourceError, leaving the list beside OUT, when nothing or too little remains."""
+    num_inputs, limit = len(job.records), job.options.max_rejected
+    share = len(refused) / num_inputs
+    if len(refused) < num_inputs and share <= limit:
+        return
+    reasons = _by_reason(refused)
+    kept = _kept_list(job.out)
+    kept.write_bytes(_rejected_csv(refused))
+    hint = " name the folder where the paths start with --image-root;" if next(iter(reasons)) == "missing" else ""
+    above = "" if len(refused) == num_inputs else f", more than --max-rejected {limit}"
+    raise SourceError(
+        f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}",
+        f"each is named in {kept};{hint} mend the source, or raise --max-rejected",
+    )
+
+
+def _kept_list(out: Path) -> Path:
+    return out.with_name(f"{out.name}.{REJECTED_NAME}")
+
+
+def _by_reason(refused: Sequence[Refusal]) -> dict[str, int]:
+    counts = Counter(refusal.reason for refusal in refused)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def counted(by_reason: Mapping[str, int]) -> str:
+    """`unreadable 12, too_small 3`."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in by_reason.items())
+
+
+def _rejected_csv(refused: Sequence[Refusal]) -> bytes:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["source", "label", "reason", "detail"])
+    rows.writerows([r.source, r.label, r.reason, r.detail] for r in sorted(refused))
+    return text.getvalue().encode("utf-8")
