@@ -31,6 +31,11 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _PASSING_STATUS = (408, 425, 429)
 _AGAIN = "check the network and the server, then run the same command again"
 
+# One file system for each process and protocol, with its connections; never let go. A forked child keeps its parent's
+# too, unused: collected there, fsspec's finalizer would wait a second for a loop thread that did not survive the fork,
+# and close what it shares with the parent.
+_FILESYSTEMS: dict[tuple[int, str], Any] = {}
+
 
 class _TooMany(Exception):
     """The server sent more than the range."""
@@ -59,8 +64,6 @@ class RemoteStorage(Storage):
         self.pause_s = pause_s
         self.num_in_flight = num_in_flight
         self._protocol = url.partition("://")[0]
-        self._filesystem: Any = None
-        self._owner_pid = os.getpid()
         _require_protocol(self._protocol)
 
     def __reduce__(self) -> tuple[Callable[..., "RemoteStorage"], tuple[Any, ...]]:
@@ -88,8 +91,7 @@ class RemoteStorage(Storage):
         )
 
     def close(self) -> None:
-        # fsspec closes the connections when nobody refers to the file system any more.
-        self._filesystem = None
+        """Nothing to do: idle connections close by themselves, and the next read may want them."""
 
     def _all(self, jobs: Sequence[Callable[[], Awaitable[T | ShardError]]]) -> list[T | ShardError]:
         """Run the jobs in fsspec's own loop, `num_in_flight` at a time; results in the order of the jobs."""
@@ -107,10 +109,10 @@ class RemoteStorage(Storage):
 
     def _open(self) -> Any:
         """The file system of this process: the loop thread and the connections of another do not survive a fork."""
-        if self._filesystem is None or self._owner_pid != os.getpid():
-            self._filesystem = fsspec.filesystem(self._protocol, skip_instance_cache=True)
-            self._owner_pid = os.getpid()
-        return self._filesystem
+        key = os.getpid(), self._protocol
+        if key not in _FILESYSTEMS:
+            _FILESYSTEMS[key] = fsspec.filesystem(self._protocol, skip_instance_cache=True)
+        return _FILESYSTEMS[key]
 
     async def _read(self, name: str, offset: int, size: int | None) -> bytes | ShardError:
         async def request() -> bytes:
@@ -158,7 +160,7 @@ class RemoteStorage(Storage):
         place, cause = self.place(name), self._describe(error)
         if isinstance(error, FileNotFoundError) and _is_final(error):
             return MissingFileError(f"{place} does not exist", "check the address")
-        if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+        if _is_refusal(error):
             return ShardError(f"{place} is refused ({cause})", "check the credentials for that server")
         tries = f"{num_tries} tries" if num_tries > 1 else "1 try"
         return ShardError(f"{place} cannot be read, after {tries} ({cause})", _AGAIN)
@@ -198,6 +200,12 @@ def _is_final(error: BaseException) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _PASSING_STATUS
-    return isinstance(error, FileNotFoundError | PermissionError | _TooMany) or (
-        type(error).__name__ == "NoCredentialsError"  # of botocore, which need not be installed
+    return isinstance(error, FileNotFoundError | _TooMany) or _is_refusal(error)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return (
+        isinstance(error, PermissionError)
+        or getattr(error, "status", None) in (401, 403)
+        or type(error).__name__ == "NoCredentialsError"  # of botocore, which need not be installed
     )

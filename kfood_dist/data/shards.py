@@ -243,7 +243,11 @@ class ShardSplit:
         """The index of each shard, or what is wrong with it; those not kept are read some at a time."""
         for start in range(0, len(shards), _INDEXES_AT_ONCE):
             batch = shards[start : start + _INDEXES_AT_ONCE]
-            found: dict[int, np.ndarray | ShardError] = {s: self._indexes[s] for s in batch if s in self._indexes}
+            found: dict[int, np.ndarray | ShardError] = {}
+            for s in batch:
+                if s in self._indexes:
+                    self._indexes.move_to_end(s)
+                    found[s] = self._indexes[s]
             missing = [s for s in batch if s not in found]
             files = [self._shards[s] for s in missing]
             read = self.manifest.storage.read_ranges([(f.index_path, 0, f.index_bytes) for f in files])

@@ -1,0 +1,242 @@
+"""Copying the wanted splits of a data set to a disk of this node, once for all its processes.
+
+    data set ──► STAGE/<name>-<hash>.lock    shared by all who use the copy; the last one out removes both
+             ──► STAGE/<name>-<hash>/        one process copies, the others wait
+                   NAME.partial ──► size, SHA-256 ──► NAME
+
+The hash is the manifest's, so a file under its final name is a verified copy of just this data set: what a killed
+job left there is used again by the next that wants it, and removed by the next that stages something else.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kfood_dist.data.manifest import MANIFEST_NAME, Manifest, load_manifest
+from kfood_dist.data.storage import LocalStorage, Range, Storage, open_storage
+from kfood_dist.errors import KfoodError, LaunchError, ShardError
+
+_PIECE_BYTES = 8 << 20
+# What is read at once, while the batch before it is hashed and written; twice this is in memory.
+_BATCH_BYTES = 32 << 20
+_BATCH_PIECES = 64
+_PARTIAL = ".partial"
+_COPY_LOCK = ".copying"
+_STAGED = re.compile(r".+-[0-9a-f]{12}\.lock")
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file to copy, as the manifest describes it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def ranges(self) -> list[Range]:
+        return [(self.name, at, min(_PIECE_BYTES, self.bytes - at)) for at in range(0, self.bytes, _PIECE_BYTES)]
+
+
+@contextmanager
+def stage(
+    where: str | Path | Storage, splits: Iterable[str], stage_dir: Path, show_progress: bool = True
+) -> Iterator[Path]:
+    """Copy the manifest and the shards of `splits` into a folder under `stage_dir`; gives the folder.
+
+    Any number of processes of a node may do so at once: one copies, all may read until they leave the block, and
+    the last one to leave removes the copy. Keep `stage_dir` on a disk of the node.
+
+    Raises ShardError where the data set is missing, damaged or out of reach, and LaunchError where `stage_dir` has
+    no room for it or cannot be written.
+    """
+    storage = open_storage(where)
+    manifest = load_manifest(storage)
+    raw = storage.read(MANIFEST_NAME)
+    folder = stage_dir / f"{_plain(manifest.where)}-{hashlib.sha256(raw).hexdigest()[:12]}"
+    with _told(stage_dir):
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        lock = _enter(folder)
+    try:
+        with _told(stage_dir):
+            folder.mkdir(exist_ok=True)
+            with _copying(folder, manifest.where):
+                _sweep(stage_dir, folder)
+                _copy(manifest, _files(manifest, set(splits)), folder, show_progress)
+                _write(folder, _File(MANIFEST_NAME, len(raw), hashlib.sha256(raw).hexdigest()), [raw], storage)
+        yield folder
+    finally:
+        _leave(folder, lock)
+
+
+def _plain(where: str) -> str:
+    """The last part of a path or URL, fit to name a folder."""
+    return re.sub(r"[^\w.-]", "_", Path(where).absolute().name) or "shards"
+
+
+@contextmanager
+def _told(stage_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(
+            f"cannot stage into {stage_dir} ({error.strerror or error}: {error.filename})",
+            "name a folder of your own on a disk of this node with --stage DIR, or read without --stage",
+        ) from None
+
+
+def _files(manifest: Manifest, splits: set[str]) -> list[_File]:
+    """Indexes first: they are small, and a reader that cannot have them need not wait for the tars."""
+    shards = [shard for shard in manifest.shards if shard.split in splits]
+    indexes = [_File(shard.index_path, shard.index_bytes, shard.index_sha256) for shard in shards]
+    return indexes + [_File(shard.path, shard.bytes, shard.sha256) for shard in shards]
+
+
+# --- who uses a copy
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _enter(folder: Path) -> int:
+    """Share the folder's lock; returns its descriptor. Waits while another process removes the folder."""
+    while True:
+        lock = os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if _is_at(lock, _lock_path(folder)):
+            return lock
+        os.close(lock)  # removed with the folder while this process waited for it
+
+
+def _is_at(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _leave(folder: Path, lock: int) -> None:
+    """Give the lock back, and remove the folder if nobody else shares it."""
+    _remove_unless_used(folder, lock)
+    # Loader processes may have inherited the descriptor: closing it here alone would not free the lock.
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
+
+
+def _remove_unless_used(folder: Path, lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    if _is_at(lock, _lock_path(folder)):
+        shutil.rmtree(folder, ignore_errors=True)
+        # The lock last: until then, who comes anew waits for it.
+        if folder.exists():
+            print(f"{folder} could not be removed whole; remove it by hand", flush=True)
+        else:
+            _lock_path(folder).unlink()
+
+
+def _sweep(stage_dir: Path, kept: Path) -> None:
+    """Remove what killed jobs left here of other data sets."""
+    for path in sorted(stage_dir.iterdir()):
+        if not _STAGED.fullmatch(path.name) or path == _lock_path(kept):
+            continue
+        try:
+            lock = os.open(path, os.O_RDWR)
+        except OSError:
+            continue  # another user's, or just removed by the one who used it
+        _leave(path.with_suffix(""), lock)
+
+
+@contextmanager
+def _copying(folder: Path, where: str) -> Iterator[None]:
+    """Let one process of the node copy at a time; the others say that they wait."""
+    with open(folder / _COPY_LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process of this node, which copies {where} to {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# --- the copy
+
+
+def _copy(manifest: Manifest, files: Sequence[_File], folder: Path, show_progress: bool) -> None:
+    """Copy the files that are not there whole; raises before the first where they do not fit."""
+    for path in folder.glob(f"*{_PARTIAL}"):
+        path.unlink()  # of a process that was killed: nobody else copies here
+    present = LocalStorage(folder).sizes(file.name for file in files)
+    missing = [file for file in files if present[file.name] != file.bytes]
+    num_bytes = sum(file.bytes for file in missing)
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise LaunchError(
+            f"{folder.parent} has {free:,} bytes free; {manifest.where} needs {num_bytes:,} more there",
+            "name another --stage DIR, free some space, or read without --stage",
+        )
+    storage = manifest.storage
+    stream = _read_ahead(storage, [r for file in missing for r in file.ranges()])
+    disable = None if show_progress and missing else True
+    with tqdm(desc="staging", total=num_bytes, unit="B", unit_scale=True, disable=disable) as bar:
+        for file in missing:
+            _write(folder, file, islice(stream, len(file.ranges())), storage)
+            bar.update(file.bytes)
+
+
+def _read_ahead(storage: Storage, ranges: Sequence[Range]) -> Iterator[bytes]:
+    """The bytes of the ranges in order; a batch is read while the one before it is used."""
+    with ThreadPoolExecutor(1, "stage") as reader:
+        reading: Future[list[bytes | ShardError]] = reader.submit(storage.read_ranges, [])
+        for batch in [*_batches(ranges), []]:
+            done, reading = reading, reader.submit(storage.read_ranges, batch)
+            for data in done.result():
+                if isinstance(data, ShardError):
+                    raise data
+                yield data
+
+
+def _batches(ranges: Sequence[Range]) -> Iterator[list[Range]]:
+    batch: list[Range] = []
+    num_bytes = 0
+    for r in ranges:
+        if batch and (num_bytes + r[2] > _BATCH_BYTES or len(batch) == _BATCH_PIECES):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(r)
+        num_bytes += r[2]
+    if batch:
+        yield batch
+
+
+def _write(folder: Path, file: _File, pieces: Iterable[bytes], source: Storage) -> None:
+    """Write one file under a temporary name, and give it its own once it is what the manifest says."""
+    partial, digest, num_bytes = folder / f"{file.name}{_PARTIAL}", hashlib.sha256(), 0
+    try:
+        with open(partial, "wb") as out:
+            for data in pieces:
+                digest.update(data)
+                out.write(data)
+                num_bytes += len(data)
+            out.flush()
+            os.fsync(out.fileno())
+        if num_bytes != file.bytes:
+            raise source.fault(file.name, f"has {num_bytes:,} bytes, not the {file.bytes:,} of the manifest")
+        if digest.hexdigest() != file.sha256:
+            raise source.fault(file.name, "has not the SHA-256 of the manifest")
+        partial.rename(folder / file.name)
+    except (OSError, KfoodError):
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,270 @@
+"""Staging: once per node, verified, cleaned; whatever is killed or broken."""
+
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import namedtuple
+
+import pytest
+from faulty_server import FAULTS, serving
+from pictures import write_folder
+
+from kfood_dist.data.manifest import load_manifest
+from kfood_dist.data.packing.options import PackOptions
+from kfood_dist.data.packing.pack import pack
+from kfood_dist.data.packing.split import parse_fractions
+from kfood_dist.data.remote import RemoteStorage
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.stage import stage
+from kfood_dist.errors import LaunchError, ShardError
+
+OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
+FILES = [f"train-00000{n}.{kind}" for n in range(3) for kind in ("index.npy", "tar")]
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """18 train samples in 3 shards, 6 test samples."""
+    root = tmp_path_factory.mktemp("packed")
+    pack(write_folder(root / "source", {"구이/구이/불고기": 12, "한과/약과": 12}), root / "kfood", OPTIONS)
+    return root / "kfood"
+
+
+@pytest.fixture
+def server(packed):
+    with serving(packed) as server:
+        yield server
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "nvme" / "stage"
+
+
+def quick(url, **options):
+    return RemoteStorage(url, **{"num_tries": 3, "timeout_s": 0.3, "pause_s": 0.01} | options)
+
+
+def copied(place):
+    """The files under their final names, of the one data set that is staged."""
+    [folder] = [path for path in place.iterdir() if path.is_dir()]
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".npy"))
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_a_split_is_copied_used_and_removed(packed, server, place, remote):
+    with stage(quick(server.url) if remote else packed, ["train"], place) as folder:
+        assert folder.parent == place
+        assert sorted(p.name for p in folder.iterdir()) == sorted([".copying", "manifest.json", *FILES])
+        split = open_split(folder, "train")
+        split.require_files()
+        assert split.read_many(range(18)) == open_split(packed, "train").read_many(range(18))
+        assert split.index_hash == open_split(packed, "train").index_hash
+        with pytest.raises(ShardError, match=r"test-000000.tar cannot be opened"):
+            open_split(folder, "test").require_files()
+    assert list(place.iterdir()) == []
+
+
+def test_a_second_user_adds_its_split_and_the_last_one_out_removes(packed, server, place):
+    first = stage(quick(server.url), ["train"], place)
+    second = stage(quick(server.url), ["train", "test"], place)
+    folder = first.__enter__()
+    assert second.__enter__() == folder
+    assert {name: server.gets[name] for name in FILES} == dict.fromkeys(FILES, 1)
+    first.__exit__(None, None, None)
+    assert len(open_split(folder, "test").read_many(range(6))) == 6
+    second.__exit__(None, None, None)
+    assert list(place.iterdir()) == []
+
+
+def use(url, place, barrier, results):
+    with stage(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
+        pictures = open_split(folder, "train").read_many(range(18))
+        results.put((str(folder), sum(isinstance(data, bytes) for data in pictures)))
+        barrier.wait(60)
+
+
+def test_four_processes_of_a_node_copy_once(server, place):
+    barrier, results = FORK.Barrier(5), FORK.Queue()
+    processes = [FORK.Process(target=use, args=(server.url, place, barrier, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    told = {results.get(timeout=60) for _ in processes}
+    assert len(told) == 1 and {number for _, number in told} == {18}
+    assert {name: server.gets[name] for name in FILES} == dict.fromkeys(FILES, 1)
+    barrier.wait(60)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert list(place.iterdir()) == []
+
+
+def test_who_waits_says_so(server, place, capsys):
+    """The second comes while the first is at a shard that does not answer."""
+    server.break_next("stall", "train-000002.tar", 1)
+    entered = threading.Event()
+
+    def first():
+        with stage(quick(server.url, timeout_s=30), ["train"], place, show_progress=False):
+            entered.wait(30)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    wait_until(lambda: server.gets["train-000002.tar"] == 1)
+
+    def release():
+        wait_until(lambda: "waiting for another process" in said())
+        server.released.set()  # the answer ends, and is asked for again
+
+    heard = []
+
+    def said():
+        heard.append(capsys.readouterr().out)
+        return "".join(heard)
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
+    with stage(quick(server.url), ["train"], place, show_progress=False):
+        assert server.gets["train-000000.tar"] == 1
+        entered.set()
+    for waiting in (releasing, thread):
+        waiting.join(30)
+    assert f"waiting for another process of this node, which copies {server.url} to {place}" in said()
+
+
+def wait_until(condition):
+    pause = threading.Event()
+    for _ in range(3000):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it never came to be")
+
+
+def stage_only(url, place):
+    with stage(quick(url, timeout_s=60), ["train"], place, show_progress=False):
+        pass
+
+
+def kill_while_copying(server, place, monkeypatch):
+    """Stage until the last shard does not answer, then kill -9; the small batches make the others be there by then."""
+    monkeypatch.setattr("kfood_dist.data.stage._BATCH_PIECES", 1)
+    server.break_next("stall", "train-000002.tar", 1)
+    process = FORK.Process(target=stage_only, args=(server.url, place))
+    process.start()
+    wait_until(lambda: server.gets["train-000002.tar"] == 1 and "train-000001.tar" in copied(place))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def test_what_a_killed_job_left_is_used_by_the_next(server, packed, place, monkeypatch):
+    kill_while_copying(server, place, monkeypatch)
+    [folder] = [path for path in place.iterdir() if path.is_dir()]
+    (folder / "train-000002.tar.partial").write_bytes(b"half")
+    (folder / "train-000000.tar").write_bytes(b"cut by a full disk")
+    server.gets.clear()
+    with stage(quick(server.url), ["train"], place) as again:
+        assert again == folder
+        assert open_split(again, "train").read_many(range(18)) == open_split(packed, "train").read_many(range(18))
+        assert not list(folder.glob("*.partial"))
+        assert server.gets == {"manifest.json": 2, "train-000000.tar": 1, "train-000002.tar": 1}
+    assert list(place.iterdir()) == []
+
+
+def test_what_a_killed_job_left_is_swept_when_another_set_comes(server, packed, place, tmp_path, monkeypatch):
+    kill_while_copying(server, place, monkeypatch)
+    (place / "not-ours").mkdir()
+    (place / "notes.lock").touch()
+    other = tmp_path / "other"
+    pack(write_folder(tmp_path / "source", {"한과/약과": 4}, first_seed=100), other, OPTIONS)
+    with stage(packed, ["test"], place / "elsewhere"), stage(other, ["train"], place) as folder:
+        assert sorted(path.name for path in place.iterdir()) == sorted(
+            [folder.name, f"{folder.name}.lock", "elsewhere", "not-ours", "notes.lock"]
+        )
+        # What is in use stays.
+        with stage(packed, ["test"], place):
+            assert folder.exists()
+            assert open_split(folder, "train").read(0)
+    assert sorted(path.name for path in place.iterdir()) == ["elsewhere", "not-ours", "notes.lock"]
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_of_the_source_pass_or_are_told(server, packed, place, kind):
+    server.break_next(kind, "train-000001.tar", 2)
+    with stage(quick(server.url), ["train"], place) as folder:
+        assert open_split(folder, "train").read_many(range(18)) == open_split(packed, "train").read_many(range(18))
+    server.break_next(kind, "train-000001.tar", math.inf)
+    with (
+        pytest.raises(ShardError, match=r"train-000001.tar cannot be read, after 3 tries"),
+        stage(quick(server.url), ["train"], place),
+    ):
+        raise AssertionError("half a data set was given out")
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
+def test_a_damaged_source_is_noticed(packed, place, tmp_path, damage):
+    copy = shutil.copytree(packed, tmp_path / "copy")
+    tar = copy / "train-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[5] ^= 1  # in a tar header, where no sample's checksum would notice
+    told = {
+        "flip": "has not the SHA-256 of the manifest",
+        "cut": "has 700 bytes, not the",
+        "missing": "cannot be opened",
+    }
+    {"flip": lambda: tar.write_bytes(data), "cut": lambda: os.truncate(tar, 700), "missing": tar.unlink}[damage]()
+    with (
+        pytest.raises(ShardError, match=rf"{tar} {told[damage]}"),
+        stage(copy, ["train"], place),
+    ):
+        raise AssertionError("half a data set was given out")
+    assert list(place.iterdir()) == []
+
+
+def test_too_little_room_is_told_before_anything_is_copied(server, place, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("kfood_dist.data.stage.shutil.disk_usage", lambda folder: usage(10, 10, 1000))
+    needed = sum(s.bytes + s.index_bytes for s in load_manifest(server.url).shards_of("train"))
+    with (
+        pytest.raises(LaunchError, match=rf"has 1,000 bytes free; .* needs {needed:,} more there → name another"),
+        stage(quick(server.url), ["train"], place),
+    ):
+        raise AssertionError
+    assert set(server.gets) == {"manifest.json"}
+    assert list(place.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told(packed, tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(LaunchError, match=r"cannot stage into .*file/x \(Not a directory.*--stage DIR"),
+        stage(packed, ["train"], tmp_path / "file" / "x"),
+    ):
+        raise AssertionError
+
+
+def test_a_child_that_lives_on_does_not_keep_the_copy(packed, place):
+    """A forked process inherits the lock's descriptor; the copy is gone all the same when its users are."""
+    with stage(packed, ["train"], place):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    assert list(place.iterdir()) == []
+    with stage(packed, ["train"], place):
+        pass
+    os.close(writing)
+    os.waitpid(child, 0)
+
+
+def test_one_who_fails_in_the_block_cleans_too(packed, place):
+    with pytest.raises(ZeroDivisionError), stage(packed, ["train"], place):
+        raise ZeroDivisionError
+    assert list(place.iterdir()) == []
