@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train by a recipe", prog="launch/train.sh")
     train.add_argument("recipe", type=Path, help="recipe, such as launch/recipes/qwen2.5-vl-3b.yaml")
     train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    train.add_argument("--stage", metavar="DIR", help="copy the shards to this folder of each node, and read there")
     evaluate = verbs.add_parser("eval", help="measure a model; takes what `kfood eval` takes", prog="launch/eval.sh")
     for sub in (train, evaluate):
         sub.add_argument("--processes", type=int, metavar="N", help="default: one per GPU, or two on CPU")
@@ -120,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
             require_free(recipe.run.dir)
             preflight(load_recipe(args.recipe, [*args.set, stage]), launch.processes)
             overrides = [word for text in [*args.set, stage] for word in ("--set", text)]
-            verb = ["train", "--config", str(args.recipe), *overrides]
+            staging = ["--stage", args.stage] if args.stage else []
+            verb = ["train", "--config", str(args.recipe), *staging, *overrides]
         elif evaluation.preflight(build_verb_parser("eval").parse_args(["eval", *rest])):
             return 0
         else:

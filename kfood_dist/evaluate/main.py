@@ -11,9 +11,14 @@ ranks whole, so the same pictures share a batch whatever the rank count: predict
 import argparse
 import importlib.metadata
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfood_dist.data.shards import open_split
+from kfood_dist.data.stage import stage
 from kfood_dist.errors import KfoodError
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate.fit import build_template
@@ -44,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     add_model_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
+    parser.add_argument(
+        "--stage", type=Path, metavar="DIR", help="copy the split to this folder, on a disk of the node, and read there"
+    )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="pictures per batch (default: the recipe's)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the recipe's)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures; they lie shuffled")
@@ -77,10 +85,22 @@ def run(args: argparse.Namespace) -> int:
     with process_group(world, device):
         if any_rank(world, earlier is not None, device):
             return reuse(task, earlier) if earlier else 0
-        parts = world.gather(answer_part(task, template, world, device))
-    if parts is not None:
-        conclude(task, parts, world, device)
+        with staged(task, args.stage, world) as read_here:
+            parts = world.gather(answer_part(read_here, template, world, device))
+            if parts is not None:
+                conclude(read_here, parts, world, device)
     return 0
+
+
+@contextmanager
+def staged(task: Task, stage_dir: Path | None, world: World) -> Iterator[Task]:
+    """The task with its split copied to `stage_dir` by one process of the node, for as long as the block lasts."""
+    if stage_dir is None:
+        yield task
+        return
+    split = task.shards.split
+    with stage(task.shards.manifest.where, {split}, stage_dir, world.local_rank == 0) as folder:
+        yield replace(task, shards=open_split(folder, split))
 
 
 def preflight(args: argparse.Namespace) -> bool:
@@ -127,7 +147,7 @@ def _facts(task: Task, world: World, device: "torch.device", seconds: float) -> 
         "model": task.model,
         "adapter": str(task.adapter) if task.adapter else None,
         "adapter_sha256": sha256_file(weights) if weights else None,
-        "shards": task.shards.manifest.where,
+        "shards": task.source,
         "index_hash": task.shards.index_hash,
         "split": task.shards.split,
         "image_size": task.settings.image_size,

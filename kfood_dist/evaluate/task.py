@@ -27,6 +27,7 @@ class Task:
     """One evaluation, checked: what is asked of which model, and `inputs`, which decide the answers."""
 
     shards: ShardSplit
+    source: str
     num_samples: int
     settings: Settings
     model: str
@@ -56,6 +57,7 @@ def check(args: argparse.Namespace) -> Task:
         require_base(args.model)
     return Task(
         shards=shards,
+        source=shards.manifest.where,
         num_samples=min(args.limit or len(shards), len(shards)),
         settings=settings,
         model=args.model,

@@ -3,11 +3,13 @@
 import argparse
 import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from kfood_dist.config import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan import Plan
+from kfood_dist.data.stage import stage
 from kfood_dist.errors import KfoodError
 from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
@@ -26,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.KEY=VALUE",
         help="override one key; may be repeated",
     )
+    parser.add_argument(
+        "--stage",
+        type=Path,
+        metavar="DIR",
+        help="copy the shards to this folder, on a disk of the node, and read there",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,14 +45,14 @@ def run(args: argparse.Namespace) -> int:
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         try:
-            return train(recipe, plan, world)
+            return train(recipe, plan, world, args.stage)
         except KfoodError as error:
             if not world.is_main:  # what only this rank met, nobody else can tell
                 print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             raise
 
 
-def train(recipe: Recipe, plan: Plan, world: World) -> int:
+def train(recipe: Recipe, plan: Plan, world: World, stage_dir: Path | None = None) -> int:
     """Resume from the newest checkpoint or begin, train to the end, publish the adapter."""
     quiet_libraries()
     raise_open_file_limit()
@@ -56,16 +64,37 @@ def train(recipe: Recipe, plan: Plan, world: World) -> int:
             publish_adapter(newest.adapter, recipe.run.dir / "adapter")
             print(f"{recipe.run.dir}: already trained, {newest.step} steps; adapter in {recipe.run.dir / 'adapter'}")
         return 0
-    trainer, start = build_trainer(recipe, plan, world, newest)
-    if world.is_main:
-        save_recipe(recipe, recipe.run.dir / "recipe.yaml")
-    adapter = trainer.train(start)
+    with staged(recipe, stage_dir, world) as read_here:
+        trainer, start = build_trainer(read_here, plan, world, newest)
+        if world.is_main:
+            save_recipe(recipe, recipe.run.dir / "recipe.yaml")
+        adapter = trainer.train(start)
     if world.is_main:
         publish_adapter(adapter, recipe.run.dir / "adapter")
         trainer.log.say(f"done: {trainer.max_steps} steps; adapter in {recipe.run.dir / 'adapter'}")
     trainer.log.close()
     trainer.shut_down()
     return 0
+
+
+@contextmanager
+def staged(recipe: Recipe, stage_dir: Path | None, world: World) -> Iterator[Recipe]:
+    """The recipe with its shards copied to `stage_dir` by one process of the node, for as long as the block lasts."""
+    if stage_dir is None:
+        yield recipe
+        return
+    splits = {"train"} | ({recipe.eval.split} if recipe.eval.every_steps else set())
+    shown = world.local_rank == 0
+    with ExitStack() as stack:
+        main = stack.enter_context(stage(recipe.data.shards, splits, stage_dir, shown))
+        mixed = [
+            source.model_copy(
+                update={"shards": str(stack.enter_context(stage(source.shards, {"train"}, stage_dir, shown)))}
+            )
+            for source in recipe.data.mix
+        ]
+        data = recipe.data.model_copy(update={"shards": str(main), "mix": tuple(mixed)})
+        yield recipe.model_copy(update={"data": data})
 
 
 def publish_adapter(source: Path, target: Path) -> None:

@@ -180,7 +180,8 @@ def test_index_values_under_a_true_checksum(
     packed: Path, folder: Path, row: int, field: str, share: float, key: bytes
 ) -> None:
     index = np.load(packed / INDEX).copy()
-    index[field][row % len(index)] = math.floor(share * np.iinfo(INDEX_DTYPE[field]).max)
+    most = np.iinfo(INDEX_DTYPE[field]).max
+    index[field][row % len(index)] = min(most, math.floor(share * most))
     index["key"][row % len(index)] = key
     put_index(packed, folder, saved(index))
     use(folder)
