@@ -240,7 +240,7 @@ def test_descriptors_are_few_and_given_back(packed, monkeypatch):
 
 def test_reading_shards_and_packing_need_no_torch():
     packing = [f"packing.{module}" for module in ("sources", "split", "prepare", "place", "write", "pack")]
-    modules = ["shards", "images", "tars", "verify", *packing]
+    modules = ["shards", "storage", "stage", "images", "tars", "verify", *packing]
     imports = "; ".join(f"import kfood_dist.data.{module}" for module in modules)
     code = f"import sys; sys.modules['torch'] = None; {imports}; from webdataset import TarWriter"
     subprocess.run([sys.executable, "-c", code], check=True)
