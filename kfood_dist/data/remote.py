@@ -20,7 +20,7 @@ import aiohttp
 import fsspec
 import fsspec.asyn
 
-from kfood_dist.data.storage import MissingFileError, Range, Storage
+from kfood_dist.data.storage import MissingFileError, Range, Storage, read_merged
 from kfood_dist.errors import ShardError
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class RemoteStorage(Storage):
         return data
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
-        return self._all([partial(self._read, *r) for r in ranges])
+        return read_merged(ranges, lambda merged: self._all([partial(self._read, *r) for r in merged]))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | ShardError]:
         names = list(names)

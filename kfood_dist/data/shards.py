@@ -2,7 +2,7 @@
 
     manifest    ──► open_split ──► ShardSplit   how many samples each shard has; no other file is touched yet
     ids         ──► shards ──► their indexes    loaded and checked when first needed, the latest used kept
-    index rows  ──► byte ranges, near ones merged ──► Storage, several in flight ──► crc32 ──► JPEG bytes, JSON
+    index rows  ──► byte ranges ──► Storage, several in flight ──► crc32 ──► JPEG bytes, JSON
 
 A shard is an ordinary WebDataset tar; the index beside it says where each member's bytes begin, so nothing
 here reads a tar header. Bytes whose crc32 is not the index's are never handed out, and one bad sample does
@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import index as as_integer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from kfood_dist.data.labels import DishClass
 from kfood_dist.data.manifest import VERSION, Manifest, ShardFile, load_manifest
-from kfood_dist.data.storage import Range, Storage
+from kfood_dist.data.storage import Range, Storage, spans
 from kfood_dist.errors import ShardError
 
 # Explicit little-endian fields without padding: the same bytes on every machine.
@@ -46,10 +46,6 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
-# Samples that lie nearer than this are read in one go: two short reads cost more than the bytes between.
-_GAP_BYTES = 32 << 10
-# One read is no longer than this, so that a long run of samples is several reads in flight.
-_SPAN_BYTES = 4 << 20
 # Reading ahead is only advice, and coarse: few calls matter more than the bytes between.
 _AHEAD_GAP_BYTES = 256 << 10
 # Indexes that a process keeps: of some 1,900 shards of 2,000 samples.
@@ -58,6 +54,10 @@ _KEPT_INDEX_BYTES = 256 << 20
 _INDEXES_AT_ONCE = 64
 # Where a part's offset, size and crc32 stand in an index row.
 _PARTS = {part: INDEX_DTYPE.names.index(f"{part}_offset") for part in ("image", "json")}  # type: ignore[union-attr]
+
+
+# One part of a sample: where its bytes lie, their crc32, and the sample's key.
+_Part = tuple[Range, int, bytes]
 
 
 def open_split(where: str | Path | Storage, split: str) -> "ShardSplit":
@@ -120,17 +120,6 @@ def _wrong_size(storage: Storage, name: str, size: int, expected: int) -> ShardE
     return storage.fault(name, f"has {size:,} bytes, not the {expected:,} of the manifest")
 
 
-class _Wanted(NamedTuple):
-    """One part of one sample: where it lies, in an order that sorts by place; `n` is its place in the answer."""
-
-    shard: int
-    offset: int
-    size: int
-    n: int
-    crc32: int
-    key: bytes
-
-
 class ShardSplit:
     """Random access to one split's samples, by their position in the split's shards, from 0.
 
@@ -143,6 +132,7 @@ class ShardSplit:
         self.split = split
         self.classes = manifest.classes
         self._shards = manifest.shards_of(split)
+        self._paths = [shard.path for shard in self._shards]
         ends = np.cumsum([shard.samples for shard in self._shards], dtype=np.int64)
         self._starts: list[int] = [0, *ends.tolist()][:-1]
         self._length = int(ends[-1]) if len(ends) else 0
@@ -213,9 +203,8 @@ class ShardSplit:
     def will_need(self, ids: Iterable[int]) -> None:
         """Tell the kernel which samples will soon be read, so that it reads them ahead; nothing for a URL."""
         if self.manifest.storage.is_local:
-            wanted, _ = self._wanted(ids, "image")
-            spans = _spans(wanted, _AHEAD_GAP_BYTES, None)
-            self.manifest.storage.will_need([self._range(span) for span in spans])
+            ranges = [p[0] for p in self._parts(ids, "image") if not isinstance(p, ShardError)]
+            self.manifest.storage.will_need([span for span, _ in spans(ranges, _AHEAD_GAP_BYTES)])
 
     def require_files(self) -> None:
         """Raise ShardError unless every tar and every index of the split is there and of the manifest's size."""
@@ -249,11 +238,17 @@ class ShardSplit:
                     self._indexes.move_to_end(s)
                     found[s] = self._indexes[s]
             missing = [s for s in batch if s not in found]
-            files = [self._shards[s] for s in missing]
-            read = self.manifest.storage.read_ranges([(f.index_path, 0, f.index_bytes) for f in files])
-            for s, file, data in zip(missing, files, read, strict=True):
-                found[s] = self._keep(s, _parse_index(self.manifest, file, data))
+            if missing:
+                found |= self._load_indexes(missing)
             yield from ((s, found[s]) for s in batch)
+
+    def _load_indexes(self, shards: Sequence[int]) -> dict[int, np.ndarray | ShardError]:
+        files = [self._shards[s] for s in shards]
+        read = self.manifest.storage.read_ranges([(f.index_path, 0, f.index_bytes) for f in files])
+        return {
+            s: self._keep(s, _parse_index(self.manifest, file, data))
+            for s, file, data in zip(shards, files, read, strict=True)
+        }
 
     def _keep(self, shard: int, index: np.ndarray | ShardError) -> np.ndarray | ShardError:
         """Keep an index for the next sample, and let the oldest go where they take too much memory."""
@@ -264,67 +259,43 @@ class ShardSplit:
                 self._kept_bytes -= self._indexes.popitem(last=False)[1].nbytes
         return index
 
-    def _wanted(self, ids: Iterable[int], part: str) -> tuple[list[_Wanted], dict[int, ShardError]]:
-        """Where the part of each sample lies, sorted by place; and the faults of those whose index is damaged."""
+    def _parts(self, ids: Iterable[int], part: str) -> list[_Part | ShardError]:
+        """Where the part of each sample lies, or what is wrong with the index that would say so."""
         first = _PARTS[part]
         places = [self._place(i) for i in ids]
-        indexes = dict(self._indexes_of(sorted({shard for shard, _ in places})))
-        wanted, faults = [], {}
-        for n, (shard, row) in enumerate(places):
+        indexes = dict(self._indexes_of(list({shard for shard, _ in places})))
+        found: list[_Part | ShardError] = []
+        for shard, row in places:
             index = indexes[shard]
             if isinstance(index, ShardError):
-                faults[n] = index
-                continue
-            values = index.item(row)
-            wanted.append(_Wanted(shard, values[first], values[first + 1], n, values[first + 2], values[0]))
-        wanted.sort()
-        return wanted, faults
-
-    def _range(self, span: list[_Wanted]) -> Range:
-        start, end = span[0].offset, max(wanted.offset + wanted.size for wanted in span)
-        return self._shards[span[0].shard].path, start, end - start
+                found.append(index)
+            else:
+                values = index.item(row)
+                found.append(((self._paths[shard], values[first], values[first + 1]), values[first + 2], values[0]))
+        return found
 
     def _read_parts(self, ids: Iterable[int], part: str) -> list[bytes | ShardError]:
-        wanted, faults = self._wanted(ids, part)
-        results: list[Any] = [None] * (len(wanted) + len(faults))
-        for n, fault in faults.items():
-            results[n] = fault
-        spans = _spans(wanted, _GAP_BYTES, _SPAN_BYTES)
-        read = self.manifest.storage.read_ranges([self._range(span) for span in spans])
-        for span, data in zip(spans, read, strict=True):
-            start = span[0].offset
-            for sample in span:
-                if isinstance(data, ShardError):
-                    results[sample.n] = data
-                else:
-                    at = sample.offset - start
-                    whole = data if len(span) == 1 else data[at : at + sample.size]
-                    results[sample.n] = self._checked(sample, whole, part)
+        parts = self._parts(ids, part)
+        read = iter(self.manifest.storage.read_ranges([p[0] for p in parts if not isinstance(p, ShardError)]))
+        results: list[bytes | ShardError] = []
+        for place in parts:
+            if isinstance(place, ShardError):
+                results.append(place)
+                continue
+            data = next(read)
+            whole = isinstance(data, bytes) and len(data) == place[0][2] and zlib.crc32(data) == place[1]
+            results.append(data if whole else self._damage(place, data, part))
         return results
 
-    def _checked(self, sample: _Wanted, data: bytes, part: str) -> bytes | ShardError:
-        if len(data) == sample.size and zlib.crc32(data) == sample.crc32:
+    def _damage(self, place: _Part, data: bytes | ShardError, part: str) -> ShardError:
+        """What is wrong with a part that is not as packed."""
+        if isinstance(data, ShardError):
             return data
-        key = sample.key.decode("ascii", errors="replace")
-        cut = len(data) != sample.size
-        what = f"ends inside {key}" if cut else f"has wrong bytes at {key} ({part}: crc32 differs)"
-        return self.manifest.storage.fault(self._shards[sample.shard].path, what)
-
-
-def _spans(wanted: list[_Wanted], gap: int, longest: int | None) -> list[list[_Wanted]]:
-    """Runs of samples, sorted by place, that one read serves: gaps up to `gap` bytes, no longer than `longest`."""
-    spans: list[list[_Wanted]] = []
-    shard, start, end = -1, 0, 0
-    for sample in wanted:
-        sample_end = sample.offset + sample.size
-        near = sample.shard == shard and sample.offset <= end + gap
-        if near and (longest is None or sample_end - start <= longest):
-            spans[-1].append(sample)
-            end = max(end, sample_end)
-        else:
-            spans.append([sample])
-            shard, start, end = sample.shard, sample.offset, sample_end
-    return spans
+        (name, _, size), _, key = place
+        said = key.decode("ascii", errors="replace")
+        cut = len(data) != size
+        what = f"ends inside {said}" if cut else f"has wrong bytes at {said} ({part}: crc32 differs)"
+        return self.manifest.storage.fault(name, what)
 
 
 def _raised(value: Any) -> Any:

@@ -3,16 +3,21 @@
     open_storage("…/dir" | "file:///…" | "http://…" | "s3://…") ──► LocalStorage | RemoteStorage (`remote.py`)
     storage.read_ranges([(name, offset, size), …])              ──► bytes, or the ShardError of that range
 
+What lies in memory already is read one range after another, as fast as can be. As soon as a read has to wait, near
+ranges are merged and several of the merged reads are in flight; behind a URL always.
+
 Either kind opens its files or connections when first used, anew in each process: an object may be pickled or
 forked. One fault never hides the other ranges, and always names the file.
 """
 
 import errno
 import os
+import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,14 +27,16 @@ from kfood_dist.errors import ShardError
 # (file name, offset in bytes, number of bytes)
 Range = tuple[str, int, int]
 
+# Ranges that lie nearer than this are read in one go: two short reads cost more than the bytes between.
+_GAP_BYTES = 32 << 10
+# One read is no longer than this, so that a long run of ranges is several reads in flight.
+_SPAN_BYTES = 4 << 20
 # A process may usually have 1,024 open files; a large data set has more shards than that.
 _MAX_OPEN_FILES = 256
 # Reads that wait for the disk at once, per process. A parallel file system answers them together.
 _NUM_THREADS = 8
-# Not on Linux, or a Python built without it: every read may wait then.
-_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
-# What a file system answers that does not know RWF_NOWAIT, such as NFS and tmpfs.
-_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+# A read that takes no longer came from memory: no thread is worth its while.
+_QUICK_S = 100e-6
 
 
 class MissingFileError(ShardError):
@@ -77,6 +84,40 @@ class Storage(ABC):
         """Close what this process has open; a later read opens it again."""
 
 
+def spans(ranges: Sequence[Range], gap: int, longest: int | None = None) -> list[tuple[Range, list[int]]]:
+    """The reads that serve all ranges: what to read, and the positions of the ranges that lie in it.
+
+    Ranges of one file become one read if at most `gap` bytes lie between them and it stays within `longest` bytes.
+    """
+    found: list[tuple[Range, list[int]]] = []
+    for n in sorted(range(len(ranges)), key=ranges.__getitem__):
+        name, offset, size = ranges[n]
+        if found:
+            (last, start, length), members = found[-1]
+            end = max(start + length, offset + size)
+            near = name == last and offset <= start + length + gap
+            if near and (longest is None or end - start <= longest):
+                found[-1] = (name, start, end - start), members
+                members.append(n)
+                continue
+        found.append(((name, offset, size), [n]))
+    return found
+
+
+def read_merged(
+    ranges: Sequence[Range], read: Callable[[list[Range]], list[bytes | ShardError]]
+) -> list[bytes | ShardError]:
+    """The bytes of each range, taken from what `read` gives for the merged ones."""
+    results: list[Any] = [None] * len(ranges)
+    merged = spans(ranges, _GAP_BYTES, _SPAN_BYTES)
+    for (span, members), data in zip(merged, read([span for span, _ in merged]), strict=True):
+        for n in members:
+            _, offset, size = ranges[n]
+            at = offset - span[1]
+            results[n] = data if isinstance(data, ShardError) or len(members) == 1 else data[at : at + size]
+    return results
+
+
 def open_storage(where: "str | Path | Storage") -> Storage:
     """The storage of a folder's path or of a URL; reads nothing.
 
@@ -106,7 +147,7 @@ class LocalStorage(Storage):
         self.where = str(folder)
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
-        self._nowait = _NOWAIT
+        self._is_quick = True  # whether the last read came from memory
         self._owner_pid = os.getpid()
 
     def __reduce__(self) -> tuple[Callable[..., "LocalStorage"], tuple[Any, ...]]:
@@ -158,52 +199,38 @@ class LocalStorage(Storage):
         return results
 
     def _read_batch(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
-        """What the page cache holds is read at once; the rest is waited for by several threads together."""
-        results: list[Any] = [None] * len(ranges)
-        waiting = []
-        for n, (name, offset, size) in enumerate(ranges):
-            try:
-                descriptor = self._descriptor(name)
-            except OSError as error:
-                results[n] = self.fault(name, f"cannot be opened ({error.strerror})")
-                continue
-            results[n] = self._read_cached(descriptor, offset, size)
-            if results[n] is None:
-                waiting.append((n, descriptor))
-
-        def wait(deal: list[tuple[int, int]]) -> None:
-            for n, descriptor in deal:
-                name, offset, size = ranges[n]
-                try:
-                    results[n] = _read_fully(descriptor, offset, size)
-                except OSError as error:
-                    results[n] = self.fault(name, f"cannot be read ({error.strerror})")
-
-        if len(waiting) == 1:
-            wait(waiting)
-        elif waiting:
-            list(self._threads().map(wait, (waiting[k::_NUM_THREADS] for k in range(_NUM_THREADS))))
+        """One after another while that is quick; once a read had to wait, the rest by several threads together."""
+        results: list[bytes | ShardError] = []
+        while self._is_quick and len(results) < len(ranges):
+            began = time.perf_counter()
+            results.append(self._read_one(ranges[len(results)]))
+            self._is_quick = time.perf_counter() - began < _QUICK_S
+        if rest := ranges[len(results) :]:
+            began = time.perf_counter()
+            results += read_merged(rest, self._read_together)
+            self._is_quick = (time.perf_counter() - began) / len(rest) < _QUICK_S
         return results
 
-    def _read_cached(self, descriptor: int, offset: int, size: int) -> bytes | None:
-        """The bytes if the kernel has them all in memory, else None; never waits for the disk."""
-        if self._nowait is None:
-            return None
-        buffer = bytearray(size)
+    def _read_one(self, r: Range) -> bytes | ShardError:
+        name, offset, size = r
         try:
-            count = os.preadv(descriptor, [buffer], offset, self._nowait)
+            return _read_fully(self._descriptor(name), offset, size)
         except OSError as error:
-            if error.errno in _NOT_SUPPORTED:
-                self._nowait = None
-            return None  # any other fault meets the read that waits, which tells it
-        return bytes(buffer) if count == size else None
+            what = "opened" if error.filename else "read"  # only a failed open names its file
+            return self.fault(name, f"cannot be {what} ({error.strerror})")
+
+    def _read_together(self, ranges: list[Range]) -> list[bytes | ShardError]:
+        for name in {name for name, _, _ in ranges}:
+            with suppress(OSError):  # told by the read that follows
+                self._descriptor(name)  # here, because threads must not change which files are open
+        if len(ranges) == 1:
+            return [self._read_one(ranges[0])]
+        return list(self._threads().map(self._read_one, ranges))
 
     def will_need(self, ranges: Iterable[Range]) -> None:
         for name, offset, size in ranges:
-            try:
+            with suppress(OSError):  # only advice: a file that cannot be opened is told by the read that follows
                 os.posix_fadvise(self._descriptor(name), offset, size, os.POSIX_FADV_WILLNEED)
-            except OSError:
-                continue  # only advice: a file that cannot be opened is told by the read that follows
 
     def fault(self, name: str, what: str) -> ShardError:
         return ShardError(

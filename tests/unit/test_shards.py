@@ -96,6 +96,66 @@ def test_samples_are_read_by_offset_through_all_shards(packed):
     assert split.read(-1) == split.read(17)
 
 
+def test_many_are_read_in_the_order_asked_for(packed):
+    split = open_split(packed, "train")
+    each = [split.read(i) for i in range(18)]
+    ids = [17, 3, 3, -1, 0, 8, 7, 9]
+    assert open_split(packed, "train").read_many(np.array(ids)) == [each[i] for i in ids]
+    assert split.read_many([]) == []
+    for i in (18, -19):
+        with pytest.raises(IndexError, match=f"sample {i} of 18"):
+            split.read_many([0, i])
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 256 << 20])
+def test_rows_and_labels_are_in_order_however_few_indexes_are_kept(packed, monkeypatch, kept_bytes):
+    monkeypatch.setattr("kfood_dist.data.shards._KEPT_INDEX_BYTES", kept_bytes)
+    whole = np.concatenate([np.load(packed / f"train-{n:06d}.index.npy") for n in range(3)])
+    split = open_split(packed, "train")
+    for ids in ([17], [9, 0, 17, 1], range(18), [-1, 5]):  # the last shard's index is there before the first's
+        assert np.array_equal(split.rows(ids), whole[list(ids)])
+        assert len(split._indexes) <= (1 if kept_bytes == 1 else 3)
+    labels = split.labels()
+    assert np.array_equal(labels, whole["label"]) and labels.dtype == np.uint16
+    assert np.array_equal(split.index, whole)
+
+
+def test_only_the_indexes_that_are_needed_are_read(copied):
+    for n in (0, 2):
+        (copied / f"train-{n:06d}.index.npy").unlink()
+    split = open_split(copied, "train")
+    assert len(split) == 18
+    assert split.read_many(range(7, 14)) and split.key(9) == "train-00000009"
+    results = split.read_many([0, 9, 17])
+    assert [isinstance(result, ShardError) for result in results] == [True, False, True]
+    assert "train-000000.index.npy cannot be opened" in str(results[0])
+    for whole in (split.labels, lambda: split.index, lambda: split.rows(range(18))):
+        with pytest.raises(ShardError, match=r"train-000000.index.npy cannot be opened"):
+            whole()
+
+
+def test_an_index_that_leads_out_of_its_tar_is_refused(copied):
+    path = copied / "test-000000.index.npy"
+    index = np.load(path)
+    index["json_offset"][2] = 2**64 - 1
+    np.save(path, index)
+    data = path.read_bytes()
+    described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(copied, lambda m: m["shards"][-1].update(index=described))
+    with pytest.raises(ShardError, match=r"test-000000.index.npy leads beyond the end of test-000000.tar"):
+        open_split(copied, "test").read(0)
+
+
+def test_reading_ahead_changes_nothing_that_is_read(copied):
+    split = open_split(copied, "train")
+    before = split.read_many(range(18))
+    (copied / "train-000001.tar").unlink()
+    ahead = open_split(copied, "train")
+    ahead.will_need(range(18))  # advice does not fail
+    results = ahead.read_many(range(18))
+    assert results[:7] == before[:7] and isinstance(results[9], ShardError)
+
+
 def test_plain_tar_and_plain_webdataset_find_the_same_samples(packed):
     split = open_split(packed, "train")
     urls = [str(packed / f"train-{n:06d}.tar") for n in range(3)]
@@ -180,7 +240,7 @@ def test_descriptors_are_few_and_given_back(packed, monkeypatch):
 
 def test_reading_shards_and_packing_need_no_torch():
     packing = [f"packing.{module}" for module in ("sources", "split", "prepare", "place", "write", "pack")]
-    modules = ["shards", "images", "tars", "verify", *packing]
+    modules = ["shards", "storage", "stage", "images", "tars", "verify", *packing]
     imports = "; ".join(f"import kfood_dist.data.{module}" for module in modules)
     code = f"import sys; sys.modules['torch'] = None; {imports}; from webdataset import TarWriter"
     subprocess.run([sys.executable, "-c", code], check=True)

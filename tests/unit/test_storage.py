@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
 
 import pytest
 from faulty_server import FAULTS, serving
@@ -23,7 +22,7 @@ from kfood_dist.data.packing.pack import pack
 from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.data.remote import RemoteStorage
 from kfood_dist.data.shards import open_split
-from kfood_dist.data.storage import LocalStorage, MissingFileError, open_storage
+from kfood_dist.data.storage import LocalStorage, MissingFileError, open_storage, spans
 from kfood_dist.errors import ShardError
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
@@ -69,10 +68,9 @@ def test_a_path_and_a_file_url_are_the_same_folder(packed, local):
     assert open_split(spaced.as_uri(), "train").read(3) == local[3]
 
 
-@pytest.mark.parametrize("nowait", [True, False])
-def test_ranges_come_in_order_whether_or_not_the_kernel_has_them(packed, monkeypatch, nowait):
-    if not nowait:  # a file system that does not know RWF_NOWAIT: the threads read
-        monkeypatch.setattr("kfood_dist.data.storage._NOWAIT", None)
+@pytest.mark.parametrize("quick_s", [-1.0, 1000.0])
+def test_ranges_come_in_order_whether_or_not_the_disk_is_waited_for(packed, monkeypatch, quick_s):
+    monkeypatch.setattr("kfood_dist.data.storage._QUICK_S", quick_s)  # every read has to wait, or none
     storage = LocalStorage(packed)
     data = (packed / TAR).read_bytes()
     ranges = [(TAR, 512 * n % len(data), 1 + 97 * n) for n in range(40)]
@@ -83,16 +81,32 @@ def test_ranges_come_in_order_whether_or_not_the_kernel_has_them(packed, monkeyp
     storage.close()
 
 
-def test_a_file_system_without_rwf_nowait_is_found_out_and_read_all_the_same(packed, tmp_path_factory):
-    shm = Path("/dev/shm")
-    if not os.access(shm, os.W_OK):
-        pytest.skip("no /dev/shm to write in")
-    copy = shm / tmp_path_factory.mktemp("x").name
-    shutil.copytree(packed, copy)
-    try:
-        assert open_split(copy, "train").read_many(range(18)) == open_split(packed, "train").read_many(range(18))
-    finally:
-        shutil.rmtree(copy)
+def test_near_ranges_are_one_read_within_bounds():
+    ranges = [("b", 0, 5), ("a", 100, 10), ("a", 0, 50), ("a", 60, 10), ("a", 62, 2), ("a", 200, 10)]
+    assert spans(ranges, gap=30) == [(("a", 0, 110), [2, 3, 4, 1]), (("a", 200, 10), [5]), (("b", 0, 5), [0])]
+    assert spans(ranges, gap=30, longest=60) == [
+        (("a", 0, 50), [2]),
+        (("a", 60, 50), [3, 4, 1]),
+        (("a", 200, 10), [5]),
+        (("b", 0, 5), [0]),
+    ]
+    assert spans([("a", 0, 9), ("a", 0, 9), ("a", 3, 2)], gap=0) == [(("a", 0, 9), [0, 1, 2])]
+
+
+def test_a_disk_that_is_slow_is_read_by_several_threads_together(packed, monkeypatch):
+    """Eight reads that wait for each other: one after another, they would never end."""
+    barrier = threading.Barrier(8)
+    pread = os.pread
+
+    def waiting(*words):
+        barrier.wait(20)
+        return pread(*words)
+
+    storage = LocalStorage(packed)
+    monkeypatch.setattr("kfood_dist.data.storage._GAP_BYTES", 0)
+    storage._is_quick = False  # as after a read that had to wait
+    monkeypatch.setattr("os.pread", waiting)
+    assert storage.read_ranges([(TAR, 100 * n, 10) for n in range(8)])
 
 
 def test_what_is_not_there_or_not_installed_is_said_with_the_remedy(monkeypatch):
