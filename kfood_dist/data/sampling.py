@@ -23,6 +23,8 @@ from kfood_dist.data.shuffle import DEFAULT_WINDOW, Shuffle
 
 # Turns in which every part has its share: no more than a run of a window of 4,096.
 _BLOCK = 64
+# But no more blocks than this, whose begins take 16 MiB: of an epoch over 134 million draws they are longer.
+_MAX_BLOCKS = 2**21
 
 # A class with fewer pictures than this for each window is a part of its own. Read in the order of the index, each of
 # its pictures as often in a row as it is drawn, whole windows would be without it.
@@ -51,7 +53,7 @@ class Order:
         self.window = window
         self.fingerprint = fingerprint
         self._parts = parts
-        self._num_blocks = -(-self.epoch_length // _BLOCK)
+        self._num_blocks = min(-(-self.epoch_length // _BLOCK), _MAX_BLOCKS)
         # Block b begins at turn _starts[b], and holds the turns b·draws // blocks … of each part.
         blocks = np.arange(self._num_blocks + 1)
         self._starts = sum((blocks * part.draws // self._num_blocks for part in parts), np.zeros_like(blocks))

@@ -188,6 +188,8 @@ def test_order_mixes_and_balances_as_a_recipe_does(
         (["--window", "0"], "shuffle_window: input should be greater than or equal to 1"),
         (["--mix", "more"], "--mix more has no weight → write it as --mix DIR=WEIGHT"),
         (["--mix", "more=much"], "mix.0.weight: input should be a valid number"),
+        (["--mix", "more=0"], "mix.0.weight: input should be greater than 0"),
+        (["--mix", "more=1e300"], "mix.0.weight: input should be less than or equal to 1000"),
         (["--mix", "nowhere=1"], "shard folder nowhere does not exist"),
         (["--split", "holdout"], "no samples in split 'holdout'"),
     ],
