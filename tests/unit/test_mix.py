@@ -183,7 +183,7 @@ def test_order_mixes_and_balances_as_a_recipe_does(
         (["--seed", str(2**32)], "--seed must be 0 … 4,294,967,295"),
         (["--seed", "-1"], "--seed must be 0 … 4,294,967,295"),
         (["--epoch", str(2**64)], "--epoch"),
-        (["--start", "24"], "--start 24 is beyond the epoch, which has"),
+        (["--start", "48"], "--start 48 is beyond the epoch, which has"),
         (["--class-balance", "2"], "class_balance: input should be less than or equal to 1"),
         (["--window", "0"], "shuffle_window: input should be greater than or equal to 1"),
         (["--mix", "more"], "--mix more has no weight → write it as --mix DIR=WEIGHT"),
