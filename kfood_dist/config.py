@@ -30,7 +30,9 @@ class Section(BaseModel):
 
 class MixedIn(Section):
     shards: str = Field(min_length=1, description="folder or URL of a further packed data set")
-    weight: float = Field(1.0, gt=0, description="how often its pictures are drawn for each time one of data.shards is")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often its pictures are drawn for each time one of data.shards is"
+    )
 
 
 class Data(Section):

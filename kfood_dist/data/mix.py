@@ -6,6 +6,7 @@ Classes are one by name, whatever their number in each folder. All folders must 
 one way: the prompt and the picture are the same in training, evaluation and prediction.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,8 @@ from kfood_dist.errors import ShardError
 def open_mixture(data: Data, split: str) -> "Mixture":
     """Open one split of `data.shards` and of every folder in `data.mix`.
 
-    Raises ShardError as `open_split` does, and when the folders' pictures differ in size or resizing.
+    Raises ShardError as `open_split` does, when the folders' pictures differ in size or resizing, and when two folders
+    hold the same samples.
     """
     parts = [open_split(where, split) for where in (data.shards, *(source.shards for source in data.mix))]
     _require_alike(parts)
@@ -45,7 +47,7 @@ def build_data_order(mixture: "Mixture", data: Data) -> Order:
 def read_ahead(
     micro_batches: Iterator[MicroBatch], plan: Plan, start: int, stop: int, will_need: Callable[[np.ndarray], None]
 ) -> Iterator[MicroBatch]:
-    """Hand on the micro-batches of the steps start … stop - 1; near each new window, have it read in long runs.
+    """Hand on the micro-batches of the steps start … stop - 1, and have the windows ahead of them read in long runs.
 
     The kernel reads them into its page cache, which all processes of a node share: one rank of each asks.
     """
@@ -82,15 +84,31 @@ class Mixture:
         return tuple(by_name.values())
 
     def labels(self) -> np.ndarray:
-        """The class id of every sample, a place in `classes`, int64 (samples,)."""
+        """The class id of every sample, a place in `classes`, unsigned (samples,)."""
         place = {dish.name: i for i, dish in enumerate(self.classes)}
-        tables = [np.array([place[dish.name] for dish in part.classes], dtype=np.int64) for part in self.parts]
+        smallest = np.min_scalar_type(len(place))
+        tables = [np.array([place[dish.name] for dish in part.classes], dtype=smallest) for part in self.parts]
         return np.concatenate([table[part.labels()] for table, part in zip(tables, self.parts, strict=True)])
 
     def key(self, i: int) -> str:
         """The sample's key; where there are several folders, with its folder's name before it."""
-        part, local = self._locate(i)
-        return part.key(local) if len(self.parts) == 1 else f"{part.manifest.name}/{part.key(local)}"
+        return self.keys([i])[0]
+
+    def keys(self, ids: Sequence[int]) -> list[str]:
+        """The key of each sample in the order of `ids`."""
+        keys = [""] * len(ids)
+        for part, places, local in self._by_part(np.asarray(ids, dtype=np.int64)):
+            before = "" if len(self.parts) == 1 else f"{self._name_of[part.manifest.where]}/"
+            for place, key in zip(places, part.rows(local.tolist())["key"], strict=True):
+                keys[place] = before + key.decode("ascii")
+        return keys
+
+    @cached_property
+    def _name_of(self) -> dict[str, str]:
+        """What a folder is called in keys: the last part of its path, or all of it where two are called alike."""
+        called = Counter(part.manifest.name for part in self.parts)
+        manifests = [part.manifest for part in self.parts]
+        return {m.where: m.name if called[m.name] == 1 else m.where for m in manifests}
 
     def label(self, i: int) -> DishClass:
         part, local = self._locate(i)
@@ -144,3 +162,9 @@ def _require_alike(parts: Sequence[ShardSplit]) -> None:
                     f"{other.where} was packed with {name} {theirs}, {main.where} with {ours}",
                     f"pack it again with --{name.replace('_', '-')} {ours}",
                 )
+    same = Counter(part.index_hash for part in parts)
+    twice = [part.manifest.where for part in parts if same[part.index_hash] > 1]
+    if twice:
+        raise ShardError(
+            f"{' and '.join(twice)} hold the same samples", "name them once; to draw them more often, raise the weight"
+        )

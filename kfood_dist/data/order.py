@@ -1,10 +1,13 @@
 """`kfood order`: who reads what, and what a resumed run will read."""
 
 import argparse
+import os
 import sys
 
+import numpy as np
+
 from kfood_dist.config import build_data
-from kfood_dist.data.mix import build_data_order, open_mixture
+from kfood_dist.data.mix import Mixture, build_data_order, open_mixture
 from kfood_dist.data.plan import EMPTY, Plan
 from kfood_dist.errors import RecipeError
 
@@ -30,27 +33,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a header and one line `step, micro_step, rank, key` for each sample, in reading order per rank."""
-    counts = (args.ranks, args.micro_batch, args.accumulation)
-    if min(counts) < 1 or min(args.seed, args.epoch, args.start, args.steps or 0) < 0:
-        raise RecipeError(
-            "--ranks, --micro-batch and --accumulation must be at least 1, "
-            "--seed, --epoch, --start and --steps at least 0",
-            "mend the arguments",
-        )
+    _require_numbers(args)
     recipe = {"shards": args.shards, "shuffle_window": args.window, "class_balance": args.class_balance}
     data = build_data(recipe | {"mix": [_mixed_in(text) for text in args.mix]}, "the arguments")
     mixture = open_mixture(data, args.split)
     plan = Plan(build_data_order(mixture, data), args.seed, args.ranks, args.micro_batch, args.accumulation)
-    first = args.epoch * plan.steps_per_epoch
+    if args.start >= plan.steps_per_epoch:
+        raise RecipeError(
+            f"--start {args.start} is beyond the epoch, which has {plan.steps_per_epoch} steps",
+            f"begin at 0 … {plan.steps_per_epoch - 1}, or raise --epoch",
+        )
     stop = plan.steps_per_epoch if args.steps is None else min(args.start + args.steps, plan.steps_per_epoch)
+    try:
+        _print_steps(plan, mixture, args.epoch * plan.steps_per_epoch, args.start, stop)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would complain once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _print_steps(plan: Plan, mixture: Mixture, first: int, start: int, stop: int) -> None:
+    """Print the steps start … stop - 1 of the epoch that begins with step `first`."""
     write = sys.stdout.write
     write("step, micro_step, rank, key\n")
-    for step, slots in plan.slots(first + args.start, first + stop):
-        for micro_step, ranks in enumerate(slots):
-            for rank, ids in enumerate(ranks):
-                lines = (f"{step - first}, {micro_step}, {rank}, {mixture.key(int(i))}\n" for i in ids if i != EMPTY)
-                write("".join(lines))
-    return 0
+    for step, slots in plan.slots(first + start, first + stop):
+        taken = slots != EMPTY
+        keys = mixture.keys(slots[taken])
+        for (micro_step, rank, _), key in zip(np.argwhere(taken).tolist(), keys, strict=True):
+            write(f"{step - first}, {micro_step}, {rank}, {key}\n")
+
+
+def _require_numbers(args: argparse.Namespace) -> None:
+    steps = 0 if args.steps is None else args.steps
+    if min(args.ranks, args.micro_batch, args.accumulation) < 1 or min(args.epoch, args.start, steps) < 0:
+        raise RecipeError(
+            "--ranks, --micro-batch and --accumulation must be at least 1, --epoch, --start and --steps at least 0",
+            "mend the arguments",
+        )
+    if not 0 <= args.seed < 2**32 or args.epoch >= 2**32:
+        raise RecipeError("--seed must be 0 … 4,294,967,295, as train.seed, and --epoch as well", "mend the arguments")
 
 
 def _mixed_in(text: str) -> dict[str, str]:

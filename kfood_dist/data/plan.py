@@ -92,23 +92,39 @@ class Plan:
                 yield MicroBatch(step, micro_step, mine, filler=int(slots[0, 0, 0]))
 
     def coarse_reads(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (step, ids) when a step comes near a new window: the ids of that window, to be read in long runs.
+        """Yield (step, ids to read ahead of it) for the steps start … stop - 1, ids in the order of the index.
 
-        A window is told of one window ahead. Yields nothing where an epoch is a single window.
+        The first step asks for its whole window, and every step for as large a part of the window after its own as it
+        brings the run through its own: reading keeps pace with training, one window ahead and in long runs.
+        Yields nothing where an epoch is a single window.
         """
-        if self.order.num_windows == 1:
+        if self.order.num_windows == 1 or start >= stop:
             return
-        told = (-1, -1)  # epoch, and the place in it up to which windows were told of
+        asked, _ = self._window(self.samples_before(start))
+        _, end = self._window(self.samples_before(stop) - 1)
+        window, ids = (-1, -1), np.empty(0, np.int64)
         for step in range(start, stop):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            place = step_in_epoch * self.global_batch
-            reached = told[1] if told[0] == epoch else self.order.window_at(place)[0]
-            last = min(place + self.global_batch, self.samples_per_epoch) - 1
-            while reached < self.samples_per_epoch and reached <= self.order.window_at(last)[1]:
-                window = self.order.window_at(reached)
-                yield step, self.order.ids(self.seed, epoch, *window)
-                reached = window[1]
-            told = (epoch, reached)
+            used = self.samples_before(step + 1)
+            begin, next_begin = self._window(used)
+            _, next_end = self._window(next_begin)
+            due = next_begin + (used - begin) * (next_end - next_begin) // (next_begin - begin)
+            while asked < min(due, end):
+                if not window[0] <= asked < window[1]:
+                    window = self._window(asked)
+                    ids = np.sort(self._ids_of(window))
+                upto = min(due, window[1])
+                yield step, ids[asked - window[0] : upto - window[0]]
+                asked = upto
+
+    def _window(self, samples: int) -> tuple[int, int]:
+        """The window that a run is in after so many samples, as the samples before its begin and its end."""
+        epoch, place = divmod(samples, self.samples_per_epoch)
+        start, stop = self.order.window_at(place)
+        return epoch * self.samples_per_epoch + start, epoch * self.samples_per_epoch + stop
+
+    def _ids_of(self, window: tuple[int, int]) -> np.ndarray:
+        epoch, start = divmod(window[0], self.samples_per_epoch)
+        return self.order.ids(self.seed, epoch, start, start + window[1] - window[0])
 
     def num_micro_steps(self, step: int) -> int:
         """Micro-steps each rank takes in `step`: the accumulation, or fewer in an epoch's short last step."""

@@ -2,6 +2,8 @@
 
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,28 +66,48 @@ def test_folders_of_another_size_or_resizing_are_refused(tmp_path: Path, picture
             open_mixture(data, "train")
 
 
+def test_the_same_samples_twice_are_refused(tmp_path: Path, tiny_shards: Path, others: Path) -> None:
+    copy = shutil.copytree(tiny_shards, tmp_path / "copy")
+    mix = [{"shards": str(others)}, {"shards": str(copy)}]
+    with pytest.raises(ShardError, match=r"copy hold the same samples → name them once.* raise the weight"):
+        open_mixture(build_data({"shards": str(tiny_shards), "mix": mix}, "data"), "train")
+
+
+def test_folders_called_alike_are_told_apart_in_keys(tmp_path: Path, tiny_shards: Path, others: Path) -> None:
+    alike = shutil.copytree(others, tmp_path / tiny_shards.name)
+    mixture = open_mixture(build_data({"shards": str(tiny_shards), "mix": [{"shards": str(alike)}]}, "data"), "train")
+    first = len(mixture.parts[0])
+    assert mixture.keys([first, 0]) == [f"{alike}/train-00000000", f"{tiny_shards}/train-00000000"]
+
+
 def test_one_folder_is_a_mixture_of_one(tiny_shards: Path) -> None:
     mixture = open_mixture(build_data({"shards": str(tiny_shards)}, "data"), "train")
     assert mixture.key(3) == open_split(tiny_shards, "train").key(3)
     assert mixture.index_hash == open_split(tiny_shards, "train").index_hash
 
 
-@pytest.mark.parametrize("global_batch", [24, 64, 200])
-def test_windows_are_asked_for_before_they_are_read_and_once(global_batch: int) -> None:
-    order = plain_order(1000, window=64)
+@pytest.mark.parametrize("global_batch", [8, 24, 64, 200, 1500])
+@pytest.mark.parametrize("epochs", [(0, 1), (1, 3)])
+def test_windows_are_asked_for_ahead_in_long_runs_and_once(global_batch: int, epochs: tuple[int, int]) -> None:
+    order = plain_order(1000, window=128)  # eight windows, the last one short
     plan = Plan(order, seed=0, ranks=1, micro_batch=global_batch // 2, accumulation=2)
-    start, stop = plan.steps_per_epoch + 2, 3 * plan.steps_per_epoch
-    asked: list[list[int]] = []
-
-    for micro_batch in read_ahead(
-        plan.micro_batches(0, start, stop), plan, start, stop, lambda ids: asked.append(ids.tolist())
-    ):
-        assert set(micro_batch.ids) <= {i for window in asked for i in window}
-        if micro_batch.step == start:
-            assert len(asked) <= 2 + -(-global_batch // 64)  # those of the step and one more, not the whole epoch
-    assert all(len(window) == 64 or len(window) == 1000 % 64 for window in asked)
-    asked_last_epoch = [i for window in asked[-16:] for i in window]
-    assert sorted(asked_last_epoch) == list(range(1000))
+    start, stop = (epoch * plan.steps_per_epoch for epoch in epochs)
+    start += plan.steps_per_epoch // 2
+    asked: list[int] = []
+    used = 0
+    asking = read_ahead(plan.micro_batches(0, start, stop), plan, start, stop, lambda ids: asked.extend(ids.tolist()))
+    first_window = order.window_at(plan.samples_before(start) % 1000)[0]
+    for micro_batch in asking:
+        used += len(micro_batch.ids)
+        assert set(micro_batch.ids) <= set(asked)
+        assert len(asked) <= used + global_batch + 3 * 128, "no more than this window and the next"
+    whole = [
+        sorted(order.ids(0, epoch, *order.window_at(place)).tolist())
+        for epoch in range(start // plan.steps_per_epoch, epochs[1])
+        for place in range(0, 1000, 128)
+    ]
+    expected = [i for window in whole for i in window][first_window:]
+    assert asked == expected  # each window in the order of the index, every one to the end, and nothing twice
 
 
 def test_nothing_is_asked_for_where_all_is_shuffled_together() -> None:
@@ -158,10 +180,16 @@ def test_order_mixes_and_balances_as_a_recipe_does(
     [
         (["--ranks", "0"], "must be at least 1"),
         (["--steps", "-1"], "at least 0"),
+        (["--seed", str(2**32)], "--seed must be 0 … 4,294,967,295"),
+        (["--seed", "-1"], "--seed must be 0 … 4,294,967,295"),
+        (["--epoch", str(2**64)], "--epoch"),
+        (["--start", "48"], "--start 48 is beyond the epoch, which has"),
         (["--class-balance", "2"], "class_balance: input should be less than or equal to 1"),
         (["--window", "0"], "shuffle_window: input should be greater than or equal to 1"),
         (["--mix", "more"], "--mix more has no weight → write it as --mix DIR=WEIGHT"),
         (["--mix", "more=much"], "mix.0.weight: input should be a valid number"),
+        (["--mix", "more=0"], "mix.0.weight: input should be greater than 0"),
+        (["--mix", "more=1e300"], "mix.0.weight: input should be less than or equal to 1000"),
         (["--mix", "nowhere=1"], "shard folder nowhere does not exist"),
         (["--split", "holdout"], "no samples in split 'holdout'"),
     ],
@@ -173,6 +201,14 @@ def test_order_refuses_with_the_remedy(
     told = capsys.readouterr().err
     assert fault in told and told.startswith("kfood order: ")
     assert "→" in told
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tiny_shards: Path) -> None:
+    command = [sys.executable, "-m", "kfood_dist", "order", str(tiny_shards), "--class-balance", "0.5"]
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | true', "-", *command], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_wrong_key_in_a_mixed_source_is_told_with_the_right_one() -> None:

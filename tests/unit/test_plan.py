@@ -1,7 +1,7 @@
 """Who reads what: pure integers, so every property is checked over orders, ranks, batches and resume points."""
 
 import hashlib
-from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,14 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfood_dist.data.plan import EMPTY, Plan, accumulation_for, deal
-from kfood_dist.data.sampling import Order, build_order, plain_order
+from kfood_dist.data.sampling import Order, _balanced_draws, _times_drawn, build_order, plain_order
 from kfood_dist.data.shuffle import RUNS_PER_WINDOW, Shuffle
 from kfood_dist.errors import CheckpointError, RecipeError
 
 GOLDEN = [9, 6, 5, 7, 8, 11, 0, 4, 10, 1, 2, 3]
 GOLDEN_SHA256 = "ea85c22a56b5f33f92ed9e983fd76a4b48b6aeb9219206f92028af3ec5ee8f01"
 GOLDEN_WINDOWED_SHA256 = "3a42bd5fb971713e1f97c6d605cc8beb43eaf180c67dbc9f9f7a66cdcbf302b8"
-GOLDEN_MIXED_SHA256 = "e9810a7dabfabd4b5552570b6f5d64fc9717c4d9db29a90598ba43d35531f57f"
+GOLDEN_MIXED = [170, 287, 148, 42, 141, 252, 71, 266, 530, 584]
+GOLDEN_MIXED_SHA256 = "7d84c0e58a310137b8ef71a6182de8caf5b3dc2c6ded9c3c2ab624b67722ce23"
+GOLDEN_BALANCED_SHA256 = "12e6ba18d2632ed4f14db67d6f2cf32fb90b60d12f73a75654db2c4a458992e8"
 
 windows = st.one_of(st.none(), st.integers(1, 400))
 
@@ -26,13 +28,33 @@ def plain_orders(draw: st.DrawFn) -> Order:
     return plain_order(draw(st.integers(1, 300)), draw(windows))
 
 
+class Mix(NamedTuple):
+    """What an order is built from."""
+
+    sizes: list[int]
+    weights: list[float]
+    labels: np.ndarray
+    balance: float
+    window: int | None
+
+    @property
+    def order(self) -> Order:
+        return build_order(*self, index_hash="hash")
+
+    @property
+    def streams(self) -> np.ndarray:
+        """What each sample is drawn as one of: its folder, or where classes are balanced, its class in its folder."""
+        folder = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        return folder * 1000 + self.labels if self.balance else folder
+
+
 @st.composite
-def mixed_orders(draw: st.DrawFn) -> Order:
+def mixes(draw: st.DrawFn) -> Mix:
     """Several folders with weights, and labels balanced or not."""
     sizes = draw(st.lists(st.integers(1, 80), min_size=1, max_size=4))
     weights = [1.0, *draw(st.lists(st.floats(0.1, 3), min_size=len(sizes) - 1, max_size=len(sizes) - 1))]
     labels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, draw(st.integers(1, 12)), sum(sizes))
-    return build_order(sizes, weights, labels, draw(st.sampled_from([0.0, 0.4, 1.0])), draw(windows), "hash")
+    return Mix(sizes, weights, labels, draw(st.sampled_from([0.0, 0.4, 1.0])), draw(windows))
 
 
 def plans_of(orders: st.SearchStrategy[Order]) -> st.SearchStrategy[Plan]:
@@ -46,7 +68,7 @@ def plans_of(orders: st.SearchStrategy[Order]) -> st.SearchStrategy[Plan]:
     )
 
 
-plans = plans_of(st.one_of(plain_orders(), mixed_orders()))
+plans = plans_of(st.one_of(plain_orders(), mixes().map(lambda mix: mix.order)))
 
 
 def read_ids(plan: Plan, start: int, stop: int) -> dict[int, list[int]]:
@@ -67,9 +89,13 @@ def test_the_order_is_golden() -> None:
     assert plain_order(12).ids(0, 0, 0, 12).tolist() == GOLDEN
     assert sha256(plain_order(10_000).ids(7, 3, 0, 10_000)) == GOLDEN_SHA256
     assert sha256(plain_order(10_000, window=900).ids(7, 3, 0, 10_000)) == GOLDEN_WINDOWED_SHA256
-    labels = np.arange(700) ** 2 % 11
-    mixed = build_order([500, 200], [1.0, 0.7], labels, 0.5, 256)
+    mixed = build_order([500, 200], [1.0, 0.7], window=256)
+    assert mixed.ids(7, 3, 0, 10).tolist() == GOLDEN_MIXED
     assert sha256(mixed.ids(7, 3, 0, mixed.epoch_length)) == GOLDEN_MIXED_SHA256
+    labels = np.arange(20_000) ** 2 % 11
+    labels[::100] = 6  # a class of few pictures
+    balanced = build_order([15_000, 5_000], [1.0, 0.7], labels, 0.5, 4096)
+    assert sha256(balanced.ids(7, 3, 0, balanced.epoch_length)) == GOLDEN_BALANCED_SHA256
 
 
 # One epoch
@@ -236,22 +262,77 @@ def test_a_window_is_where_its_places_are(size: int, window: int | None, data: s
 # Mixing and balance
 
 
-@given(mixed_orders(), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_over_epochs_no_sample_is_drawn_twice_before_all_of_its_stream_were(
-    order: Order, epochs: int, seed: int
+@given(mixes(), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_over_any_epochs_no_sample_is_drawn_twice_more_than_another_of_its_stream(
+    mix: Mix, first: int, epochs: int, seed: int
 ) -> None:
-    drawn = Counter(i for epoch in range(epochs) for i in order.ids(seed, epoch, 0, order.epoch_length).tolist())
-    members = np.arange(order.num_samples) if order._members is None else order._members
-    for size, draws, first in zip(order._sizes, order._draws, order._first, strict=True):
-        counts = {drawn[i] for i in members[first : first + size].tolist()}
-        assert counts <= {draws * epochs // size, -(-draws * epochs // size)}
-        assert sum(drawn[i] for i in members[first : first + size].tolist()) == draws * epochs
+    order, streams = mix.order, mix.streams
+    drawn = np.zeros((epochs, order.num_samples), dtype=int)
+    for epoch in range(epochs):
+        ids = order.ids(seed, first + epoch, 0, order.epoch_length)
+        drawn[epoch] = np.bincount(ids, minlength=order.num_samples)
+    assert drawn.sum() == epochs * order.epoch_length
+    for stream in np.unique(streams):
+        of_stream = drawn[:, streams == stream]
+        assert len(set(of_stream.sum(1))) == 1, "an epoch draws as much of a stream as any other"
+        assert of_stream.sum() > 0, "none is left out"
+        assert np.ptp(of_stream.sum(0)) <= 1
+
+
+@given(st.integers(1, 400), st.integers(1, 900), st.integers(0, 30))
+def test_what_an_epoch_draws_of_a_class_is_spread_over_the_index(size: int, draws: int, epoch: int) -> None:
+    counts = _times_drawn(size, draws, epoch)
+    assert counts.sum() == draws
+    cut = size // 2
+    assert abs(counts[:cut].sum() - draws * cut / size) <= 6
+
+
+@pytest.mark.parametrize("window", [2**13, 2**15])
+def test_every_window_holds_folders_and_classes_in_their_share_and_reads_long_runs(window: int) -> None:
+    """Runs of one class or one folder would leave whole classes out of a window; 15 pictures of one are no run."""
+    sizes = [150_000, 30_000, 20_000]
+    labels = np.random.default_rng(0).choice(40, sum(sizes), p=np.arange(1, 41) ** 2 / sum(np.arange(1, 41) ** 2))
+    for balance in (0.0, 1.0):
+        order = build_order(sizes, [1.0, 0.5, 2.0], labels, balance, window)
+        whole = order.ids(0, 1, 0, order.epoch_length)
+        share = np.bincount(labels[whole], minlength=40) / len(whole)
+        folders = np.bincount(np.searchsorted(np.cumsum(sizes), whole, side="right")) / len(whole)
+        times, streams = np.bincount(whole, minlength=sum(sizes)), Mix(sizes, [], labels, balance, None).streams
+        assert all(np.ptp(times[streams == stream]) <= 1 for stream in np.unique(streams))
+        for place in range(0, order.epoch_length - window, order.epoch_length // 5):
+            ids = whole[slice(*order.window_at(place))]
+            spread = np.sqrt(share * len(ids))  # that of independent draws
+            assert (np.abs(np.bincount(labels[ids], minlength=40) - share * len(ids)) < 6 * spread).all()
+            of_folder = np.bincount(np.searchsorted(np.cumsum(sizes), ids, side="right")) / len(ids)
+            assert np.abs(of_folder - folders).max() < 0.01
+            stretches = 1 + int((np.diff(np.unique(ids)) > 300).sum())
+            assert stretches <= (RUNS_PER_WINDOW + 1) * len(sizes)
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.floats(0.01, 1), st.data())
+def test_balanced_draws_are_shares_to_within_one(
+    folders: int, classes: int, balance: float, data: st.DataObject
+) -> None:
+    count = st.integers(0, 50)
+    counts = [[data.draw(count) for _ in range(classes)] for _ in range(folders)]
+    counts[0][0] += 1
+    weights = [1.0, *(data.draw(st.sampled_from([0.25, 0.5, 3.0])) for _ in range(folders - 1))]
+    total = 1000
+    draws = np.array(_balanced_draws(counts, weights, balance, total))
+    natural = np.array(counts) * np.array(weights)[:, None]
+    of_class = natural.sum(0)
+    share = natural * np.where(of_class > 0, of_class, 1) ** -balance
+    quota = total * share / share.sum()
+    assert ((draws > 0) == (np.array(counts) > 0)).all()
+    assert (np.abs(draws - quota) < 1 + 1e-9).all()
+    assert draws.sum() == total or (draws == 1).any()
 
 
 def test_a_folder_is_drawn_by_its_weight() -> None:
     order = build_order([600, 300, 10], [1.0, 0.5, 7.0])
     ids = order.ids(0, 0, 0, order.epoch_length)
     assert np.bincount(np.searchsorted([600, 900], ids, side="right")).tolist() == [600, 150, 70]
+    assert np.bincount(np.bincount(ids, minlength=910)[:600]).tolist() == [0, 600]
     halves = [set(order.ids(0, e, 0, order.epoch_length).tolist()) & set(range(600, 900)) for e in (0, 1)]
     assert not halves[0] & halves[1]
 
