@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from kfood_dist.data.collate import Batch, StreamingCollator
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.errors import KfoodError
-from kfood_dist.runtime import end_with_parent
+from kfood_dist.runtime import end_with_parent, keep_freed_memory
 
 
 def stream(
@@ -32,6 +32,8 @@ def stream(
     `start_method` is multiprocessing's: `fork` starts at once; `spawn` takes seconds, and shares no memory with a
     process whose network driver does not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
     """
+    if not num_workers:
+        keep_freed_memory()
     loader: DataLoader[Batch | KfoodError] = DataLoader(
         _FaultsAsValues(collator),
         batch_size=None,
@@ -70,3 +72,4 @@ def _start_worker(worker: int) -> None:
     """Ctrl-C reaches the whole terminal, and the parent alone decides; where it is killed, its workers go at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
+    keep_freed_memory()

@@ -172,7 +172,7 @@ class PlainEngine:
             torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / self._FILE)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / self._FILE, map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(folder / self._FILE, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(state["weights"][name])

@@ -43,7 +43,10 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import torch
 
+    from kfood_dist.runtime import keep_freed_memory
+
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in a loader process; here it serves every contender
     with tempfile.TemporaryDirectory() as folder:
         contenders, absent = loaders(args.shards, args.model, Path(folder))
         loading = compare(contenders, args.rounds, args.seconds)

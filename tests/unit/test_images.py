@@ -273,17 +273,22 @@ def test_a_box_is_clipped_to_the_picture(box, usable):
 
 
 def test_a_small_box_of_a_large_picture_is_decoded_at_twice_the_target(monkeypatch):
-    """A tenth of a 4,000-pixel picture to 224 px: no scaled decoding may fall below 448 pixels of the box."""
+    """A part of a 4,000-pixel picture to 224 px: no scaled decoding may fall below 448 pixels of the box."""
     seen = []
     decode = simplejpeg.decode_jpeg
     monkeypatch.setattr(
         simplejpeg, "decode_jpeg", lambda *a, **k: seen.append(decode(*a, **k).shape) or decode(*a, **k)
     )
-    for box, least in ((None, 448), ((100, 100, 400, 300), 4000), ((0, 0, 2000, 1500), 896)):
+    for box, width, height in (
+        (None, 448, 448),
+        ((0, 0, 2000, 1500), 896, 896),
+        ((100, 100, 600, 600), 2987, 2240),
+    ):
         prepare_jpeg(quadrants(4000, 3000), 224, box=box)
-        height, width, _ = seen.pop()
-        assert (height >= least * 3 / 4 if box else height >= least) and width >= least
-        assert width < 4000 or least == 4000
+        shape = seen.pop()
+        assert shape[1] >= width and shape[0] >= height
+        assert shape[1] < 1.5 * width, "decoded larger than needed"
+        assert not seen
 
 
 # --- brightness and colour by themselves

