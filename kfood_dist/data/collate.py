@@ -44,7 +44,7 @@ class Batch:
     attention_mask: torch.Tensor  # (B, L) int64
     mm_token_type_ids: torch.Tensor  # (B, L) int64, 1 at image tokens: mRoPE needs it
     labels: torch.Tensor  # (B, L) int64, IGNORED outside answers
-    patches: torch.Tensor  # (total patches, 3·p·p) uint8; of a model's own processor (…, 3·T·p·p) float32
+    patches: torch.Tensor  # (total patches, p·p·3) uint8; of a model's own processor (…, 3·T·p·p) float32
     image_grid_thw: torch.Tensor  # (B, 3) int64
     ids: tuple[int, ...] = ()  # the samples asked for and in here, themselves or by a substitute
     refused: tuple[LeftOut, ...] = ()

@@ -1,6 +1,6 @@
 """Pictures as the vision tower's patches, in uint8: one reshape on the worker, the arithmetic on the device.
 
-    RGB (H, W, 3) uint8 ──► patchify ──► patches (num_patches, 3·p·p) uint8, grid (1, H/p, W/p)
+    RGB (H, W, 3) uint8 ──► patchify ──► patches (num_patches, p·p·3) uint8, grid (1, H/p, W/p)
                        └──► the model's own image processor, where patches would not equal it ──► float32 pixel values
 
 Normalisation and the repeat in time happen later (`model.loss.normalise_patches`), so a picture crosses to the
@@ -48,15 +48,16 @@ class VisionSpec:
 
 
 def patchify(rgb: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Cut RGB (H, W, 3) uint8 into patches (num_patches, 3·p·p) uint8 and their grid (time, height, width).
+    """Cut RGB (H, W, 3) uint8 into patches (num_patches, p·p·3) uint8 and their grid (time, height, width).
 
-    Patches that merge into one token lie together: (H/pm, W/pm, m, m, channel, p, p), the layout of
-    transformers' Qwen2VLImageProcessor less its temporal axis.
+    Patches that merge into one token lie together: (H/pm, W/pm, m, m, p, p, channel), the order of transformers'
+    Qwen2VLImageProcessor. The channels stay innermost, so that whole rows of a patch are copied, in a quarter of the
+    time; the device puts them in front.
     """
     p, m = spec.patch_size, spec.merge_size
     rows, columns = rgb.shape[0] // p, rgb.shape[1] // p
-    cut = rgb.reshape(rows // m, m, p, columns // m, m, p, 3)
-    patches = cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * p * p)
+    cut = rgb.reshape(rows // m, m, p, columns // m, m, p * 3)
+    patches = cut.transpose(0, 3, 1, 4, 2, 5).reshape(rows * columns, p * p * 3)
     return np.ascontiguousarray(patches), (1, rows, columns)
 
 

@@ -154,7 +154,9 @@ class ShardSplit:
 
     def label(self, i: int) -> DishClass:
         """The class of sample i; raises ShardError as `rows` does."""
-        return self.classes[int(self.rows([i])["label"][0])]
+        shard, row = self._place(i)
+        index = self._indexes.get(shard)  # asked for each sample of a batch that was just read
+        return self.classes[int(self.rows([i])["label"][0] if index is None else index["label"][row])]
 
     def read(self, i: int) -> bytes:
         """The JPEG bytes of sample i; raises ShardError naming shard and key unless they are those packed."""

@@ -21,7 +21,7 @@ from kfood_dist.model.base import VISION_TOWER
 
 
 def normalise_patches(patches: torch.Tensor, vision: VisionSpec) -> torch.Tensor:
-    """uint8 patches (n, 3·p·p) → pixel_values (n, 3·T·p·p) float32, normalised and repeated T times in time.
+    """uint8 patches (n, p·p·3) → pixel_values (n, 3·T·p·p) float32, normalised and repeated T times in time.
 
     Equals transformers' Qwen2VLImageProcessor, which rescales by 1/255, then takes (x - mean) / std per channel.
     Pixel values that a model's own processor made (float32) are returned as they are.
@@ -31,7 +31,7 @@ def normalise_patches(patches: torch.Tensor, vision: VisionSpec) -> torch.Tensor
     p, t = vision.patch_size, vision.temporal_patch_size
     mean = torch.tensor(vision.mean, device=patches.device).view(1, 3, 1, 1)
     std = torch.tensor(vision.std, device=patches.device).view(1, 3, 1, 1)
-    pixels = (patches.view(-1, 3, 1, p * p).float() / 255 - mean) / std
+    pixels = (patches.view(-1, p * p, 3).permute(0, 2, 1).unsqueeze(2).float() / 255 - mean) / std
     return pixels.expand(-1, -1, t, -1).reshape(-1, 3 * t * p * p)
 
 

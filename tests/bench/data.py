@@ -10,6 +10,7 @@ the table has medians and the ratios of one run. Contenders that are not install
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -43,10 +44,7 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import torch
 
-    from kfood_dist.runtime import keep_freed_memory
-
     torch.set_num_threads(1)
-    keep_freed_memory()  # as in a loader process; here it serves every contender
     with tempfile.TemporaryDirectory() as folder:
         contenders, absent = loaders(args.shards, args.model, Path(folder))
         loading = compare(contenders, args.rounds, args.seconds)
@@ -63,18 +61,33 @@ def main() -> None:
 
 
 def compare(contenders: dict[str, Contender], rounds: int, seconds: float) -> dict[str, float]:
-    """Pictures per second of each contender: the median of its rounds, taken in turn."""
+    """Pictures per second of each contender: the median of its rounds, taken in turn, each in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    pipes = {name: context.Pipe() for name in contenders}
+    for name, make in contenders.items():
+        context.Process(target=answer_rounds, args=(pipes[name][1], make, seconds), daemon=True).start()
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    running = {name: endless(make) for name, make in contenders.items()}
-    for name in contenders:
-        next(running[name])  # open files and fill caches
+    for pipe, _ in pipes.values():
+        pipe.recv()  # files are open and caches are filled
     for _ in range(rounds):
-        for name, batches in running.items():
-            began, pictures = time.perf_counter(), 0
-            while (spent := time.perf_counter() - began) < seconds:
-                pictures += next(batches)
-            rates[name].append(pictures / spent)
+        for name, (pipe, _) in pipes.items():
+            pipe.send("go")
+            rates[name].append(pipe.recv())
+    for pipe, _ in pipes.values():
+        pipe.send(None)
     return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def answer_rounds(pipe: Any, make: Contender, seconds: float) -> None:
+    """Take one round for each word that comes through the pipe, and send back pictures per second."""
+    batches = endless(make)
+    next(batches)
+    pipe.send("ready")
+    while pipe.recv():
+        began, pictures = time.perf_counter(), 0
+        while (spent := time.perf_counter() - began) < seconds:
+            pictures += next(batches)
+        pipe.send(pictures / spent)
 
 
 def endless(make: Contender) -> Iterator[int]:
@@ -97,6 +110,7 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
     from kfood_dist.data.stream import stream
     from kfood_dist.data.template import Template
     from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+    from kfood_dist.runtime import keep_freed_memory
 
     split = open_split(shards, "train")
     size = split.manifest.image_size
@@ -114,6 +128,7 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
 
     def bare(decode: Callable[[bytes], Any]) -> Contender:
         def run() -> Iterator[int]:
+            keep_freed_memory()  # the bare limit has what the loader has
             for start in range(0, len(jpegs) - BATCH, BATCH):
                 for jpeg in jpegs[start : start + BATCH]:
                     decode(jpeg)

@@ -39,7 +39,9 @@ def kill_after_step(process, run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "zero_stage"), [(2, 2), (2, 0), (1, 0)], ids=["zero2, 2 ranks", "ddp, 2 ranks", "plain, 1 process"]
+    ("processes", "zero_stage"),
+    [(2, 2), (2, 0), (1, 0)],
+    ids=["zero2, 2 ranks", "ddp, 2 ranks", "plain, 1 process"],
 )
 def test_killed_and_resumed_equals_uninterrupted(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int, zero_stage: int
