@@ -121,15 +121,16 @@ class StreamingCollator(Dataset[Batch]):
             samples = [self._filler(micro_batch.filler)]
         return self._pad(samples, ids=tuple(used), refused=tuple(refused), replaced=tuple(replaced))
 
-    def _pictures(self, ids: Sequence[int]) -> list[np.ndarray | ShardError]:
-        """RGB (H, W, 3) uint8 of each sample, or what is wrong with it; raises it instead under `stop`."""
-        pictures: list[np.ndarray | ShardError] = []
+    def _pictures(self, ids: Sequence[int]) -> Iterator[np.ndarray | ShardError]:
+        """RGB (H, W, 3) uint8 of each sample, or what is wrong with it; raises it instead under `stop`.
+
+        One at a time, so that a picture is cut into patches while it lies in the processor's cache.
+        """
         for i, data in zip(ids, self.shards.read_many(ids), strict=True):
             picture = data if isinstance(data, ShardError) else self._decode(i, data)
             if isinstance(picture, ShardError) and self.unreadable == "stop":
                 raise picture
-            pictures.append(picture)
-        return pictures
+            yield picture
 
     def _decode(self, i: int, jpeg: bytes) -> np.ndarray | ShardError:
         try:

@@ -21,6 +21,7 @@ import numpy as np
 from kfood_dist.data.images import ImageRejected, prepare_jpeg, upright_size, usable_box
 from kfood_dist.data.packing.sources import Record, read_picture
 from kfood_dist.errors import SourceError
+from kfood_dist.runtime import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -137,6 +138,7 @@ def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> I
 def _start_worker() -> None:
     # Ctrl-C reaches the whole terminal; the parent alone decides, and its workers end with it, killed or not.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
