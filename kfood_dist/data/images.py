@@ -12,12 +12,15 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+from kfood_dist.data.resample import resample
 
 RESIZE_POLICIES = ("squash", "letterbox", "crop")
 
@@ -171,35 +174,40 @@ class _View:
 
 
 def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality: int) -> bytes | None:
-    """A large ordinary JPEG squashed to size×size without ever being made RGB; None if it is another kind of picture.
+    """An ordinary JPEG squashed to size×size without ever being made RGB; None if it is another kind of picture.
 
     Resampling is most of the work, and colour is stored at half the resolution: so brightness is resized by itself,
-    colour from a decoding of half the size straight to the half-size planes of the result. The Hamming filter takes a
-    third of Lanczos' time and loses 1.5 dB against it, in a file whose quality of 90 keeps 38.5 dB of it anyway:
-    tests/bench/README.md has speeds and PSNR.
+    and colour straight to the half-size planes of the result. tests/bench/README.md has what that gains, and how near
+    the result is to the exactly resized picture.
     """
-    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or size % 2 or min(view.size) < 2 * size:
+    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or size % 2:
         return None
     try:
-        width, height = view.scale_for((size, size))
-        grey = simplejpeg.decode_jpeg(data, "GRAY", min_width=width, min_height=height, strict=True)[:, :, 0]
-        half_width, half_height = view.scale_for((size // 2, size // 2))
-        image.draft("YCbCr", (half_width, half_height))
-        _, blue, red = image.split()
+        planes = _decode_planes(data, image, view, size)
     except Exception:
         # Damaged, or stored in another way: a fresh start by the other path decides which.
         return None
-    planes = [
-        _upright(plane, view.orientation).resize(
-            (side, side), Image.Resampling.HAMMING, view.within(_upright_size_of(plane, view))
-        )
-        for plane, side in ((Image.fromarray(grey), size), (blue, size // 2), (red, size // 2))
-    ]
-    return simplejpeg.encode_jpeg_yuv_planes(*(np.asarray(plane) for plane in planes), quality)
+    resized = []
+    for plane, side in zip(planes, (size, size // 2, size // 2), strict=True):
+        upright = _upright(plane, view.orientation)
+        resized.append(resample(np.asarray(upright), side, view.within(upright.size)))
+    return simplejpeg.encode_jpeg_yuv_planes(*resized, quality)
 
 
-def _upright_size_of(plane: Image.Image, view: _View) -> tuple[int, int]:
-    return plane.size[::-1] if view.orientation in _TURNED else plane.size
+def _decode_planes(data: bytes, image: Image.Image, view: _View, size: int) -> Sequence[Image.Image]:
+    """Brightness, blueness and redness, each at twice the size it is wanted at or more; raises anything.
+
+    Brightness alone decodes fast, and colour from half the size: two decodings cost less than one of everything. Of a
+    progressive file they do not: there finding the coefficients, which both must do, is most of the work.
+    """
+    if image.info.get("progressive"):
+        image.draft("YCbCr", view.scale_for((size, size)))
+        return image.split()
+    width, height = view.scale_for((size, size))
+    grey = simplejpeg.decode_jpeg(data, "GRAY", min_width=width, min_height=height, strict=True)[:, :, 0]
+    image.draft("YCbCr", view.scale_for((size // 2, size // 2)))
+    _, blue, red = image.split()
+    return Image.fromarray(grey), blue, red
 
 
 def _open(data: bytes) -> Image.Image:

@@ -1,0 +1,62 @@
+"""Resizing one plane of a picture by the Lanczos filter: the same weights as Pillow's, as products of matrices.
+
+    plane (h, w) uint8 ──► columns by a banded (side, h) matrix ──► rows by a banded (side, w) one ──► (side, side)
+
+Pillow resizes a plane value by value; BLAS does it three times as fast. The weights are whole multiples of 2⁻¹⁴, so
+every sum is exact in float32, whatever the order of adding: the result is the same on every processor and BLAS.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+_SUPPORT = 3.0  # Lanczos with three lobes
+_UNIT = 1 << 14
+# Few rows share a matrix, or it would be mostly zeros; few columns are taken at once, so that everything stays in the
+# processor's cache and BLAS starts no threads: packing has a process for each core already.
+_ROWS, _ROWS_OF_STEEP = 16, 4
+_STEEP = 4.0
+_COLUMNS = 640
+
+Band = tuple[slice, slice, np.ndarray]
+
+
+def resample(plane: np.ndarray, side: int, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """Resize (h, w) uint8 to (side, side) uint8, or the part of it in `box`: left, top, right, bottom in its pixels."""
+    height, width = plane.shape
+    left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
+    upright = _resize_columns(plane, side, _bands(height, side, top, bottom))
+    return np.ascontiguousarray(_resize_columns(upright.T, side, _bands(width, side, left, right)).T)
+
+
+def _resize_columns(plane: np.ndarray, side: int, bands: tuple[Band, ...]) -> np.ndarray:
+    """(h, w) uint8 to (side, w) uint8."""
+    out = np.empty((side, plane.shape[1]), dtype=np.uint8)
+    for start in range(0, plane.shape[1], _COLUMNS):
+        strip, into = plane[:, start : start + _COLUMNS], out[:, start : start + _COLUMNS]
+        for rows, used, weights in bands:
+            # The weights of a row add up to 1: half a level added before is there afterwards, and rounds.
+            values = weights @ np.add(strip[used], np.float32(0.5), dtype=np.float32)
+            into[rows] = np.clip(values, 0, 255, out=values)
+    return out
+
+
+@lru_cache(maxsize=64)
+def _bands(size: int, side: int, start: float, stop: float) -> tuple[Band, ...]:
+    """The matrix (side, size) of resizing start … stop to `side` pixels, as (its rows, columns used, weights) bands."""
+    scale = (stop - start) / side
+    width = max(scale, 1.0)
+    centres = start + (np.arange(side) + 0.5) * scale
+    rows = _ROWS if scale <= _STEEP else _ROWS_OF_STEEP
+    bands = []
+    for first in range(0, side, rows):
+        centre = centres[first : first + rows, None]
+        begin = max(0, math.floor(centre[0, 0] - _SUPPORT * width), math.floor(start))
+        end = min(size, math.ceil(centre[-1, 0] + _SUPPORT * width), math.ceil(stop))
+        distance = (np.arange(begin, end) + 0.5 - centre) / width
+        weights = np.where(np.abs(distance) < _SUPPORT, np.sinc(distance) * np.sinc(distance / _SUPPORT), 0.0)
+        whole = np.rint(weights / weights.sum(1, keepdims=True) * _UNIT)
+        whole[np.arange(len(whole)), whole.argmax(1)] += _UNIT - whole.sum(1)
+        bands.append((slice(first, first + len(whole)), slice(begin, end), (whole / _UNIT).astype(np.float32)))
+    return tuple(bands)
