@@ -30,7 +30,9 @@ class Section(BaseModel):
 
 class MixedIn(Section):
     shards: str = Field(min_length=1, description="folder or URL of a further packed data set")
-    weight: float = Field(1.0, gt=0, description="how often its pictures are drawn for each time one of data.shards is")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often its pictures are drawn for each time one of data.shards is"
+    )
 
 
 class Data(Section):
@@ -93,7 +95,7 @@ class Optim(Section):
 
 
 class Train(Section):
-    micro_batch_size: Count = Field(4, description="samples per rank and micro-step")
+    micro_batch_size: Count = Field(4, le=2**16, description="samples per rank and micro-step")
     gradient_accumulation_steps: Count = Field(8, description="micro-steps per optimiser step")
     global_batch_size: Count | None = Field(
         None,

@@ -8,6 +8,11 @@ from kfood_dist.data.mix import build_data_order, open_mixture
 from kfood_dist.data.plan import EMPTY, Plan
 from kfood_dist.errors import RecipeError
 
+# The order is drawn from 64-bit words; a recipe holds no larger seed.
+_END_OF_NUMBERS = 2**32
+# What a micro-step of all ranks may hold: as an array, 128 MiB.
+_MAX_SLOTS = 2**24
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", help="folder or URL that `kfood pack` wrote")
@@ -35,6 +40,11 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             "--ranks, --micro-batch and --accumulation must be at least 1, "
             "--seed, --epoch, --start and --steps at least 0",
+            "mend the arguments",
+        )
+    if max(args.seed, args.epoch) >= _END_OF_NUMBERS or args.ranks * args.micro_batch > _MAX_SLOTS:
+        raise RecipeError(
+            f"--seed and --epoch must be below {_END_OF_NUMBERS:,}, and --ranks × --micro-batch at most {_MAX_SLOTS:,}",
             "mend the arguments",
         )
     recipe = {"shards": args.shards, "shuffle_window": args.window, "class_balance": args.class_balance}

@@ -158,6 +158,11 @@ def test_order_mixes_and_balances_as_a_recipe_does(
     [
         (["--ranks", "0"], "must be at least 1"),
         (["--steps", "-1"], "at least 0"),
+        (["--seed", str(2**32)], "must be below 4,294,967,296"),
+        (["--epoch", str(10**21)], "must be below 4,294,967,296"),
+        (["--ranks", str(10**12)], "at most 16,777,216"),
+        (["--micro-batch", str(10**12)], "at most 16,777,216"),
+        (["--mix", "more=1e18"], "mix.0.weight: input should be less than or equal to 1000"),
         (["--class-balance", "2"], "class_balance: input should be less than or equal to 1"),
         (["--window", "0"], "shuffle_window: input should be greater than or equal to 1"),
         (["--mix", "more"], "--mix more has no weight → write it as --mix DIR=WEIGHT"),
