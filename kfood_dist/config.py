@@ -95,7 +95,7 @@ class Optim(Section):
 
 
 class Train(Section):
-    micro_batch_size: Count = Field(4, description="samples per rank and micro-step")
+    micro_batch_size: Count = Field(4, le=2**16, description="samples per rank and micro-step")
     gradient_accumulation_steps: Count = Field(8, description="micro-steps per optimiser step")
     global_batch_size: Count | None = Field(
         None,

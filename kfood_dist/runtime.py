@@ -98,7 +98,10 @@ def require_folder_possible(folder: Path | None, option: str) -> None:
     """Raise KfoodError, without making it, if an output folder could not be made or written to."""
     if folder is None:
         return
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise KfoodError(f"{option} {folder} cannot be used ({error.strerror})", "name another folder") from None
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         fault = "is not a folder" if not nearest.is_dir() else "may not be written to"
         raise KfoodError(f"{option} {folder}: {nearest} {fault}", "name another folder")

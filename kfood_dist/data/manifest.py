@@ -122,7 +122,12 @@ def _is_sealed(data: bytes) -> bool:
 
 
 def _read(storage: Storage) -> bytes:
-    if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
+    try:
+        is_missing = isinstance(storage, LocalStorage) and not storage.folder.is_dir()
+    except OSError as error:
+        what = f"shard folder {storage.where} cannot be read ({error.strerror})"
+        raise ShardError(what, "check its permissions") from None
+    if is_missing:
         raise MissingFileError(
             f"shard folder {storage.where} does not exist", "name the OUT of a `kfood pack SOURCE OUT`"
         )

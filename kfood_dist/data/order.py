@@ -11,6 +11,9 @@ from kfood_dist.data.mix import Mixture, build_data_order, open_mixture
 from kfood_dist.data.plan import EMPTY, Plan
 from kfood_dist.errors import RecipeError
 
+# What a micro-step of all ranks may hold: as an array, 128 MiB.
+_MAX_SLOTS = 2**24
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", help="folder or URL that `kfood pack` wrote")
@@ -70,6 +73,8 @@ def _require_numbers(args: argparse.Namespace) -> None:
             "--ranks, --micro-batch and --accumulation must be at least 1, --epoch, --start and --steps at least 0",
             "mend the arguments",
         )
+    if args.ranks * args.micro_batch > _MAX_SLOTS:
+        raise RecipeError(f"--ranks × --micro-batch may be at most {_MAX_SLOTS:,}", "mend the arguments")
     if not 0 <= args.seed < 2**32 or args.epoch >= 2**32:
         raise RecipeError("--seed must be 0 … 4,294,967,295, as train.seed, and --epoch as well", "mend the arguments")
 

@@ -9,6 +9,7 @@ Every fault is named; one hides another only where there is nothing left to look
 
 import argparse
 import json
+import os
 import tarfile
 import zlib
 from collections import Counter
@@ -70,7 +71,7 @@ def verify(folder: Path, show_progress: bool = True) -> list[Fault]:
     try:
         manifest = load_manifest(folder)
     except ShardError as error:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise
         return [Fault(MANIFEST_NAME, error.what)]
     # Threads suffice: hashing, checksums and decoding release the interpreter.

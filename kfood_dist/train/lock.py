@@ -5,6 +5,7 @@ A POSIX record lock, because it ends with the process however that ends, and loa
 
 import errno
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,6 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 def require_free(run_dir: Path) -> None:
     """Raise LaunchError if another process trains in `run_dir`; take nothing."""
-    if (run_dir / _NAME).exists():
+    if os.path.exists(run_dir / _NAME):
         with hold(run_dir):
             pass

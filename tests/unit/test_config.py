@@ -41,6 +41,11 @@ def test_all_faults_are_reported_together_with_their_fix(tmp_path: Path) -> None
         assert part in text
 
 
+def test_a_micro_batch_that_no_machine_holds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train.micro_batch_size: input should be less than or equal to 65536"):
+        load_recipe(write(tmp_path, MINIMAL), ["train.micro_batch_size=1000000000000"])
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

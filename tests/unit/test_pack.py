@@ -200,6 +200,17 @@ def test_nothing_left_is_an_error_whatever_may_be_rejected(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_list_of_refused_inputs_is_kept_where_out_has_no_folder_yet(tmp_path):
+    listed = tmp_path / "list.csv"
+    listed.write_text("image_path,label\nnowhere.jpg,약과\n", encoding="utf-8")
+    with pytest.raises(SourceError, match=r"1 of 1 inputs .*: missing 1 → "):
+        pack(listed, tmp_path / "new" / "out", SMALL)
+    assert rejected(tmp_path / "new" / "out.rejected.csv") == {"nowhere.jpg": "missing"}
+    for out in (tmp_path / "list.csv" / "out", tmp_path / ("x" * 300)):
+        with pytest.raises(KfoodError, match=r"cannot write .* → check the folder's permissions"):
+            pack(listed, out, SMALL)
+
+
 def test_a_list_whose_pictures_lie_elsewhere_points_to_the_image_root(tmp_path, source):
     rows = [f"{p.relative_to(source)},{p.parent.name}" for p in sorted(source.rglob("*.jpg"))]
     listed = tmp_path / "list.csv"

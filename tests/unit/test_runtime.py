@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 from running import environment
 
-from kfood_dist.errors import LaunchError
-from kfood_dist.runtime import World
+from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.runtime import World, require_folder_possible
+from kfood_dist.train.lock import require_free
 
 
 def test_a_process_started_alone_is_rank_0_of_1() -> None:
@@ -65,3 +67,15 @@ def test_a_rank_ends_with_its_launcher_and_a_process_of_a_shell_does_not(variabl
 def test_impossible_ranks_are_refused(variables: dict[str, str]) -> None:
     with pytest.raises(LaunchError, match=r"launch/train\.sh"):
         World.from_environment(variables)
+
+
+def test_an_output_folder_that_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    require_folder_possible(tmp_path / "a" / "b", "--out")
+    for folder, fault in ((tmp_path / "file" / "a", "is not a folder"), (tmp_path / ("x" * 300), "name too long")):
+        with pytest.raises(KfoodError, match=f"--out .*(?i:{fault}).* → name another folder"):
+            require_folder_possible(folder, "--out")
+
+
+def test_a_run_folder_that_cannot_be_is_not_in_use(tmp_path: Path) -> None:
+    require_free(tmp_path / ("x" * 300))

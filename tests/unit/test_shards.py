@@ -254,6 +254,8 @@ def test_reading_shards_and_packing_need_no_torch():
 def test_a_folder_that_was_not_packed_is_refused(tmp_path, packed):
     with pytest.raises(ShardError, match="none does not exist"):
         load_manifest(tmp_path / "none")
+    with pytest.raises(ShardError, match=r"cannot be read \(File name too long\) → "):
+        load_manifest(tmp_path / ("x" * 300))
     with pytest.raises(ShardError, match=r"has no manifest\.json → pack it with `kfood pack SOURCE OUT`"):
         load_manifest(tmp_path)
     with pytest.raises(ShardError, match=r"does not exist"):

@@ -272,6 +272,8 @@ def test_a_path_from_the_top_is_named_under_the_root_where_it_lies_there(tmp_pat
 def test_what_is_no_source_is_refused_at_once(tmp_path):
     with pytest.raises(SourceError, match="does not exist"):
         scan(tmp_path / "none")
+    with pytest.raises(SourceError, match=r"cannot be read \(File name too long\) → "):
+        scan(tmp_path / ("x" * 300))
     (tmp_path / "empty" / "구이").mkdir(parents=True)
     with pytest.raises(SourceError, match="holds no pictures"):
         scan(tmp_path / "empty")

@@ -97,6 +97,7 @@ def test_a_folder_without_a_manifest_is_a_fault_and_no_folder_an_error(folder, t
     with pytest.raises(ShardError, match="does not exist"):
         verify(tmp_path / "none")
     assert main(["verify", str(tmp_path / "none")]) == 2
+    assert main(["verify", str(tmp_path / ("x" * 300))]) == 2
 
 
 def cuts(path):

@@ -42,7 +42,7 @@ from kfood_dist.data.packing.options import PackOptions, fingerprint
 from kfood_dist.data.packing.place import classes_of, leaked_at_random, part_ambiguous, place
 from kfood_dist.data.packing.prepare import Prepared, Refusal, in_processes
 from kfood_dist.data.packing.sources import Record, scan_source
-from kfood_dist.data.packing.workspace import merging, publish, require_space, work_folder
+from kfood_dist.data.packing.workspace import merging, publish, require_space, work_folder, writing
 from kfood_dist.data.packing.write import ShardWriter
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.storage import open_storage
@@ -83,10 +83,11 @@ def pack(source: Path, out: Path, options: PackOptions) -> Packed:
     """
     options.check()
     job = _settle(source, Path(os.path.realpath(out)), options)
-    if (existing := _existing(job)) is not None:
-        return Packed(existing, reused=True)
     refused = [Refusal(r.source, r.label, r.problem, r.detail) for r in job.records if r.problem is not None]
-    _require_enough(job, refused)
+    with writing(job.out):
+        if (existing := _existing(job)) is not None:
+            return Packed(existing, reused=True)
+        _require_enough(job, refused)
     settings = options.picture_settings()
     chunks = cut([record for record in job.records if record.problem is None], settings)
     with work_folder(job.out, options.part, options.parts) as work:
@@ -231,6 +232,7 @@ def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
         return
     reasons = _by_reason(refused)
     kept = _kept_list(job.out)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_bytes(_rejected_csv(refused))
     hint = " name the folder where the paths start with --image-root;" if next(iter(reasons)) == "missing" else ""
     above = "" if len(refused) == num_inputs else f", more than --max-rejected {limit}"

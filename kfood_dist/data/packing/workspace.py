@@ -23,13 +23,22 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn what the system says of `out` and the folder it lies in into a KfoodError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise _writing_failed(out, error) from error
+
+
+@contextmanager
 def work_folder(out: Path, part: int, parts: int) -> Iterator[Path]:
     """The work folder of `out`, held for one part of `parts`; it stays unless `publish` or nothing was made yet.
 
     Raises SourceError while another process packs this part, KfoodError where the disk is full or not writable.
     """
     work = out.parent / f".{out.name}.partial"
-    try:
+    with writing(out):
         (work / "chunks").mkdir(parents=True, exist_ok=True)
         with _locked(work / f"part-{part}-of-{parts}.lock") as mine:
             if not mine:
@@ -40,8 +49,6 @@ def work_folder(out: Path, part: int, parts: int) -> Iterator[Path]:
             finally:
                 if work.is_dir() and not any((work / "chunks").glob("*.chunk")) and parts == 1:
                     shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise _writing_failed(out, error) from error
 
 
 @contextmanager

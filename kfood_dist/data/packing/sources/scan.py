@@ -69,7 +69,11 @@ def _order(record: Record) -> tuple[str, str]:
 
 
 def _kind(source: Path) -> str:
-    if not source.exists():
+    try:
+        exists = source.exists()
+    except OSError as error:
+        raise SourceError(f"source {source} cannot be read ({error.strerror})", "check its permissions") from None
+    if not exists:
         raise SourceError(f"source {source} does not exist", "name a folder of pictures, a .zip or a .csv")
     kind = "folder" if source.is_dir() else source.suffix.lower().removeprefix(".")
     if kind not in _LISTING:

@@ -24,7 +24,7 @@ def list_table(path: Path, image_root: Path) -> Iterator[Record]:
 
     Raises SourceError when the file or its columns cannot be read, or `image_root` is no folder.
     """
-    if not image_root.is_dir():
+    if not os.path.isdir(image_root):
         raise SourceError(f"image root {image_root} is not a folder", "name the folder with --image-root DIR")
     lines = io.StringIO(_read_text(path), newline=None)
     header = [name.strip() for name in _split_row(next(lines, "")) or []]
