@@ -111,7 +111,11 @@ class RemoteStorage(Storage):
         """The file system of this process: the loop thread and the connections of another do not survive a fork."""
         key = os.getpid(), self._protocol
         if key not in _FILESYSTEMS:
-            _FILESYSTEMS[key] = fsspec.filesystem(self._protocol, skip_instance_cache=True)
+            try:
+                _FILESYSTEMS[key] = fsspec.filesystem(self._protocol, skip_instance_cache=True)
+            except (TypeError, ValueError, OSError) as error:  # such as ftp, whose file system needs its host
+                what = f"{self.where} cannot be opened: {self._protocol}:// wants more than an address ({error})"
+                raise ShardError(what, "use a path, or http, https or s3") from None
         return _FILESYSTEMS[key]
 
     async def _read(self, name: str, offset: int, size: int | None) -> bytes | ShardError:

@@ -112,6 +112,8 @@ def test_a_disk_that_is_slow_is_read_by_several_threads_together(packed, monkeyp
 def test_what_is_not_there_or_not_installed_is_said_with_the_remedy(monkeypatch):
     with pytest.raises(ShardError, match="gopher:// is no protocol that fsspec knows → use a path"):
         open_storage("gopher://host/x")
+    with pytest.raises(ShardError, match=r"ftp://host/x cannot be opened: .*'host'.* → use a path, or http"):
+        open_storage("ftp://host/x").read("manifest.json")
     code = """
 import sys
 sys.modules["s3fs"] = None
