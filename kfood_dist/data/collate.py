@@ -78,6 +78,36 @@ class _Sample(NamedTuple):
     grid: tuple[int, int, int]
 
 
+class _Block:
+    """The patches of a micro-batch, one picture after the other: each is written where it will stay.
+
+    Pictures of a packed set are of one size; should one differ, all are joined at the end instead.
+    """
+
+    def __init__(self, num_pictures: int):
+        self._num_pictures = num_pictures
+        self._rows: np.ndarray | None = None  # (pictures, patches, bytes of a patch), made when the first is known
+        self._parts: list[np.ndarray] = []
+
+    def next_row(self) -> np.ndarray | None:
+        """Where the next picture's patches may be written."""
+        return None if self._rows is None else self._rows[len(self._parts)]
+
+    def keep(self, patches: np.ndarray) -> None:
+        """Count a picture's patches in, whether or not they were written to `next_row`."""
+        if self._rows is None and self._num_pictures > 1:
+            self._rows = np.empty((self._num_pictures, *patches.shape), patches.dtype)
+            self._rows[0] = patches
+            patches = self._rows[0]
+        self._parts.append(patches)
+
+    def joined(self) -> np.ndarray:
+        """All patches, (total patches, bytes of a patch)."""
+        if self._rows is not None and all(part.base is self._rows for part in self._parts):
+            return self._rows[: len(self._parts)].reshape(-1, self._rows.shape[2])
+        return np.concatenate(self._parts)
+
+
 class StreamingCollator(Dataset[Batch]):
     """Turns a MicroBatch into a Batch; a map-style dataset whose index is the micro-batch itself.
 
@@ -104,6 +134,7 @@ class StreamingCollator(Dataset[Batch]):
         refused: list[LeftOut] = []
         replaced: list[LeftOut] = []
         samples: list[_Sample] = []
+        block = _Block(len(micro_batch.ids))
         for i, picture in zip(micro_batch.ids, self._pictures(micro_batch.ids), strict=True):
             shown = i
             if isinstance(picture, ShardError) and self.unreadable == "replace":
@@ -113,13 +144,15 @@ class StreamingCollator(Dataset[Batch]):
                 refused.append(LeftOut(self.shards.key(i), picture.what))
                 continue
             try:
-                samples.append(self._sample(shown, picture, answered=not self.for_generation))
+                samples.append(self._sample(shown, picture, answered=not self.for_generation, out=block.next_row()))
+                block.keep(samples[-1].patches)
                 used.append(i)
             except SampleTooLong:
                 refused.append(LeftOut(self.shards.key(i), "answer and image alone exceed data.max_length"))
         if not samples:
             samples = [self._filler(micro_batch.filler)]
-        return self._pad(samples, ids=tuple(used), refused=tuple(refused), replaced=tuple(replaced))
+            block.keep(samples[0].patches)
+        return self._pad(samples, block.joined(), ids=tuple(used), refused=tuple(refused), replaced=tuple(replaced))
 
     def _pictures(self, ids: Sequence[int]) -> Iterator[np.ndarray | ShardError]:
         """RGB (H, W, 3) uint8 of each sample, or what is wrong with it; raises it instead under `stop`.
@@ -154,11 +187,11 @@ class StreamingCollator(Dataset[Batch]):
             picture = np.zeros((size, size, 3), dtype=np.uint8)
         return self._sample(i, picture, answered=False)
 
-    def _sample(self, i: int, rgb: np.ndarray, answered: bool) -> _Sample:
-        patches, grid = encode_picture(rgb, self.template.vision)
+    def _sample(self, i: int, rgb: np.ndarray, answered: bool, out: np.ndarray | None = None) -> _Sample:
+        patches, grid = encode_picture(rgb, self.template.vision, out)
         return _Sample(self.template.encode(grid, self.shards.label(i).name if answered else None), patches, grid)
 
-    def _pad(self, samples: list[_Sample], **left_out: Any) -> Batch:
+    def _pad(self, samples: list[_Sample], patches: np.ndarray, **left_out: Any) -> Batch:
         encoded = [sample.encoded for sample in samples]
         length = max(map(len, encoded))
 
@@ -173,7 +206,7 @@ class StreamingCollator(Dataset[Batch]):
             attention_mask=padded((np.ones(len(e)) for e in encoded), 0),
             mm_token_type_ids=padded((e.is_image for e in encoded), 0),
             labels=padded((e.labels for e in encoded), IGNORED),
-            patches=torch.from_numpy(np.concatenate([sample.patches for sample in samples])),
+            patches=torch.from_numpy(patches),
             image_grid_thw=torch.tensor([sample.grid for sample in samples]),
             **left_out,
         )

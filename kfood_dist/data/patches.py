@@ -47,24 +47,32 @@ class VisionSpec:
             )
 
 
-def patchify(rgb: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+def patchify(
+    rgb: np.ndarray, spec: VisionSpec, out: np.ndarray | None = None
+) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Cut RGB (H, W, 3) uint8 into patches (num_patches, p·p·3) uint8 and their grid (time, height, width).
 
     Patches that merge into one token lie together: (H/pm, W/pm, m, m, p, p, channel), the order of transformers'
-    Qwen2VLImageProcessor. The channels stay innermost, so that whole rows of a patch are copied, in a quarter of the
-    time; the device puts them in front.
+    Qwen2VLImageProcessor. The channels stay innermost, so that whole rows of a patch are copied, in a sixth of the
+    time; the device puts them in front. The patches are written to `out` if it is given and of their shape.
     """
     p, m = spec.patch_size, spec.merge_size
     rows, columns = rgb.shape[0] // p, rgb.shape[1] // p
-    cut = rgb.reshape(rows // m, m, p, columns // m, m, p * 3)
-    patches = cut.transpose(0, 3, 1, 4, 2, 5).reshape(rows * columns, p * p * 3)
-    return np.ascontiguousarray(patches), (1, rows, columns)
+    shape = (rows * columns, p * p * 3)
+    patches = out if out is not None and out.shape == shape else np.empty(shape, dtype=np.uint8)
+    line = np.dtype((np.void, p * 3))  # a row of a patch: moved as one piece
+    lines = np.ascontiguousarray(rgb).reshape(-1).view(line).reshape(rows // m, m, p, columns // m, m)
+    into = patches.reshape(-1).view(line).reshape(rows // m, columns // m, m, m, p)
+    into[...] = lines.transpose(0, 3, 1, 4, 2)
+    return patches, (1, rows, columns)
 
 
-def encode_picture(rgb: np.ndarray, spec: VisionSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+def encode_picture(
+    rgb: np.ndarray, spec: VisionSpec, out: np.ndarray | None = None
+) -> tuple[np.ndarray, tuple[int, int, int]]:
     """RGB (H, W, 3) uint8 as `patchify` gives it; or, of a model's own processor, pixel values (n, 3·T·p·p) float32."""
     if spec.own_processor is None:
-        return patchify(rgb, spec)
+        return patchify(rgb, spec, out)
     # The channels' place is said, since a processor would have to guess it of a very small picture.
     made = spec.own_processor(images=[rgb], return_tensors="np", input_data_format="channels_last")
     time, rows, columns = (int(n) for n in made["image_grid_thw"][0])
