@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from kfood_dist.cli import main
 from kfood_dist.config import Data, Lora
@@ -18,6 +19,10 @@ from kfood_dist.model.load import load_base
 from kfood_dist.model.loss import AnswerLoss
 from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
+
+# A busy machine is no fault of an example; pytest's own time limit ends what hangs.
+settings.register_profile("kfood", deadline=None)
+settings.load_profile("kfood")
 
 NUM_DISHES = 4
 PER_DISH = 12
