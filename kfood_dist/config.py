@@ -96,7 +96,7 @@ class Optim(Section):
 
 class Train(Section):
     micro_batch_size: Count = Field(4, le=2**16, description="samples per rank and micro-step")
-    gradient_accumulation_steps: Count = Field(8, description="micro-steps per optimiser step")
+    gradient_accumulation_steps: Count = Field(8, le=2**16, description="micro-steps per optimiser step")
     global_batch_size: Count | None = Field(
         None,
         description="samples per optimiser step; if given, accumulation follows from it and the rank count",

@@ -44,7 +44,14 @@ class Fault:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `kfood verify`."""
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="a folder that `kfood pack` wrote")
+    parser.add_argument("shards", type=local_folder, metavar="SHARDS", help="a folder that `kfood pack` wrote")
+
+
+def local_folder(text: str) -> Path:
+    """The folder of that name; a URL is refused, since every byte is read several times."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: give a folder; copy the shards here, or run it where they lie")
+    return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:

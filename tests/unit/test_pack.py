@@ -672,6 +672,7 @@ def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
         (["--workers", "0"], "--workers 0"),
         (["--max-rejected", "1.5"], "--max-rejected 1.5"),
         (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(2**63)], "below 2^63"),
         (["--per-class", "0"], "--per-class 0"),
         (["--subset", "2"], "--subset 2 without --per-class"),
         (["--per-class", "3", "--subset", "0"], "--subset 0"),
@@ -687,6 +688,13 @@ def test_options_that_cannot_be_meant_are_refused_before_any_work(source, tmp_pa
     assert main(["pack", str(source), str(tmp_path / "out"), *words]) == 2
     assert fault in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_is_a_link_to_itself_is_refused_before_any_work(source, tmp_path, capsys):
+    (tmp_path / "out").symlink_to("out")
+    assert main(["pack", str(source), str(tmp_path / "out")]) == 2
+    assert "is a link to itself → choose another OUT" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_missing_source_is_one_line_and_leaves_nothing(tmp_path, capsys):

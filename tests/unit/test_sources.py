@@ -10,7 +10,7 @@ from pictures import encoded, picture, write_folder
 
 from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.labels import DishClass
-from kfood_dist.data.packing.sources import read_picture, scan
+from kfood_dist.data.packing.sources import Record, read_picture, scan
 from kfood_dist.errors import SourceError
 
 JPEG = encoded(picture())
@@ -340,3 +340,7 @@ def test_a_huge_file_is_not_read_into_memory(tmp_path):
     (record,) = scan(tmp_path)
     with pytest.raises(ImageRejected, match="too_large"):
         read_picture(record)
+
+
+def test_a_devices_file_is_one_unusable_picture_and_does_not_stop_the_packing():
+    assert read_picture(Record(Path("/proc/self/mem"), "mem")) == b""

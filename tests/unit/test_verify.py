@@ -100,6 +100,12 @@ def test_a_folder_without_a_manifest_is_a_fault_and_no_folder_an_error(folder, t
     assert main(["verify", str(tmp_path / ("x" * 300))]) == 2
 
 
+def test_a_url_is_refused_as_it_was_written(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", "http://host/shards"])
+    assert "http://host/shards: give a folder" in capsys.readouterr().err
+
+
 def cuts(path):
     """Places to cut a tar: in a header, at a sample's and a member's boundary, in a payload, before the end mark."""
     found = list(members(path))

@@ -82,7 +82,10 @@ def pack(source: Path, out: Path, options: PackOptions) -> Packed:
     KfoodError the same call goes on where it stopped.
     """
     options.check()
-    job = _settle(source, Path(os.path.realpath(out)), options)
+    out = Path(os.path.realpath(out))
+    if out.is_symlink():
+        raise SourceError(f"{out} is a link to itself", "choose another OUT")
+    job = _settle(source, out, options)
     refused = [Refusal(r.source, r.label, r.problem, r.detail) for r in job.records if r.problem is not None]
     with writing(job.out):
         if (existing := _existing(job)) is not None:

@@ -51,7 +51,7 @@ class PackOptions:
         _require(self.resize in RESIZE_POLICIES, f"--resize {self.resize}", f"use {', '.join(RESIZE_POLICIES)}")
         _require(1 <= self.quality <= 100, f"--quality {self.quality}", "give a JPEG quality from 1 to 100")
         _require(self.min_side >= 1, f"--min-side {self.min_side}", "give a number of pixels from 1")
-        _require(0 <= self.seed < 2**63, f"--seed {self.seed}", "give a whole number from 0")
+        _require(0 <= self.seed < 2**63, f"--seed {self.seed}", "give a whole number from 0, below 2^63")
         _require(self.shard_size >= 1, f"--shard-size {self.shard_size}", "give a number of samples from 1")
         _require(0 <= self.max_rejected <= 1, f"--max-rejected {self.max_rejected}", "give a share from 0 to 1")
         _require(self.per_class is None or self.per_class >= 1, f"--per-class {self.per_class}", "give a number from 1")

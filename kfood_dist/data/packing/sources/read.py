@@ -44,7 +44,7 @@ def _read_file(record: Record) -> bytes:
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes > MAX_FILE_BYTES:
                 raise ImageRejected("too_large", f"a file of {num_bytes:,} bytes")
-            return file.read()
+            return file.read(num_bytes)  # of a device's file, such as those of /proc, nothing
     except OSError as error:
         if is_fault_of_one_file(error):
             raise ImageRejected("unreadable", f"cannot be read ({error.strerror})") from None
