@@ -33,6 +33,7 @@ from kfood_dist.train import checkpoint
 from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
+from kfood_dist.train.stop import StopRequest
 
 _BAD_LISTED = 50
 
@@ -54,10 +55,12 @@ class Trainer:
     adapter_facts: dict[str, Any]
     checkpoint_facts: dict[str, Any]
     run_facts: dict[str, Any]
+    stop: StopRequest
+    stopping: bool = False  # agreed by all ranks, after the step in which any of them was asked to
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
 
-    def train(self, start: int) -> Path:
-        """Take the steps from `start` to `max_steps`; returns the last checkpoint's adapter folder."""
+    def train(self, start: int) -> int:
+        """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
         recipe = self.recipe.train
         micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
         if self.recipe.data.shuffle_window and self.world.local_rank == 0:
@@ -77,11 +80,16 @@ class Trainer:
                 write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
             done = step + 1
             if self.validation and self.recipe.eval.every_steps and done % self.recipe.eval.every_steps == 0:
-                self.log.evaluation(done, self.validate())
-            if done % recipe.save_every_steps == 0 or done == self.max_steps:
+                if self.stopping:
+                    self.log.say(f"step {done}: not measured, as the run is to stop")
+                else:
+                    self.log.evaluation(done, self.validate())
+            if done % recipe.save_every_steps == 0 or done == self.max_steps or self.stopping:
                 self.save(done)
                 last = done
-        return self.checkpoints / f"step-{last:08d}" / "adapter"
+            if self.stopping:
+                break
+        return last
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""
@@ -98,13 +106,16 @@ class Trainer:
             loss_sum += loss
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
         grad_norm = self.engine.step(learning_rate)
+        here = torch.tensor([peak_memory_gib(), float(self.stop.asked())], device=self.device)
+        peak, asked = self.world.all_max(here).tolist()
+        self.stopping = bool(asked)
         metrics = {
             "step": step + 1,
             "epoch": self.plan.epoch_of(step),
             "samples": self.plan.samples_before(step + 1),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "peak_memory_gib": float(self.world.all_max(torch.tensor(peak_memory_gib(), device=self.device))),
+            "peak_memory_gib": peak,
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
@@ -158,6 +169,9 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         return self.recipe.run.dir / "checkpoints"
+
+    def checkpoint_of(self, step: int) -> checkpoint.Checkpoint:
+        return checkpoint.Checkpoint(self.checkpoints / f"step-{step:08d}", step)
 
     def shut_down(self) -> None:
         """Leave the process group; without it NCCL and gloo complain at exit."""
