@@ -12,7 +12,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
 command -v sbatch >/dev/null || exec bash launch/train.sh "$@"
 
 source launch/python.sh
-[ -f slurm/site.env ] && source slurm/site.env
+site="${KFOOD_SITE:-slurm/site.env}"
+[ ! -f "$site" ] || source "$site"
 after=()
 for recipe in "$@"; do
   mapfile -t at < <("$PYTHON" - "$recipe" <<'PY'
