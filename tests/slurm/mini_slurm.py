@@ -7,7 +7,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -54,11 +55,8 @@ class MiniSlurm:
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        self.until(
-            lambda: self.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").split() == ["idle"] * 2,
-            60,
-            "the nodes to be idle",
-        )
+        states = ("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T")
+        self.until(lambda: self.run(*states).split() == ["idle"] * 2, 60, "the nodes to be idle")
 
     def start_node(self, node: str) -> None:
         self._start(node, "slurmd", "-D", "-N", node)
@@ -84,17 +82,19 @@ class MiniSlurm:
         daemon = self.daemons.pop(node)
         daemon.kill()
         daemon.wait()
-        for process in psutil.process_iter():
-            try:
-                here = process.environ()
-                name = process.name()
-            except psutil.Error:
-                continue
-            ours = here.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            if ours and (
-                here.get("SLURMD_NODENAME") == node or (name == "slurmstepd" and f"spool/{node}" in str(here))
-            ):
+        here = [process for process, its in self._processes() if its.get("SLURMD_NODENAME") == node]
+        steps = [parent for process in here if (parent := process.parent()) and parent.name() == "slurmstepd"]
+        for process in {*steps, *here}:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def _processes(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+        """All processes of this Slurm's jobs, with their environment."""
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                its = process.environ()
+                if its.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURM_JOB_ID" in its:
+                    yield process, its
 
     def run(self, *words: str, check: bool = True) -> str:
         done = subprocess.run(words, capture_output=True, text=True, env=self.environment, timeout=60, check=False)
@@ -138,22 +138,16 @@ class MiniSlurm:
 
     def ranks(self, job: str, node: str | None = None) -> list[psutil.Process]:
         """The training processes of a job, one per node here, without their loaders."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                here = process.environ()
-                parent = process.parent()
-                is_rank = "RANK" in here and (parent is None or "RANK" not in parent.environ())
-            except psutil.Error:
-                continue
-            ours = here.get("SLURM_CONF") == self.environment["SLURM_CONF"] and here.get("SLURM_JOB_ID") == job
-            if ours and is_rank and node in (None, here.get("SLURMD_NODENAME")):
-                found.append(process)
-        return found
+        of_job = {p.pid: (p, its) for p, its in self._processes() if its["SLURM_JOB_ID"] == job and "RANK" in its}
+        return [
+            process
+            for process, its in of_job.values()
+            if process.ppid() not in of_job and node in (None, its["SLURMD_NODENAME"])
+        ]
 
     def pause(self, job: str) -> None:
         """Let the ranks stand still. Slurm wakes them: with each of its signals it sends SIGCONT."""
-        ranks: Sequence[psutil.Process] = self.ranks(job)
+        ranks = self.ranks(job)
         assert ranks
         for rank in ranks:
             rank.send_signal(signal.SIGSTOP)
