@@ -27,7 +27,7 @@ put_back() {
   if [ "$state" != RUNNING ]; then
     echo "slurm: stopped, and not requeued: the job is $state"
   elif [ "$starts" -ge "$KFOOD_MAX_STARTS" ]; then
-    echo "slurm: stopped for the ${starts}th time, KFOOD_MAX_STARTS; given up. A new sbatch goes on from the checkpoint."
+    echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
   else
     echo "slurm: stopped, requeued; the next start is number $((starts + 1))"
     scontrol requeue "$SLURM_JOB_ID"

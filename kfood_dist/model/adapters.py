@@ -86,9 +86,9 @@ def require_adapter(recipe: Recipe) -> None:
 
 def _require_same_form(folder: Path, lora: Lora) -> None:
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
         modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in _weight_names(folder)})
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(f"adapter {folder} cannot be read ({error})", "copy it from its run again") from None
     own = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
     found = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha"), "target_modules": modules}

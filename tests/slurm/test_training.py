@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from mini_slurm import MiniSlurm
+from mini_slurm import SITE, MiniSlurm
 from running import adapter_bytes, metrics, write_recipe
 
 STEPS = 24
@@ -141,16 +141,14 @@ def test_a_mistake_is_told_and_not_tried_again(slurm: MiniSlurm, make) -> None:
     assert "lora.ranks: no such key" in slurm.log(job)
 
 
-def test_a_job_that_never_gets_far_is_given_up(slurm: MiniSlurm, make) -> None:
-    """Told to stop at each start; KFOOD_MAX_STARTS is 3 here."""
+def test_a_job_that_is_stopped_too_often_is_given_up(slurm: MiniSlurm, make, monkeypatch, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(SITE.replace("KFOOD_MAX_STARTS=3", "KFOOD_MAX_STARTS=1"))
+    monkeypatch.setitem(slurm.environment, "KFOOD_SITE", str(site))
     recipe = make(train={"max_steps": 400, "zero_stage": 0})
-    job = slurm.sbatch("--nodes=1", "--exclusive", SCRIPT, recipe, "--processes", "1")
-    for step in (1, 2, 3):
-        wait_for_step(slurm, job, recipe.parent / "run", step)
-        slurm.until(lambda: slurm.facts(job)["JobState"] == "RUNNING", 60, "a start", job)
-        slurm.until(lambda: bool(slurm.ranks(job)), 60, "a rank", job)
-        slurm.run("scancel", "--signal=USR1", job)
-        slurm.until(lambda n=step: slurm.log(job).count("stopped after step") == n, 60, "a stop", job)
+    job = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, job, recipe.parent / "run", 1)
+    slurm.run("scancel", "--signal=USR1", job)
     facts = slurm.wait(job)
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "2"), slurm.log(job)
-    assert "given up" in slurm.log(job)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0"), slurm.log(job)
+    assert "stopped at start 1 of KFOOD_MAX_STARTS=1; given up" in slurm.log(job)
