@@ -26,6 +26,7 @@ from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
 from kfood_dist.train.preflight import build_template, num_steps, require_same_base
+from kfood_dist.train.watch import Watch
 
 
 def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None) -> tuple[Trainer, int]:
@@ -71,6 +72,7 @@ def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint |
         module=module,
         engine=engine,
         log=log,
+        watch=Watch(world, recipe.train.stall_timeout_s, recipe.run.dir),
         max_steps=max_steps,
         adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
         checkpoint_facts=how,

@@ -8,6 +8,7 @@ caller multiplies by the world size. Neither divides by the accumulation again.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +53,9 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
     accelerate does not choose gloo for DeepSpeed on CPU, and turns silently into DDP when asked for the CPU.
     """
     cpu = not torch.cuda.is_available()
-    process_group = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+    # Longer than the watch waits, which can name the rank that stalls.
+    timeout = timedelta(seconds=2 * recipe.train.stall_timeout_s + 60)
+    process_group = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)]
     precision = "bf16" if recipe.model.precision == "bf16" else "no"
     if recipe.train.zero_stage == 0:
         accelerator = Accelerator(

@@ -33,6 +33,7 @@ from kfood_dist.train import checkpoint
 from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
+from kfood_dist.train.watch import Watch
 
 _BAD_LISTED = 50
 _PAUSES_S = (1, 2, 4, 8, 16, 32, 64)
@@ -51,6 +52,7 @@ class Trainer:
     module: AnswerLoss
     engine: Engine
     log: RunLog
+    watch: Watch
     max_steps: int
     adapter_facts: dict[str, Any]
     checkpoint_facts: dict[str, Any]
@@ -75,6 +77,7 @@ class Trainer:
             start_method=self.recipe.data.worker_start,
         )
         last = start
+        self.watch.start()
         for step in range(start, self.max_steps):
             self.log.step(self.train_step(step, batches))
             if step == start and self.world.is_main:
@@ -88,10 +91,12 @@ class Trainer:
             best = scores is not None and scores["accuracy"] > self.best_accuracy
             if ends or best or done % recipe.save_every_steps == 0 or done == self.retry_at:
                 last = done if self.save(done, scores, insist=ends) else last
+        self.watch.stop()
         return self.checkpoints / f"step-{last:08d}" / "adapter"
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""
+        self.watch.beat(f"reading the pictures of step {step + 1}")
         meter = StepMeter()
         meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
         # After the batches: starting the loader, at a run's first step, draws a random number too.
@@ -101,8 +106,10 @@ class Trainer:
         scale = self.world.size / max(1, int(self.world.all_sum(num_labels)))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(meter.batches):
+            self.watch.beat(f"micro-step {i + 1} of step {step + 1}")
             loss, _ = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
             loss_sum += loss
+        self.watch.beat(f"the update of step {step + 1}")
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
         grad_norm = self.engine.step(learning_rate)
         metrics = {
@@ -140,6 +147,7 @@ class Trainer:
                 self.validation, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start
             )
             for batch in batches:
+                self.watch.beat("measuring")
                 on_device = batch.to(self.device)
                 loss, hits = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)
@@ -174,6 +182,7 @@ class Trainer:
 
     def _write_checkpoint(self, done: int, scores: dict[str, float] | None) -> CheckpointError | None:
         """Write one checkpoint; what hindered it, or None. A collective with the same answer on all ranks."""
+        self.watch.beat(f"the checkpoint of step {done}")
         weights = adapter_weights(self.module.model)
 
         def write(target: checkpoint.Checkpoint) -> None:

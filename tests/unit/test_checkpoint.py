@@ -1,14 +1,21 @@
 """Checkpoints: only complete ones count, whatever a kill left behind."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfood_dist.errors import CheckpointError
 from kfood_dist.runtime import World
-from kfood_dist.train import checkpoint
+from kfood_dist.train import checkpoint, state
 
 
 def write_some(target: checkpoint.Checkpoint) -> None:
@@ -18,8 +25,8 @@ def write_some(target: checkpoint.Checkpoint) -> None:
 
 
 def save(folder: Path, step: int, keep: int = 2, accuracy: float | None = None) -> checkpoint.Checkpoint:
-    state = {"data": {"step": step}, "validation": None if accuracy is None else {"accuracy": accuracy}}
-    return checkpoint.save(folder, step, state, World(), write_some, keep)
+    facts = {"data": {"step": step}, "validation": None if accuracy is None else {"accuracy": accuracy}}
+    return checkpoint.save(folder, step, facts, World(), write_some, keep)
 
 
 def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Path) -> None:
@@ -29,8 +36,8 @@ def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00000100"]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 100
-    state = {"step": 100, "data": {"step": 100}, "validation": None}
-    assert newest.state() == {"format_version": checkpoint.FORMAT_VERSION, **state}
+    facts = {"step": 100, "data": {"step": 100}, "validation": None}
+    assert newest.state() == {"format_version": checkpoint.FORMAT_VERSION, **facts}
 
 
 def test_the_best_by_validation_is_never_pruned_and_nor_is_the_newest(tmp_path: Path) -> None:
@@ -93,3 +100,51 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(made.folder)
     with pytest.raises(CheckpointError, match=r"no readable state\.json"):
         made.state()
+
+
+def save_for_ever(folder: Path, step: int, held: list[state.Held], optimizer: torch.optim.Optimizer) -> None:
+    """Write one checkpoint after another, each with its step in every number."""
+
+    def write(target: checkpoint.Checkpoint) -> None:
+        held[0].tensor.detach().fill_(target.step)
+        state.save(target.engine / state.file_name(0), held, optimizer, {})
+        target.adapter.mkdir()
+        shutil.copy(target.engine / state.file_name(0), target.adapter / "adapter_model.safetensors")
+
+    while True:
+        checkpoint.save(folder, step, {"data": step, "validation": None}, World(), write, 2)
+        step += 1
+
+
+def kill_many_times(folder: Path, kills: int) -> None:
+    """Fork, write, kill, look: in a process of its own, so that forking meets no thread of torch's."""
+    torch.set_num_threads(1)
+    held = [state.Held(torch.zeros(200_000).requires_grad_(), (state.Stretch("a", 0, 200_000, 0),))]
+    optimizer = torch.optim.AdamW([held[0].tensor])
+    step, seen = 1, set()
+    for kill in range(kills):
+        if (child := os.fork()) == 0:
+            save_for_ever(folder, step, held, optimizer)
+        time.sleep(0.01 + kill * 0.005)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen |= {re.sub(r"\d+", "N", p.name) + " whole" * (p / "COMPLETE").exists() for p in folder.iterdir()}
+        newest = checkpoint.newest(folder)
+        if newest is None:
+            assert step == 1
+            continue
+        assert newest.state()["data"] == newest.step >= step - 1
+        with state.Saved(newest.engine) as saved:
+            weights = saved.read(state.WEIGHTS, state.Stretch("a", 0, 200_000, 0))
+        assert torch.equal(weights, torch.full((200_000,), float(newest.step)))
+        step = newest.step + 1
+    assert step > kills / 4, step  # the kills were not all too early,
+    assert {"step-N whole", ".step-N.partial"} <= seen, seen  # and did fall into the writing
+
+
+def test_a_kill_at_any_instant_of_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Sixty kills, spread over several rounds of writing, each going on from where the last one left off."""
+    code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import test_checkpoint, pathlib;"
+    code += f"test_checkpoint.kill_many_times(pathlib.Path({str(tmp_path)!r}), 60)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
