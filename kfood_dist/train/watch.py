@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,12 @@ def blame(ranks: list[Seen], timeout_s: float, now: float) -> list[str]:
     if all(now - rank.moved < timeout_s for rank in ranks):
         return []
     silent = [i for i, rank in enumerate(ranks) if now - rank.answered >= timeout_s / 2]
+    if 0 in silent:
+        silent = [0]  # it passes on what the others say
     if silent:
         return [f"rank {i} does not answer; it was last at {ranks[i].doing}" for i in silent]
     least, most = min(rank.num_beats for rank in ranks), max(rank.num_beats for rank in ranks)
-    if least == most:
+    if least == most and len(ranks) > 1:
         return [f"all ranks wait at {ranks[0].doing}"]
     return [f"rank {i} stays at {rank.doing}" for i, rank in enumerate(ranks) if rank.num_beats == least]
 
@@ -62,12 +63,14 @@ class Watch:
         self.run_dir = run_dir
         self._beat = (0, "starting")
         self._ended = threading.Event()
-        self._store: Any = None
+        self._ranks = [Seen() for _ in range(world.size)]
+        self._pause_s = min(10.0, timeout_s / 10)
 
     def start(self) -> None:
         """Begin to watch; a collective."""
         if self.world.size > 1:
-            self._store = _open_store(self.world, self.timeout_s / 2)
+            store = _open_store(self.world)
+            threading.Thread(target=self._exchange, args=(store,), name="beats", daemon=True).start()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def beat(self, doing: str) -> None:
@@ -79,49 +82,45 @@ class Watch:
         self._ended.set()
 
     def _run(self) -> None:
-        ranks = [Seen() for _ in range(self.world.size)]
         tick = 0
-        while not self._ended.wait(min(10.0, self.timeout_s / 10)):
+        while not self._ended.wait(self._pause_s):
+            tick += 1
+            self._ranks[self.world.rank].update(*self._beat, tick)
+            if stalled := blame(self._ranks, self.timeout_s, time.monotonic()):
+                self._end_job(stalled)
+
+    def _exchange(self, store: Any) -> None:
+        """Tell and hear beats for ever; a thread of its own, since a rank 0 that froze answers no call to its store."""
+        keys, tick = [str(rank) for rank in range(self.world.size)], 0
+        while not self._ended.wait(self._pause_s):
             tick += 1
             try:
-                self._exchange(ranks, tick)
-            except RuntimeError:  # rank 0, which hosts the store, has gone or does not answer
-                if self._ended.is_set():
-                    return
-            if stalled := blame(ranks, self.timeout_s, time.monotonic()):
-                self._end_job(ranks, stalled)
+                store.set(str(self.world.rank), json.dumps([*self._beat, tick]))
+                said = store.multi_get(keys) if store.check(keys) else []  # [] until all have been there once
+            except RuntimeError:  # rank 0 has gone; the next collective, or the watch, will tell
+                return
+            for i, words in enumerate(said):
+                if i != self.world.rank:
+                    self._ranks[i].update(*json.loads(words))
 
-    def _exchange(self, ranks: list[Seen], tick: int) -> None:
-        ranks[self.world.rank].update(*self._beat, tick)
-        if self._store is None:
-            return
-        self._store.set(str(self.world.rank), json.dumps([*self._beat, tick]))
-        keys = [str(rank) for rank in range(self.world.size)]
-        if self._store.check(keys):  # all have been there once
-            for rank, said in zip(ranks, self._store.multi_get(keys), strict=True):
-                rank.update(*json.loads(said))
-
-    def _end_job(self, ranks: list[Seen], stalled: list[str]) -> None:
+    def _end_job(self, stalled: list[str]) -> None:
         with open(self.run_dir / f"stalled-rank-{self.world.rank:05d}.txt", "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        answering = [i for i, rank in enumerate(ranks) if time.monotonic() - rank.answered < self.timeout_s / 2]
-        if self.world.rank == min(answering, default=self.world.rank):
-            print(
-                f"no progress for {self.timeout_s:g} s: {'; '.join(stalled)} → look at {self.run_dir}/stalled-rank-*.txt "
-                "and that node; a new start resumes from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+        answering = [i for i, rank in enumerate(self._ranks) if time.monotonic() - rank.answered < self.timeout_s / 2]
+        if self.world.rank == min(answering):
+            what = f"no progress for {self.timeout_s:g} s: {'; '.join(stalled)}"
+            remedy = f"look at {self.run_dir}/stalled-rank-*.txt and at that node; a new start resumes"
+            print(f"{what} → {remedy}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # let that rank speak before the launcher ends it for this one's sake
         os._exit(1)  # the main thread waits in a collective, where no exception reaches it
 
 
-def _open_store(world: World, timeout_s: float) -> Any:
+def _open_store(world: World) -> Any:
     """A store of our own, on a free port of rank 0's host: the process group's may be held by a waiting collective."""
     from torch.distributed import TCPStore
 
-    host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=timeout_s)
-    store = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False) if world.is_main else None
+    host = os.environ["MASTER_ADDR"]
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.is_main else None
     port = world.share(store.port if store else None)[0]
-    return store or TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return store or TCPStore(host, port, is_master=False, wait_for_workers=False)

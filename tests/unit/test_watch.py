@@ -27,6 +27,11 @@ def test_a_rank_that_does_not_answer_is_blamed_first() -> None:
     assert blame(ranks, 60, NOW) == ["rank 1 does not answer; it was last at the update of step 7"]
 
 
+def test_while_rank_0_is_silent_nothing_is_known_of_the_others() -> None:
+    ranks = [seen(12, 61, answered_s_ago=61), seen(12, 61), seen(12, 61, answered_s_ago=61)]
+    assert blame(ranks, 60, NOW) == ["rank 0 does not answer; it was last at step 7"]
+
+
 def test_when_all_wait_at_the_same_place_that_is_said() -> None:
     assert blame([seen(12, 61), seen(12, 61)], 60, NOW) == ["all ranks wait at step 7"]
 
@@ -51,5 +56,5 @@ stuck()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
-    assert "no progress for 1 s: all ranks wait at the long one → look at" in done.stderr
+    assert "no progress for 1 s: rank 0 stays at the long one → look at" in done.stderr
     assert " in stuck" in (tmp_path / "stalled-rank-00000.txt").read_text()
