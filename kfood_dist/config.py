@@ -108,6 +108,9 @@ class Train(Section):
     save_every_steps: Count = Field(100, description="steps between checkpoints; the last step always saves")
     keep_checkpoints: Count = Field(2, description="newest complete checkpoints to keep")
     seed: int = Field(0, ge=0, lt=2**32)
+    stall_timeout_s: Annotated[float, Field(ge=10, le=86400)] = Field(
+        600.0, description="a rank that makes no progress for so long ends the run and is named"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage; 0 trains without DeepSpeed")
     deepspeed_config: Path | None = Field(None, description="memory strategy; default ds_configs/zero<stage>.json")
     gradient_checkpointing: bool = Field(True, description="recompute activations instead of keeping them")

@@ -44,7 +44,9 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     dtype = DTYPES[precision]
-    options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if quantization == "nf4" else {}
+    options: dict[str, Any] = {"use_safetensors": True}  # never a pickle
+    if quantization == "nf4":
+        options["quantization_config"] = quantization_config(dtype)
     if not is_deepspeed_zero3_enabled():  # which places the weights itself, and refuses to be told where
         options["device_map"] = {"": device}
     try:

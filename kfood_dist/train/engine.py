@@ -6,7 +6,9 @@ Both engines take a loss that is already normalised over the global batch, and a
 caller multiplies by the world size. Neither divides by the accumulation again.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +18,9 @@ from accelerate.utils import DistributedType
 
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import Batch
-from kfood_dist.errors import CheckpointError, LaunchError
+from kfood_dist.errors import LaunchError
 from kfood_dist.runtime import World
+from kfood_dist.train import state
 from kfood_dist.train.zero import deepspeed_config
 
 Output = tuple[torch.Tensor, torch.Tensor]
@@ -38,10 +41,10 @@ class Engine(Protocol):
         """Clip, update, clear the gradients; returns their global norm before clipping."""
 
     def save(self, folder: Path) -> None:
-        """Write trainable weights and optimiser state; every rank calls it."""
+        """Write this rank's part of the master weights and optimiser state, if it has one of its own."""
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote on the same number of ranks."""
+        """Read back what any number of ranks saved, with or without ZeRO. A collective."""
 
 
 def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accelerator:
@@ -50,7 +53,9 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
     accelerate does not choose gloo for DeepSpeed on CPU, and turns silently into DDP when asked for the CPU.
     """
     cpu = not torch.cuda.is_available()
-    process_group = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+    # Longer than the watch waits, which can name the rank that stalls.
+    timeout = timedelta(seconds=2 * recipe.train.stall_timeout_s + 60)
+    process_group = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)]
     precision = "bf16" if recipe.model.precision == "bf16" else "no"
     if recipe.train.zero_stage == 0:
         accelerator = Accelerator(
@@ -99,11 +104,12 @@ def build_engine(
 class ZeroEngine:
     """DeepSpeed ZeRO. Clipping is DeepSpeed's own, configured from the recipe."""
 
-    _TAG = "zero"
-
     def __init__(self, accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.trainable: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.engine, _ = accelerator.prepare(module, optimizer)
         self.optimizer = optimizer
+        self.rank = accelerator.process_index
+        self.stage = self.engine.zero_optimization_stage()
 
     def forward(self, batch: Batch) -> Output:
         return self.engine(batch)
@@ -121,20 +127,55 @@ class ZeroEngine:
         return float(self.engine.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=self._TAG, save_latest=False, exclude_frozen_parameters=True)
+        state.save(folder / state.file_name(self.rank), self.held(), self.optimizer, {})
 
     def load(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(
-            str(folder), tag=self._TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if loaded is None:
-            raise CheckpointError(f"{folder} holds no DeepSpeed state", "delete that checkpoint folder and start again")
+        with state.Saved(folder) as saved:
+            state.load(saved, self.held(), self.optimizer)
+        self._refresh_weights()
+
+    def held(self) -> list[state.Held]:
+        """The flat float32 tensors of this rank, and which parameters lie in them."""
+        inner = self.engine.optimizer
+        if self.stage == 3:
+            return [
+                state.Held(flat, tuple(self._stretches_of_stage_3(group)))
+                for flat, group in zip(inner.fp32_partitioned_groups_flat, inner.fp16_groups, strict=True)
+            ]
+        # DeepSpeed takes its BF16_Optimizer for stage 1 with float32 accumulation, which names them otherwise.
+        bf16 = hasattr(inner, "fp32_groups_flat_partition")
+        flats = inner.fp32_groups_flat_partition if bf16 else inner.single_partition_of_fp32_groups
+        stretches: list[list[state.Stretch]] = [[] for _ in flats]
+        for name, parameter in self.trainable.items():
+            if (mapping := parameter._hp_mapping) is not None:  # None: none of it lies on this rank
+                part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                stretches[mapping.param_group_index].append(state.Stretch(name, part.start, part.numel, place.start))
+        return [state.Held(flat, tuple(found)) for flat, found in zip(flats, stretches, strict=True)]
+
+    def _stretches_of_stage_3(self, group: list[Any]) -> Iterator[state.Stretch]:
+        """Stage 3 cuts each parameter by itself, into equal parts of which the last may be short or empty."""
+        names = {id(parameter): name for name, parameter in self.trainable.items()}
+        inner = self.engine.optimizer
+        for parameter in group:
+            _, at, size = inner.grad_position[inner.get_param_id(parameter)]
+            start = self.rank * size
+            if (length := min(size, parameter.ds_numel - start)) > 0:
+                yield state.Stretch(names[id(parameter)], start, length, at)
+
+    def _refresh_weights(self) -> None:
+        """Make the weights that the model computes with those of the masters, as a step's end does."""
+        inner = self.engine.optimizer
+        if self.stage < 3:
+            inner.update_lp_params()
+            return
+        inner.checkpoint_event_prologue()
+        for i in range(len(inner.fp16_groups)):
+            inner._reassign_or_swap_out_partitioned_parameters(i)
+        inner.checkpoint_event_epilogue()
 
 
 class PlainEngine:
     """No sharding: DDP over several ranks, or a single process."""
-
-    _FILE = "state-of-all-ranks.pt"
 
     def __init__(
         self,
@@ -144,6 +185,7 @@ class PlainEngine:
         max_grad_norm: float,
     ):
         self.accelerator = accelerator
+        self._optimizer = optimizer  # without accelerate's wrapper
         # The model lies on its device already, and moving 4-bit weights again is not always allowed.
         self.module, self.optimizer = accelerator.prepare(module, optimizer, device_placement=[False, False])
         self.max_grad_norm = max_grad_norm
@@ -167,16 +209,19 @@ class PlainEngine:
         return float(norm)
 
     def save(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            weights = {name: parameter.detach() for name, parameter in self.trainable.items()}
-            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / self._FILE)
+        if self.accelerator.is_main_process:  # every rank has the same
+            state.save(folder / state.file_name(0), self.held(), self._optimizer, {})
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / self._FILE, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with state.Saved(folder) as saved:
+            state.load(saved, self.held(), self._optimizer)
+
+    def held(self) -> list[state.Held]:
+        """Every parameter whole: the weights the model computes with are the master weights."""
+        return [
+            state.Held(parameter, (state.Stretch(name, 0, parameter.numel(), 0),))
+            for name, parameter in self.trainable.items()
+        ]
 
 
 def adapter_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from kfood_dist.data.collate import Batch, StreamingCollator
 from kfood_dist.data.mix import read_ahead
 from kfood_dist.data.plan import MicroBatch, Plan, deal
 from kfood_dist.data.stream import stream
-from kfood_dist.errors import TrainingError
+from kfood_dist.errors import CheckpointError, TrainingError
 from kfood_dist.model.adapters import save_adapter
 from kfood_dist.model.loss import AnswerLoss, exact_matches
 from kfood_dist.monitor import RunLog, StepMeter, peak_memory_gib
@@ -34,8 +34,10 @@ from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
 from kfood_dist.train.stop import StopRequest
+from kfood_dist.train.watch import Watch
 
 _BAD_LISTED = 50
+_PAUSES_S = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Trainer:
     module: AnswerLoss
     engine: Engine
     log: RunLog
+    watch: Watch
     max_steps: int
     adapter_facts: dict[str, Any]
     checkpoint_facts: dict[str, Any]
@@ -58,6 +61,9 @@ class Trainer:
     stop: StopRequest
     stopping: bool = False  # agreed by all ranks, after the step in which any of them was asked to
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
+    best_accuracy: float = -1.0  # of the checkpoints there are, on the validation split
+    failed_saves: int = 0  # in a row
+    retry_at: int = 0  # the step at which to try again
 
     def train(self, start: int) -> int:
         """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
@@ -74,25 +80,31 @@ class Trainer:
             start_method=self.recipe.data.worker_start,
         )
         last = start
+        self.watch.start()
         for step in range(start, self.max_steps):
             self.log.step(self.train_step(step, batches))
             if step == start and self.world.is_main:
                 write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
             done = step + 1
+            scores = None
             if self.validation and self.recipe.eval.every_steps and done % self.recipe.eval.every_steps == 0:
                 if self.stopping:
                     self.log.say(f"step {done}: not measured, as the run is to stop")
                 else:
-                    self.log.evaluation(done, self.validate())
-            if done % recipe.save_every_steps == 0 or done == self.max_steps or self.stopping:
-                self.save(done)
-                last = done
-            if self.stopping:
+                    scores = self.validate()
+                    self.log.evaluation(done, scores)
+            ends = done == self.max_steps or self.stopping
+            best = scores is not None and scores["accuracy"] > self.best_accuracy
+            if ends or best or done % recipe.save_every_steps == 0 or done == self.retry_at:
+                last = done if self.save(done, scores, insist=ends) else last
+            if ends:
                 break
+        self.watch.stop()
         return last
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""
+        self.watch.beat(f"reading the pictures of step {step + 1}")
         meter = StepMeter()
         meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
         # After the batches: starting the loader, at a run's first step, draws a random number too.
@@ -102,8 +114,10 @@ class Trainer:
         scale = self.world.size / max(1, int(self.world.all_sum(num_labels)))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(meter.batches):
+            self.watch.beat(f"micro-step {i + 1} of step {step + 1}")
             loss, _ = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
             loss_sum += loss
+        self.watch.beat(f"the update of step {step + 1}")
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
         grad_norm = self.engine.step(learning_rate)
         here = torch.tensor([peak_memory_gib(), float(self.stop.asked())], device=self.device)
@@ -144,6 +158,7 @@ class Trainer:
                 self.validation, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start
             )
             for batch in batches:
+                self.watch.beat("measuring")
                 on_device = batch.to(self.device)
                 loss, hits = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)
@@ -152,19 +167,46 @@ class Trainer:
         loss_sum, labels, right_sum, samples = self.world.all_sum(totals).tolist()
         return {"loss": loss_sum / max(1.0, labels), "accuracy": right_sum / samples, "samples": samples}
 
-    def save(self, done: int) -> None:
-        """Write a checkpoint of `done` steps; a collective."""
+    def save(self, done: int, scores: dict[str, float] | None, insist: bool) -> bool:
+        """Write a checkpoint of `done` steps with what was measured there; whether that succeeded. A collective.
+
+        What fails is said, and tried again after twice as many steps each time; to `insist` is to wait and try for
+        two minutes, and to raise CheckpointError then.
+        """
+        began, pauses = time.perf_counter(), iter(_PAUSES_S if insist else ())
+        while (error := self._write_checkpoint(done, scores)) is not None:
+            if (pause_s := next(pauses, None)) is None:
+                break
+            self.log.say(f"step {done}: {error}; tried again in {pause_s} s")
+            time.sleep(pause_s)
+        if error is None:
+            self.failed_saves = self.retry_at = 0
+            self.best_accuracy = max(self.best_accuracy, scores["accuracy"] if scores else -1.0)
+            self.log.say(f"step {done}: checkpoint written in {time.perf_counter() - began:.1f} s")
+            return True
+        if insist:
+            raise error
+        self.failed_saves += 1
+        self.retry_at = done + 2 ** min(self.failed_saves - 1, 10)
+        self.log.say(f"step {done}: {error}; training goes on, and tries again after step {self.retry_at}")
+        return False
+
+    def _write_checkpoint(self, done: int, scores: dict[str, float] | None) -> CheckpointError | None:
+        """Write one checkpoint; what hindered it, or None. A collective with the same answer on all ranks."""
+        self.watch.beat(f"the checkpoint of step {done}")
+        weights = adapter_weights(self.module.model)
 
         def write(target: checkpoint.Checkpoint) -> None:
             self.engine.save(target.engine)
-            weights = adapter_weights(self.module.model)
             if self.world.is_main:
                 save_adapter(self.module.model, target.adapter, {**self.adapter_facts, "step": done}, weights)
 
-        state = {"data": self.plan.state(done), **self.checkpoint_facts}
-        began = time.perf_counter()
-        checkpoint.save(self.checkpoints, done, state, self.world, write, self.recipe.train.keep_checkpoints)
-        self.log.say(f"step {done}: checkpoint written in {time.perf_counter() - began:.1f} s")
+        state = {"data": self.plan.state(done), "validation": scores, **self.checkpoint_facts}
+        try:
+            checkpoint.save(self.checkpoints, done, state, self.world, write, self.recipe.train.keep_checkpoints)
+        except CheckpointError as error:
+            return error
+        return None
 
     @property
     def checkpoints(self) -> Path:
