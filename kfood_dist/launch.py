@@ -158,6 +158,8 @@ class Start:
 def train(args: argparse.Namespace) -> int:
     """Train the recipes in order, as long as each is finished. Raises KfoodError before the first one starts."""
     cluster, machine = Cluster.here(), look_around()
+    if cluster.num_machines > 1 and len(args.recipes) > 1:
+        raise LaunchError("several recipes in one job of several nodes", "queue a job for each: bash slurm/stages.sh")
     starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
     watch = Watch()
     for start in starts:
