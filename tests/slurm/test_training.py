@@ -115,7 +115,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm: MiniSlurm,
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: MiniSlurm, make) -> None:
-    recipe = make(train={"max_steps": 400})
+    recipe = make(train={"max_steps": 400, "zero_stage": 0})
     run = recipe.parent / "run"
     job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 2)
@@ -127,7 +127,7 @@ def test_a_cancelled_job_stays_cancelled(slurm: MiniSlurm, make) -> None:
 
 
 def test_a_rank_that_dies_takes_the_job_down(slurm: MiniSlurm, make) -> None:
-    recipe = make(train={"max_steps": 400})
+    recipe = make(train={"max_steps": 400, "zero_stage": 0})
     run = recipe.parent / "run"
     job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 2)
