@@ -13,7 +13,7 @@ from kfood_dist.data.plan import Plan
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.errors import CheckpointError
-from kfood_dist.model.adapters import attach_lora
+from kfood_dist.model.adapters import attach_lora, load_adapter
 from kfood_dist.model.base import LANGUAGE_MODEL, base_folder, fingerprint
 from kfood_dist.model.load import load_base, recompute_activations
 from kfood_dist.model.loss import AnswerLoss
@@ -26,15 +26,20 @@ from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
 from kfood_dist.train.preflight import build_template, num_steps, require_same_base
+from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
 
 
-def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None) -> tuple[Trainer, int]:
+def build_trainer(
+    recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None, stop: StopRequest
+) -> tuple[Trainer, int]:
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
     accelerator = build_accelerator(recipe, plan.accumulation, world)
     template = build_template(recipe)
     collator = StreamingCollator(open_mixture(recipe.data, "train"), template, unreadable="replace")
     module = build_module(recipe, template.vision, accelerator.device)
+    if recipe.model.adapter and not newest:
+        load_adapter(module.model, recipe.model.adapter)
     engine = _build_engine(recipe, accelerator, module)
 
     folder = base_folder(recipe.model.base)
@@ -77,6 +82,7 @@ def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint |
         adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
         checkpoint_facts=how,
         run_facts=facts,
+        stop=stop,
         best_accuracy=best[1]["accuracy"] if best else -1.0,
     )
     _announce(trainer, start)

@@ -33,6 +33,7 @@ from kfood_dist.train import checkpoint
 from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
+from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
 
 _BAD_LISTED = 50
@@ -57,13 +58,15 @@ class Trainer:
     adapter_facts: dict[str, Any]
     checkpoint_facts: dict[str, Any]
     run_facts: dict[str, Any]
+    stop: StopRequest
+    stopping: bool = False  # agreed by all ranks, after the step in which any of them was asked to
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
     best_accuracy: float = -1.0  # of the checkpoints there are, on the validation split
     failed_saves: int = 0  # in a row
     retry_at: int = 0  # the step at which to try again
 
-    def train(self, start: int) -> Path:
-        """Take the steps from `start` to `max_steps`; returns the last checkpoint's adapter folder."""
+    def train(self, start: int) -> int:
+        """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
         recipe = self.recipe.train
         micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
         if self.recipe.data.shuffle_window and self.world.local_rank == 0:
@@ -85,14 +88,19 @@ class Trainer:
             done = step + 1
             scores = None
             if self.validation and self.recipe.eval.every_steps and done % self.recipe.eval.every_steps == 0:
-                scores = self.validate()
-                self.log.evaluation(done, scores)
-            ends = done == self.max_steps
+                if self.stopping:
+                    self.log.say(f"step {done}: not measured, as the run is to stop")
+                else:
+                    scores = self.validate()
+                    self.log.evaluation(done, scores)
+            ends = done == self.max_steps or self.stopping
             best = scores is not None and scores["accuracy"] > self.best_accuracy
             if ends or best or done % recipe.save_every_steps == 0 or done == self.retry_at:
                 last = done if self.save(done, scores, insist=ends) else last
+            if ends:
+                break
         self.watch.stop()
-        return self.checkpoints / f"step-{last:08d}" / "adapter"
+        return last
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""
@@ -112,13 +120,16 @@ class Trainer:
         self.watch.beat(f"the update of step {step + 1}")
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
         grad_norm = self.engine.step(learning_rate)
+        here = torch.tensor([peak_memory_gib(), float(self.stop.asked())], device=self.device)
+        peak, asked = self.world.all_max(here).tolist()
+        self.stopping = bool(asked)
         metrics = {
             "step": step + 1,
             "epoch": self.plan.epoch_of(step),
             "samples": self.plan.samples_before(step + 1),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "peak_memory_gib": float(self.world.all_max(torch.tensor(peak_memory_gib(), device=self.device))),
+            "peak_memory_gib": peak,
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
@@ -200,6 +211,9 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         return self.recipe.run.dir / "checkpoints"
+
+    def checkpoint_of(self, step: int) -> checkpoint.Checkpoint:
+        return checkpoint.Checkpoint(self.checkpoints / f"step-{step:08d}", step)
 
     def shut_down(self) -> None:
         """Leave the process group; without it NCCL and gloo complain at exit."""

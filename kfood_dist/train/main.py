@@ -6,20 +6,31 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kfood_dist.config import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
-from kfood_dist.errors import KfoodError
+from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.model.adapters import require_adapter
 from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import num_steps, preflight
+from kfood_dist.train.stop import StopRequest, write_status
+
+if TYPE_CHECKING:
+    from kfood_dist.train.loop import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="RECIPE", help="recipe, such as launch/recipes/*.yaml"
+        "--config",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="RECIPE",
+        help="recipe, such as launch/recipes/*.yaml; several are trained one after the other",
     )
     parser.add_argument(
         "--set",
@@ -37,11 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as one rank of however many the launcher started; exit status 0 when the run is complete."""
-    end_with_launcher()
-    recipe = load_recipe(args.config, args.set)
+    """Train as one rank of however many the launcher started.
+
+    Exit status 0 when the run is complete, and also when it stopped as it was asked to: torchrun would take another
+    one for a fault. `status.json` tells which.
+    """
     world = World.from_environment()
+    if len(args.config) > 1:
+        return train_in_order(args, world)
+    end_with_launcher()
+    recipe = load_recipe(args.config[0], args.set)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
+    if not checkpoint.newest(recipe.run.dir / "checkpoints"):
+        require_adapter(recipe)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         try:
@@ -52,29 +71,57 @@ def run(args: argparse.Namespace) -> int:
             raise
 
 
+def train_in_order(args: argparse.Namespace, world: World) -> int:
+    """Train several recipes, each in processes of its own; exit status as launch/train.sh gives it."""
+    if world.size > 1:
+        raise LaunchError("a rank trains one recipe", "start several with launch/train.sh RECIPE RECIPE …")
+    from kfood_dist import launch  # which starts this module, once for each recipe
+
+    overrides = [word for text in args.set for word in ("--set", text)]
+    staging = ["--stage", str(args.stage)] if args.stage else []
+    return launch.main(["train", *map(str, args.config), *overrides, *staging])
+
+
 def train(recipe: Recipe, plan: Plan, world: World, stage_dir: Path | None = None) -> int:
-    """Resume from the newest checkpoint or begin, train to the end, publish the adapter."""
+    """Resume from the newest checkpoint or begin, train to the end or to a request to stop, publish the adapter."""
     quiet_libraries()
     raise_open_file_limit()
     from kfood_dist.train.build import build_trainer  # torch and all the rest
 
+    stop = StopRequest(recipe.run.dir, world.is_main)
+    stop.listen()
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest and newest.step >= num_steps(recipe, plan):
         if world.is_main:
             publish_adapter(newest.adapter, recipe.run.dir / "adapter")
+            write_status(recipe.run.dir, "finished", newest.step)
             print(f"{recipe.run.dir}: already trained, {newest.step} steps; adapter in {recipe.run.dir / 'adapter'}")
         return 0
+    if world.is_main:
+        write_status(recipe.run.dir, "running", newest.step if newest else 0)
     with staged(recipe, stage_dir, world) as read_here:
-        trainer, start = build_trainer(read_here, plan, world, newest)
+        trainer, start = build_trainer(read_here, plan, world, newest, stop)
         if world.is_main:
             save_recipe(recipe, recipe.run.dir / "recipe.yaml")
-        adapter = trainer.train(start)
+        done = trainer.train(start)
     if world.is_main:
-        publish_adapter(adapter, recipe.run.dir / "adapter")
-        trainer.log.say(f"done: {trainer.max_steps} steps; adapter in {recipe.run.dir / 'adapter'}")
+        conclude(trainer, done)
+    world.barrier()  # so that every node's ranks end together, and none is taken for one that was left behind
     trainer.log.close()
     trainer.shut_down()
     return 0
+
+
+def conclude(trainer: "Trainer", done: int) -> None:
+    """Publish the adapter of a whole run, or say that it stopped, on rank 0."""
+    run_dir = trainer.recipe.run.dir
+    if done == trainer.max_steps:
+        publish_adapter(trainer.checkpoint_of(done).adapter, run_dir / "adapter")
+        trainer.log.say(f"done: {done} steps; adapter in {run_dir / 'adapter'}")
+    else:
+        trainer.log.say(f"stopped after step {done} of {trainer.max_steps}, as asked; started again, it goes on")
+    trainer.stop.obeyed()
+    write_status(run_dir, "finished" if done == trainer.max_steps else "stopped", done)
 
 
 @contextmanager
