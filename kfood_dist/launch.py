@@ -21,7 +21,7 @@ from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation
 from kfood_dist.model.adapters import require_adapter
-from kfood_dist.supervise import FINISHED, INTERRUPTED, MISTAKE, STOPPED, Watch
+from kfood_dist.supervise import FINISHED, INTERRUPTED, MISTAKE, STOPPED, Supervisor
 from kfood_dist.train.checkpoint import newest
 from kfood_dist.train.lock import require_free
 from kfood_dist.train.preflight import preflight
@@ -103,12 +103,12 @@ def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = A
         *(["--deepspeed_multinode_launcher", "standard"] if launch.configuration == "deepspeed" else []),
     ]
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *(sys.executable, "-m", "kfood_dist.ranks"),  # accelerate launch
         *("--config_file", str(CONFIGS / f"{launch.configuration}.yaml")),
         *("--num_processes", str(launch.processes * cluster.num_machines)),
         *(several if cluster.num_machines > 1 else []),
         *("--main_process_port", str(cluster.port or 0)),
-        "--quiet",  # a rank that fails says why itself; accelerate's own trace on top says nothing
+        "--quiet",
         *("-m", "kfood_dist", *verb),
     ]
 
@@ -161,7 +161,7 @@ def train(args: argparse.Namespace) -> int:
     if cluster.num_machines > 1 and len(args.recipes) > 1:
         raise LaunchError("several recipes in one job of several nodes", "queue a job for each: bash slurm/stages.sh")
     starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
-    watch = Watch()
+    supervisor = Supervisor()
     for start in starts:
         if not newest(start.recipe.run.dir / "checkpoints"):
             require_adapter(start.recipe)  # now, as the recipe before this one may have made it
@@ -170,10 +170,10 @@ def train(args: argparse.Namespace) -> int:
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
         command = accelerate_command(start.launch, start.verb, cluster)
-        status = watch.run(command, environment_for(start.launch, machine), start.recipe.run.dir, cluster.is_head)
+        status = supervisor.run(command, environment_for(start.launch, machine), start.recipe.run.dir, cluster.is_head)
         if status != FINISHED:
             return status
-        if watch.asked and start is not starts[-1]:
+        if supervisor.asked and start is not starts[-1]:
             return STOPPED
     return FINISHED
 

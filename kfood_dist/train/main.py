@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.model.adapters import require_adapter
-from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, raise_open_file_limit
+from kfood_dist.runtime import World, end_with_launcher, lost_a_peer, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import num_steps, preflight
@@ -69,6 +70,12 @@ def run(args: argparse.Namespace) -> int:
             if not world.is_main:  # what only this rank met, nobody else can tell
                 print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             raise
+        except RuntimeError as error:
+            if not lost_a_peer(error):
+                raise
+            print(f"rank {world.rank}: another rank is gone", file=sys.stderr, flush=True)
+            time.sleep(2)  # so that the launcher meets that one first, which says why
+            return 1
 
 
 def train_in_order(args: argparse.Namespace, world: World) -> int:
