@@ -64,6 +64,7 @@ class Trainer:
     best_accuracy: float = -1.0  # of the checkpoints there are, on the validation split
     failed_saves: int = 0  # in a row
     retry_at: int = 0  # the step at which to try again
+    took_s: dict[str, float] = field(default_factory=dict)  # seconds of the last checkpoint and measurement
 
     def train(self, start: int) -> int:
         """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
@@ -148,9 +149,8 @@ class Trainer:
         `accuracy` asks for the label itself, token by token; `kfood eval` also takes aliases and halves of `A_B`.
         """
         assert self.validation is not None
-        recipe, num_samples = self.recipe, len(self.validation.shards)
-        chosen = np.arange(num_samples)[: recipe.eval.max_samples]
-        slots = deal(chosen, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
+        recipe, began = self.recipe, time.perf_counter()
+        slots = deal(self.validation_ids, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         with torch.no_grad(), resting_dropout(self.module):
@@ -165,7 +165,14 @@ class Trainer:
                 counts = (loss, batch.num_label_tokens, right.sum(), len(batch.ids) + len(batch.refused))
                 totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
         loss_sum, labels, right_sum, samples = self.world.all_sum(totals).tolist()
+        self.took_s["validate"] = time.perf_counter() - began
         return {"loss": loss_sum / max(1.0, labels), "accuracy": right_sum / samples, "samples": samples}
+
+    @property
+    def validation_ids(self) -> np.ndarray:
+        """The samples that are measured: the validation split, or the first so many of it."""
+        assert self.validation is not None
+        return np.arange(len(self.validation.shards))[: self.recipe.eval.max_samples]
 
     def save(self, done: int, scores: dict[str, float] | None, insist: bool) -> bool:
         """Write a checkpoint of `done` steps with what was measured there; whether that succeeded. A collective.
@@ -182,7 +189,8 @@ class Trainer:
         if error is None:
             self.failed_saves = self.retry_at = 0
             self.best_accuracy = max(self.best_accuracy, scores["accuracy"] if scores else -1.0)
-            self.log.say(f"step {done}: checkpoint written in {time.perf_counter() - began:.1f} s")
+            self.took_s["save"] = time.perf_counter() - began
+            self.log.say(f"step {done}: checkpoint written in {self.took_s['save']:.1f} s")
             return True
         if insist:
             raise error
