@@ -6,6 +6,13 @@ import pytest
 from mini_slurm import MiniSlurm, missing
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(slurm: MiniSlurm) -> Iterator[None]:
+    """What a test leaves running, such as one that failed, must not hold up the next."""
+    yield
+    slurm.cancel_all()
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
     if absent := missing():

@@ -3,7 +3,6 @@
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -67,15 +66,23 @@ class MiniSlurm:
             assert path
             self.daemons[name] = subprocess.Popen([path, *words], stdout=log, stderr=log, env=self.environment)
 
+    def cancel_all(self) -> None:
+        """Leave no job behind, neither in the queue nor on a node."""
+        self.run("scancel", "--user", getpass.getuser(), check=False)
+        for process, _ in list(self._processes()):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.until(lambda: not self.run("squeue", "-h"), 60, "the queue to be empty")
+
     def stop(self) -> None:
         """End all jobs, then the daemons."""
-        self.run("scancel", "--user", getpass.getuser(), "--signal=KILL", "--full", check=False)
-        self.run("scancel", "--user", getpass.getuser(), check=False)
-        self.until(lambda: not self.run("squeue", "-h"), 30, "the queue to be empty")
-        for process in self.daemons.values():
-            process.terminate()
-        for process in self.daemons.values():
-            process.wait(30)
+        try:
+            self.cancel_all()
+        finally:
+            for process in self.daemons.values():
+                process.terminate()
+            for process in self.daemons.values():
+                process.wait(30)
 
     def lose_node(self, node: str) -> None:
         """Let a node vanish: its daemon and everything that runs there."""
@@ -146,11 +153,15 @@ class MiniSlurm:
         ]
 
     def pause(self, job: str) -> None:
-        """Let the ranks stand still. Slurm wakes them: with each of its signals it sends SIGCONT."""
-        ranks = self.ranks(job)
-        assert ranks
-        for rank in ranks:
-            rank.send_signal(signal.SIGSTOP)
+        """Let the ranks stand still. Slurm wakes them, too: with each of its signals it sends SIGCONT."""
+        for rank in self.ranks(job):
+            with suppress(psutil.NoSuchProcess):
+                rank.suspend()
+
+    def wake(self, job: str) -> None:
+        for rank in self.ranks(job):
+            with suppress(psutil.NoSuchProcess):
+                rank.resume()
 
 
 SITE = """

@@ -51,6 +51,10 @@ def same(run: Path, whole: Path) -> bool:
     return lines[0] == lines[1] and adapter_bytes(run) == adapter_bytes(whole)
 
 
+def was_warned(run: Path) -> bool:
+    return (run / "STOP").exists()
+
+
 def started_again(slurm: MiniSlurm, job: str) -> bool:
     return int(slurm.facts(job)["Restarts"]) >= 1
 
@@ -65,9 +69,11 @@ def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm
     recipe = make()
     run = recipe.parent / "run"
     job = slurm.sbatch(*JOB, "--time=1", "--signal=USR1@20", SCRIPT, recipe, "--processes", "1")
-    wait_for_step(slurm, job, run, 2)
-    slurm.pause(job)
-    slurm.until(lambda: started_again(slurm, job), 90, "the requeue", job)
+    wait_for_step(slurm, job, run, 1)
+    slurm.pause(job)  # so that the run is not done before the warning, which may come any time in half a minute
+    slurm.until(lambda: was_warned(run) or started_again(slurm, job), 60, "the warning", job)
+    slurm.wake(job)
+    slurm.until(lambda: started_again(slurm, job), 60, "the requeue", job)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     facts = slurm.wait(job)
     log = slurm.log(job)
