@@ -7,7 +7,6 @@ Always holds: the loss is the sum over all label tokens of the global batch divi
 is cut into ranks, micro-batches and accumulation; a step's random numbers depend on (seed, step, rank) alone.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from kfood_dist.train import checkpoint
 from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
+from kfood_dist.train.skips import SkipWatch
 
 _BAD_LISTED = 50
 
@@ -54,6 +54,7 @@ class Trainer:
     adapter_facts: dict[str, Any]
     checkpoint_facts: dict[str, Any]
     run_facts: dict[str, Any]
+    skips: SkipWatch
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
 
     def train(self, start: int) -> Path:
@@ -93,28 +94,28 @@ class Trainer:
         # The engine averages gradients over ranks; times the world size, they are summed.
         scale = self.world.size / max(1, int(self.world.all_sum(num_labels)))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = []  # of each sample, by micro-batch
         for i, batch in enumerate(meter.batches):
-            loss, _ = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
+            loss, _, each = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
             loss_sum += loss
+            losses.append(each)
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
-        grad_norm = self.engine.step(learning_rate)
+        update = self.engine.step(learning_rate)
         metrics = {
             "step": step + 1,
             "epoch": self.plan.epoch_of(step),
             "samples": self.plan.samples_before(step + 1),
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": update.grad_norm,
+            "skipped": float(not update.applied),
+            **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
             "peak_memory_gib": float(self.world.all_max(torch.tensor(peak_memory_gib(), device=self.device))),
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
         if metrics["refused"] or metrics["replaced"]:
             self._name_left_out(step, meter)
-        if not math.isfinite(metrics["loss"] + grad_norm):
-            raise TrainingError(
-                f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}; nothing of this step was saved",
-                "lower optim.learning_rate, or look for odd pictures with `kfood order`; a new start resumes",
-            )
+        self.skips.look(step, update, meter.batches, losses)
         return metrics
 
     def validate(self) -> dict[str, float]:
@@ -134,7 +135,7 @@ class Trainer:
             )
             for batch in batches:
                 on_device = batch.to(self.device)
-                loss, hits = self.engine.forward(on_device)
+                loss, hits, _ = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)
                 counts = (loss, batch.num_label_tokens, right.sum(), len(batch.ids) + len(batch.refused))
                 totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
