@@ -62,6 +62,15 @@ def test_the_sum_equals_the_models_own_logits_and_labels(tiny_model: Path, visio
     assert hits.shape == (batch.num_label_tokens,)
 
 
+def test_each_samples_own_loss_is_what_it_has_alone(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    module = build(tiny_model, vision)
+    loss, _, losses = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])
+    alone = [module(collator[MicroBatch(0, 0, (i,), i)])[0].item() for i in range(4)]
+    assert losses.tolist() == pytest.approx(alone, rel=1e-5)
+    assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-6)
+    assert not losses.requires_grad
+
+
 def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: VisionSpec, collator) -> None:
     module = build(tiny_model, vision)
     together = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])[0]
@@ -71,7 +80,7 @@ def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: VisionSpec
 
 def test_a_filler_adds_nothing_and_can_go_backward(tiny_model: Path, vision: VisionSpec, collator) -> None:
     module = build(tiny_model, vision)
-    loss, hits = module(collator[MicroBatch(0, 0, (), 5)])
+    loss, hits, _ = module(collator[MicroBatch(0, 0, (), 5)])
     loss.backward()
     assert loss.item() == 0 and hits.numel() == 0
     gradients = [p.grad for p in module.parameters() if p.requires_grad]
