@@ -61,7 +61,7 @@ class SkipWatch:
         self.log.say(f"step {step + 1} skipped: {why}")
         if self.in_a_row > self.limit:
             raise TrainingError(
-                f"{self.in_a_row} steps in a row were skipped, more than train.max_skipped_steps {self.limit}; "
+                f"steps skipped in a row: {self.in_a_row}, more than train.max_skipped_steps {self.limit}; "
                 f"step {step + 1}: {why}; {last_good(self.checkpoints, self.last_applied)}",
                 "lower optim.learning_rate, or mend the samples named; the same command goes on from the newest "
                 "checkpoint",

@@ -104,6 +104,6 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(
     assert "Traceback" not in output
     last = output.strip().splitlines()
     assert f"step {first}: the loss is not finite for" in output, last
-    assert "1 steps in a row were skipped, more than train.max_skipped_steps 0" in output
+    assert "steps skipped in a row: 1, more than train.max_skipped_steps 0" in output
     # Step 2 was taken with the weights of step 1; those of step 2 have never been used.
     assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step-00000001 (delete step-00000002" in output

@@ -67,7 +67,7 @@ def test_the_run_ends_after_too_many_in_a_row_and_an_update_starts_the_count_ane
     with pytest.raises(TrainingError) as raised:
         watch.look(6, SKIPPED, *spoilt)
     text = str(raised.value)
-    assert "3 steps in a row were skipped, more than train.max_skipped_steps 2" in text
+    assert "steps skipped in a row: 3, more than train.max_skipped_steps 2" in text
     assert "train-3 (nan)" in text and f"the last good checkpoint is {good}" in text and "→" in text
 
 
