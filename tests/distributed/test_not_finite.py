@@ -3,23 +3,25 @@
 The dish's answer has a token that no other has, and the base model's embedding of that token is not a number.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from crafted import EMBEDDING, craft, unique_token
 from running import metrics, start, train, write_recipe
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from kfood_dist.config import load_recipe
 from kfood_dist.data.shards import ShardSplit, open_split
 from kfood_dist.train.preflight import preflight
 
 STEPS = 12
+TRAIN = {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": STEPS}
 SECTIONS = {
     "lora": {"dropout": 0.0},
-    "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": STEPS, "save_every_steps": 1},
+    "optim": {"schedule": "constant"},
+    "train": {**TRAIN, "save_every_steps": 1, "keep_checkpoints": STEPS},
 }
 
 
@@ -80,12 +82,17 @@ def test_the_weights_stay_as_they_were_and_the_run_goes_on_from_them(finished, s
     rows = metrics(run)
     taken = [row["loss"] for row in rows if not row["skipped"]]
     assert taken[-1] < taken[0]
-    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert all(np.isfinite(weight).all() for weight in adapter.values())
-    kept = sorted((run / "checkpoints").iterdir())
-    before, after = (load_file(path / "adapter" / "adapter_model.safetensors") for path in kept[-2:])
-    same = all(np.array_equal(before[name], after[name]) for name in before)
-    assert same == (STEPS in expected(recipe, shards, cursed[0]))
+    saved = [
+        load_file(run / "checkpoints" / f"step-{step:08d}" / "adapter" / "adapter_model.safetensors")
+        for step in range(1, STEPS + 1)
+    ]
+    assert all(weight.isfinite().all() for weight in saved[-1].values())
+    unchanged = {
+        step + 2
+        for step, (before, after) in enumerate(pairwise(saved))
+        if all(torch.equal(before[name], after[name]) for name in before)
+    }
+    assert unchanged == set(expected(recipe, shards, cursed[0])) - {1}
 
 
 def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(
@@ -101,9 +108,8 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(
     process = start(recipe, 2)
     output, _ = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert "Traceback" not in output
-    last = output.strip().splitlines()
-    assert f"step {first}: the loss is not finite for" in output, last
+
+    assert f"step {first}: the loss is not finite for" in output
     assert "steps skipped in a row: 1, more than train.max_skipped_steps 0" in output
     # Step 2 was taken with the weights of step 1; those of step 2 have never been used.
     assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step-00000001 (delete step-00000002" in output
