@@ -67,7 +67,11 @@ class Data(Section):
 class Model(Section):
     base: str = Field(min_length=1, description="local folder or hub name of a Qwen2.5-VL")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NF4 with double quantisation, or none")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="compute type of everything not quantised")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16",
+        description="compute type of everything not quantised; fp16, for cards without bf16, scales the loss and "
+        "keeps the vision tower in float32",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
     adapter: Path | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
 
@@ -113,6 +117,9 @@ class Train(Section):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage; 0 trains without DeepSpeed")
     deepspeed_config: Path | None = Field(None, description="memory strategy; default ds_configs/zero<stage>.json")
+    max_skipped_steps: int = Field(
+        10, ge=0, description="steps in a row whose loss or gradient may fail to be finite before the run stops"
+    )
     gradient_checkpointing: bool = Field(True, description="recompute activations instead of keeping them")
 
 

@@ -179,7 +179,7 @@ def check_gpus() -> Iterator[Finding]:
         if facts.major >= 8:  # Ampere is the first with bf16 units; below, torch emulates it
             yield Finding(OK, f"{told}, bf16")
         else:
-            yield Finding(WARN, f"{told}, no bf16", "set model.precision=fp32")
+            yield Finding(WARN, f"{told}, no bf16", "set model.precision=fp16")
 
 
 def check_torchvision() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ again, 2 a mistake to mend, 1 failed, 130 interrupted.
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation
 from kfood_dist.model.adapters import require_adapter
-from kfood_dist.supervise import FINISHED, INTERRUPTED, MISTAKE, STOPPED, Watch
+from kfood_dist.supervise import FINISHED, INTERRUPTED, MISTAKE, STOPPED, Supervisor
 from kfood_dist.train.checkpoint import newest
+from kfood_dist.train.limit import NUM_STEPS, limited
 from kfood_dist.train.lock import require_free
 from kfood_dist.train.preflight import preflight
 
@@ -103,12 +105,12 @@ def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = A
         *(["--deepspeed_multinode_launcher", "standard"] if launch.configuration == "deepspeed" else []),
     ]
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *(sys.executable, "-m", "kfood_dist.ranks"),  # accelerate launch
         *("--config_file", str(CONFIGS / f"{launch.configuration}.yaml")),
         *("--num_processes", str(launch.processes * cluster.num_machines)),
         *(several if cluster.num_machines > 1 else []),
         *("--main_process_port", str(cluster.port or 0)),
-        "--quiet",  # a rank that fails says why itself; accelerate's own trace on top says nothing
+        "--quiet",
         *("-m", "kfood_dist", *verb),
     ]
 
@@ -126,6 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
     train.add_argument("--stage", metavar="DIR", help="copy the shards to this folder of each node, and read there")
+    train.add_argument(
+        "--limit", type=int, nargs="?", const=NUM_STEPS, metavar="N", help="try N steps, and say what the whole takes"
+    )
     evaluate = verbs.add_parser("eval", help="measure a model; takes what `kfood eval` takes", prog="launch/eval.sh")
     for sub in (train, evaluate):
         sub.add_argument("--processes", type=int, metavar="N", help="on each node; default: one per GPU, or two on CPU")
@@ -160,8 +165,10 @@ def train(args: argparse.Namespace) -> int:
     cluster, machine = Cluster.here(), look_around()
     if cluster.num_machines > 1 and len(args.recipes) > 1:
         raise LaunchError("several recipes in one job of several nodes", "queue a job for each: bash slurm/stages.sh")
+    if args.limit is not None and len(args.recipes) > 1:
+        raise LaunchError("--limit with several recipes", "try one at a time")
     starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
-    watch = Watch()
+    supervisor = Supervisor()
     for start in starts:
         if not newest(start.recipe.run.dir / "checkpoints"):
             require_adapter(start.recipe)  # now, as the recipe before this one may have made it
@@ -170,10 +177,12 @@ def train(args: argparse.Namespace) -> int:
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
         command = accelerate_command(start.launch, start.verb, cluster)
-        status = watch.run(command, environment_for(start.launch, machine), start.recipe.run.dir, cluster.is_head)
+        status = supervisor.run(command, environment_for(start.launch, machine), start.recipe.run.dir, cluster.is_head)
+        if args.limit is not None and cluster.is_head:
+            shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
         if status != FINISHED:
             return status
-        if watch.asked and start is not starts[-1]:
+        if supervisor.asked and start is not starts[-1]:
             return STOPPED
     return FINISHED
 
@@ -186,7 +195,9 @@ def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, clu
     preflight(recipe, launch.processes * cluster.num_machines)
     words = [word for text in overrides for word in ("--set", text)]
     staging = ["--stage", args.stage] if args.stage else []
-    return Start(recipe, launch, ["train", "--config", str(path), *staging, *words])
+    limit = [] if args.limit is None else ["--limit", str(args.limit)]
+    recipe = recipe if args.limit is None else limited(recipe, args.limit)
+    return Start(recipe, launch, ["train", "--config", str(path), *staging, *limit, *words])
 
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> int:

@@ -7,6 +7,8 @@ the lines after its checkpoint before it writes.
 """
 
 import json
+import math
+import os
 import resource
 import time
 from dataclasses import dataclass, field
@@ -28,6 +30,13 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+
+
+def device_memory_gib() -> float:
+    """All there is of what `peak_memory_gib` counts: the GPU's memory, or the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 @dataclass
@@ -80,6 +89,7 @@ class RunLog:
 
         self.metrics_path = folder / "metrics.jsonl"
         _cut_after(self.metrics_path, start_step)
+        self.num_skipped = sum(bool(row.get("skipped")) for row in read_metrics(self.metrics_path))
         self._log = (folder / "log.txt").open("a", encoding="utf-8")
         self._metrics = self.metrics_path.open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
@@ -95,10 +105,14 @@ class RunLog:
         """Record one optimiser step; `metrics` holds `step` (counted from 1), `loss`, and what else there is."""
         if not self.active:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
+        self.num_skipped += bool(metrics["skipped"])
+        metrics = {**metrics, "skipped_in_all": self.num_skipped}
+        # JSON has no word for what is not a finite number.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps(finite) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            if name not in ("step", "time"):
+        for name, value in finite.items():
+            if value is not None and name not in ("step", "time"):
                 self.tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
         if metrics["step"] % self.every == 0 or metrics["step"] == self.max_steps:
             self.say(console_line(metrics, self.max_steps))
@@ -127,7 +141,10 @@ def console_line(metrics: dict[str, Any], max_steps: int) -> str:
         f"wait {metrics['data_wait_share']:.0%}  pad {metrics['padding_share']:.0%}  "
         f"mem {metrics['peak_memory_gib']:.2f} GiB  left {left_s // 60}:{left_s % 60:02d}"
     )
-    return line + "".join(f"  {name} {metrics[name]:.0f}" for name in ("refused", "replaced") if metrics[name])
+    if "loss_scale" in metrics:
+        line += f"  scale {metrics['loss_scale']:g}"
+    counts = {"refused": "refused", "replaced": "replaced", "skipped so far": "skipped_in_all"}
+    return line + "".join(f"  {told} {metrics[name]:.0f}" for told, name in counts.items() if metrics[name])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

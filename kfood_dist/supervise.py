@@ -24,7 +24,7 @@ FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 AGENT_SETTINGS = {"PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
 
 
-class Watch:
+class Supervisor:
     """Remembers that the launcher was asked to stop, and asks the run that is under way."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Watch:
         self._run_dir: Path | None = None
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], run_dir: Path, decides: bool = True) -> int:
-        """Run `command` to its end; returns FINISHED, STOPPED, INTERRUPTED or FAILED.
+        """Run `command` to its end; returns FINISHED, STOPPED, INTERRUPTED, MISTAKE or FAILED.
 
         Of several machines' launchers, the one that `decides` tells finished and stopped apart: the others may see an
         old status.json for a while, and say FINISHED.
@@ -48,7 +48,7 @@ class Watch:
         except KeyboardInterrupt:
             return INTERRUPTED  # and what was started ends with this process
         if status != 0:
-            return FAILED
+            return MISTAKE if status == MISTAKE else FAILED
         return FINISHED if not decides or read_state(run_dir) == "finished" else STOPPED
 
     @contextmanager

@@ -68,7 +68,7 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tin
         for step in range(20):
             ids = tuple(int(i) for i in plain_order(len(shards)).ids(0, step, 0, 8))
             batch = collator[MicroBatch(step, 0, ids, filler=0)]
-            loss, _ = module(batch)
+            loss, _, _ = module(batch)
             (loss / batch.num_label_tokens).backward()
             optimizer.step()
             optimizer.zero_grad()

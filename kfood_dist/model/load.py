@@ -1,7 +1,8 @@
 """The frozen base: 4-bit NF4 language model, everything else in the compute type.
 
 Always holds after `load_base`: every linear layer of the language model is 4-bit and none elsewhere (checked by
-type, since a wrong skip list is silent in transformers), nothing requires a gradient, the model is in training mode.
+type, since a wrong skip list is silent in transformers), nothing requires a gradient, the model is in training mode;
+under fp16 the vision tower is float32, because its activations outgrow fp16 (llama.cpp #17534).
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from torch import nn
 from kfood_dist.errors import ModelError
 from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def quantization_config(dtype: torch.dtype) -> Any:
@@ -49,8 +50,10 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
         options["quantization_config"] = quantization_config(dtype)
     if not is_deepspeed_zero3_enabled():  # which places the weights itself, and refuses to be told where
         options["device_map"] = {"": device}
+    # Under fp16 all is read as float32 first: fp16 has neither the range nor the small numbers of a bf16 file.
+    options["dtype"] = torch.float32 if precision == "fp16" else dtype
     try:
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, attn_implementation=attention, **options)
+        model = AutoModelForImageTextToText.from_pretrained(base, attn_implementation=attention, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",
@@ -58,7 +61,20 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
         ) from error
     if quantization == "nf4":
         require_quantized(model)
+    if precision == "fp16":
+        halve(model)
     return model.requires_grad_(False).train()
+
+
+def halve(model: nn.Module) -> None:
+    """Turn what is float32 outside the vision tower into fp16. Raises ModelError for a weight beyond fp16's range."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32 or name.startswith(f"{VISION_TOWER}."):
+            continue
+        half = parameter.detach().half()
+        if not torch.equal(half.isfinite(), parameter.isfinite()):
+            raise ModelError(f"{name} holds weights that fp16 cannot", "set model.precision to bf16 or fp32")
+        parameter.data = half
 
 
 def recompute_activations(module: Any) -> None:

@@ -8,6 +8,7 @@ Always holds: only positions with a label reach the head (full logits would be 1
 not divided here, because only the caller knows how many labels the whole global batch has.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -42,12 +43,12 @@ class AnswerLoss(nn.Module):
         super().__init__()
         self.model = model
         self.vision = vision
-        tower = model.get_base_model().get_submodule(VISION_TOWER)
-        tower.forward = torch.no_grad()(tower.forward)  # it is frozen: keep nothing of it for the backward pass
+        _freeze_forward(model.get_base_model().get_submodule(VISION_TOWER))
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, hits): the summed cross-entropy of all label tokens, float32 scalar, and for each label token,
-        in row order, whether it is the most likely one, bool (num_label_tokens,).
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(loss, hits, losses): the summed cross-entropy of all label tokens, float32 scalar; for each label token,
+        in row order, whether it is the most likely one, bool (num_label_tokens,); and each sample's own part of the
+        sum, float32 (B,) without a graph.
         """
         base = self.model.get_base_model()
         hidden = base.model(
@@ -61,8 +62,27 @@ class AnswerLoss(nn.Module):
         targets = batch.labels[:, 1:]  # position i predicts token i + 1
         labelled = targets != IGNORED
         logits = base.lm_head(hidden[:, :-1][labelled]).float()
-        loss = F.cross_entropy(logits, targets[labelled], reduction="sum")
-        return loss, logits.detach().argmax(-1) == targets[labelled]
+        each = F.cross_entropy(logits, targets[labelled], reduction="none")
+        rows = labelled.nonzero()[:, 0]
+        losses = torch.zeros(len(labelled), device=each.device).index_add_(0, rows, each.detach())
+        return each.sum(), logits.detach().argmax(-1) == targets[labelled], losses
+
+
+def _freeze_forward(tower: Any) -> None:
+    """Let the frozen tower keep nothing for the backward pass, and compute in float32 where its weights are float32.
+
+    Under fp16 they are (`load_base`), since its activations outgrow fp16; autocast would compute in fp16 all the same.
+    """
+    forward = tower.forward
+
+    def run(pixel_values: torch.Tensor, *args: Any, **options: Any) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if pixel_values.dtype == torch.float32:
+                stack.enter_context(torch.autocast(pixel_values.device.type, enabled=False))
+            return forward(pixel_values, *args, **options)
+
+    tower.forward = run
 
 
 def exact_matches(hits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
 from kfood_dist.train.preflight import build_template, num_steps, require_same_base
+from kfood_dist.train.skips import SkipWatch
 from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
 
@@ -84,6 +85,14 @@ def build_trainer(
         run_facts=facts,
         stop=stop,
         best_accuracy=best[1]["accuracy"] if best else -1.0,
+        skips=SkipWatch(
+            limit=recipe.train.max_skipped_steps,
+            start=start,
+            key=collator.shards.key,
+            checkpoints=recipe.run.dir / "checkpoints",
+            world=world,
+            log=log,
+        ),
     )
     _announce(trainer, start)
     return trainer, start
@@ -103,7 +112,7 @@ def build_module(recipe: Recipe, vision: VisionSpec, device: torch.device) -> An
 def _build_engine(recipe: Recipe, accelerator: Accelerator, module: AnswerLoss) -> Engine:
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = build_optimizer(trainable, recipe.optim)
-    return build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm)
+    return build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm, recipe.model.precision)
 
 
 def _validation(recipe: Recipe, template: Template) -> StreamingCollator | None:

@@ -1,16 +1,18 @@
 """One optimiser step on whatever runs below: DeepSpeed ZeRO, DDP, or a single process.
 
-    build_accelerator ──► Accelerator ──► build_engine ──► micro_step × n, step ──► gradient norm
+    build_accelerator ──► Accelerator ──► build_engine ──► micro_step × n, step ──► Update: gradient norm, applied
 
 Both engines take a loss that is already normalised over the global batch, and average gradients over ranks; the
-caller multiplies by the world size. Neither divides by the accumulation again.
+caller multiplies by the world size. Neither divides by the accumulation again. Both leave an update out, on all ranks
+alike, if the summed gradient is not finite, and see to it that a loss that is not finite makes it so.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
@@ -19,11 +21,20 @@ from accelerate.utils import DistributedType
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import Batch
 from kfood_dist.errors import LaunchError
+from kfood_dist.model.load import DTYPES
 from kfood_dist.runtime import World
 from kfood_dist.train import state
-from kfood_dist.train.zero import deepspeed_config
+from kfood_dist.train.zero import INITIAL_SCALE_POWER, SCALE_WINDOW, deepspeed_config
 
-Output = tuple[torch.Tensor, torch.Tensor]
+Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # AnswerLoss.forward: loss, hits, losses
+
+
+class Update(NamedTuple):
+    """What came of a step."""
+
+    grad_norm: float  # global, before clipping; not finite if the update was left out
+    applied: bool
+    loss_scale: float | None  # what the loss was multiplied with, under fp16
 
 
 class Engine(Protocol):
@@ -37,8 +48,15 @@ class Engine(Protocol):
     def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
         """Forward and backward of one micro-batch's loss × scale; on the `last` one all ranks' are summed."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, clear the gradients; returns their global norm before clipping."""
+    def step(self, learning_rate: float) -> Update:
+        """Clip, update, clear the gradients; if they are not finite, clear them alone. The same on every rank."""
+
+    @property
+    def scale_state(self) -> dict[str, float]:
+        """What fp16's loss scaling remembers: `scale`, and `good_steps` since it last changed; {} without it."""
+
+    @scale_state.setter
+    def scale_state(self, state: dict[str, float]) -> None: ...
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the master weights and optimiser state, if it has one of its own."""
@@ -56,10 +74,10 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
     # Longer than the watch waits, which can name the rank that stalls.
     timeout = timedelta(seconds=2 * recipe.train.stall_timeout_s + 60)
     process_group = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)]
-    precision = "bf16" if recipe.model.precision == "bf16" else "no"
     if recipe.train.zero_stage == 0:
+        # PlainEngine casts and scales itself: accelerate has no fp16 on a CPU.
         accelerator = Accelerator(
-            mixed_precision=precision, cpu=cpu, kwargs_handlers=process_group if world.size > 1 else []
+            mixed_precision="no", cpu=cpu, kwargs_handlers=process_group if world.size > 1 else []
         )
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise LaunchError("train.zero_stage is 0, but accelerate set up DeepSpeed", "start through launch/train.sh")
@@ -68,7 +86,7 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
         _spare_inference_op()
     config = deepspeed_config(recipe, accumulation, world.size)
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision={"fp32": "no"}.get(recipe.model.precision, recipe.model.precision),
         gradient_accumulation_steps=accumulation,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
         kwargs_handlers=process_group,
@@ -93,12 +111,24 @@ def _spare_inference_op() -> None:
 
 
 def build_engine(
-    accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    accelerator: Accelerator,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    precision: str,
 ) -> Engine:
     """Wrap the module and its optimiser for the accelerator's kind of training."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return ZeroEngine(accelerator, module, optimizer)
-    return PlainEngine(accelerator, module, optimizer, max_grad_norm)
+    return PlainEngine(accelerator, module, optimizer, max_grad_norm, precision)
+
+
+def _scaled(loss: torch.Tensor, scale: float) -> torch.Tensor:
+    """loss × scale, with a gradient of NaN throughout if the loss is not finite.
+
+    A loss may be infinite and its gradient not; summed over ranks, the NaN tells every rank to leave the update out.
+    """
+    return loss * (scale + 0.0 * loss.detach())
 
 
 class ZeroEngine:
@@ -106,32 +136,59 @@ class ZeroEngine:
 
     def __init__(self, accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
         self.trainable: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        fp16 = accelerator.mixed_precision == "fp16"
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        tower = {p: p.data for p in frozen if fp16 and p.dtype == torch.float32}
         self.engine, _ = accelerator.prepare(module, optimizer)
         self.optimizer = optimizer
         self.rank = accelerator.process_index
         self.stage = self.engine.zero_optimization_stage()
+        if fp16:
+            # DeepSpeed has turned every weight into fp16; the tower must stay in float32.
+            for parameter, data in tower.items():
+                parameter.data = data
+            # At the least scale it would end the run with a bare Exception; the loop's own limit comes first.
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def forward(self, batch: Batch) -> Output:
         return self.engine(batch)
 
     def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
         self.engine.set_gradient_accumulation_boundary(last)
-        loss, hits = self.engine(batch)
-        self.engine.backward(loss * scale, scale_wrt_gas=False)
-        return loss.detach(), hits
+        loss, hits, losses = self.engine(batch)
+        self.engine.backward(_scaled(loss, scale), scale_wrt_gas=False)
+        return loss.detach(), hits, losses
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Update:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        loss_scale = self.scale_state.get("cur_scale")
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return Update(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied(), loss_scale)
+
+    @property
+    def scale_state(self) -> dict[str, float]:
+        if not self.engine.fp16_enabled():
+            return {}
+        scaler = self.engine.optimizer.loss_scaler
+        return {
+            "scale": scaler.cur_scale,
+            "good_steps": (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window,
+        }
+
+    @scale_state.setter
+    def scale_state(self, state: dict[str, float]) -> None:
+        scaler = self.engine.optimizer.loss_scaler
+        scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state["scale"], int(state["good_steps"]), -1
 
     def save(self, folder: Path) -> None:
-        state.save(folder / state.file_name(self.rank), self.held(), self.optimizer, {})
+        state.save(folder / state.file_name(self.rank), self.held(), self.optimizer, self.scale_state)
 
     def load(self, folder: Path) -> None:
         with state.Saved(folder) as saved:
             state.load(saved, self.held(), self.optimizer)
+            if saved.extra:
+                self.scale_state = saved.extra
         self._refresh_weights()
 
     def held(self) -> list[state.Held]:
@@ -183,38 +240,66 @@ class PlainEngine:
         module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float,
+        precision: str,
     ):
         self.accelerator = accelerator
-        self._optimizer = optimizer  # without accelerate's wrapper
         # The model lies on its device already, and moving 4-bit weights again is not always allowed.
-        self.module, self.optimizer = accelerator.prepare(module, optimizer, device_placement=[False, False])
+        self.module = accelerator.prepare(module, device_placement=[False])
+        self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         self.trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.dtype = DTYPES[precision]
+        self.scaler = torch.amp.GradScaler(
+            accelerator.device.type,
+            init_scale=2.0**INITIAL_SCALE_POWER,
+            growth_interval=SCALE_WINDOW,
+            enabled=precision == "fp16",
+        )
 
     def forward(self, batch: Batch) -> Output:
-        return self.module(batch)
+        with torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.module(batch)
 
     def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss, hits = self.module(batch)
-            self.accelerator.backward(loss * scale)
-        return loss.detach(), hits
+            loss, hits, losses = self.forward(batch)
+            self.scaler.scale(_scaled(loss, scale)).backward()
+        return loss.detach(), hits, losses
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Update:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.max_grad_norm)
-        self.optimizer.step()
+        loss_scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        self.scaler.unscale_(self.optimizer)
+        # After DDP's sum every rank has the same gradients, and so comes to the same decision.
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.max_grad_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        return float(norm)
+        return Update(norm, applied, loss_scale)
+
+    @property
+    def scale_state(self) -> dict[str, float]:
+        if not self.scaler.is_enabled():
+            return {}
+        return {"scale": self.scaler.get_scale(), "good_steps": self.scaler.state_dict()["_growth_tracker"]}
+
+    @scale_state.setter
+    def scale_state(self, state: dict[str, float]) -> None:
+        known = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
+        self.scaler.load_state_dict(self.scaler.state_dict() | known)
 
     def save(self, folder: Path) -> None:
         if self.accelerator.is_main_process:  # every rank has the same
-            state.save(folder / state.file_name(0), self.held(), self._optimizer, {})
+            state.save(folder / state.file_name(0), self.held(), self.optimizer, self.scale_state)
 
     def load(self, folder: Path) -> None:
         with state.Saved(folder) as saved:
-            state.load(saved, self.held(), self._optimizer)
+            state.load(saved, self.held(), self.optimizer)
+            if saved.extra:
+                self.scale_state = saved.extra
 
     def held(self) -> list[state.Held]:
         """Every parameter whole: the weights the model computes with are the master weights."""

@@ -7,7 +7,6 @@ Always holds: the loss is the sum over all label tokens of the global batch divi
 is cut into ranks, micro-batches and accumulation; a step's random numbers depend on (seed, step, rank) alone.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from kfood_dist.train import checkpoint
 from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
+from kfood_dist.train.skips import SkipWatch
 from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
 
@@ -59,11 +59,13 @@ class Trainer:
     checkpoint_facts: dict[str, Any]
     run_facts: dict[str, Any]
     stop: StopRequest
+    skips: SkipWatch
     stopping: bool = False  # agreed by all ranks, after the step in which any of them was asked to
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
     best_accuracy: float = -1.0  # of the checkpoints there are, on the validation split
     failed_saves: int = 0  # in a row
     retry_at: int = 0  # the step at which to try again
+    took_s: dict[str, float] = field(default_factory=dict)  # seconds of the last checkpoint and measurement
 
     def train(self, start: int) -> int:
         """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
@@ -113,13 +115,15 @@ class Trainer:
         # The engine averages gradients over ranks; times the world size, they are summed.
         scale = self.world.size / max(1, int(self.world.all_sum(num_labels)))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = []  # of each sample, by micro-batch
         for i, batch in enumerate(meter.batches):
             self.watch.beat(f"micro-step {i + 1} of step {step + 1}")
-            loss, _ = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
+            loss, _, each = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
             loss_sum += loss
+            losses.append(each)
         self.watch.beat(f"the update of step {step + 1}")
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
-        grad_norm = self.engine.step(learning_rate)
+        update = self.engine.step(learning_rate)
         here = torch.tensor([peak_memory_gib(), float(self.stop.asked())], device=self.device)
         peak, asked = self.world.all_max(here).tolist()
         self.stopping = bool(asked)
@@ -128,18 +132,16 @@ class Trainer:
             "epoch": self.plan.epoch_of(step),
             "samples": self.plan.samples_before(step + 1),
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": update.grad_norm,
+            "skipped": float(not update.applied),
+            **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
             "peak_memory_gib": peak,
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
         if metrics["refused"] or metrics["replaced"]:
             self._name_left_out(step, meter)
-        if not math.isfinite(metrics["loss"] + grad_norm):
-            raise TrainingError(
-                f"step {step + 1}: loss {metrics['loss']}, gradient norm {grad_norm}; nothing of this step was saved",
-                "lower optim.learning_rate, or look for odd pictures with `kfood order`; a new start resumes",
-            )
+        self.skips.look(step, update, meter.batches, losses)
         return metrics
 
     def validate(self) -> dict[str, float]:
@@ -148,9 +150,8 @@ class Trainer:
         `accuracy` asks for the label itself, token by token; `kfood eval` also takes aliases and halves of `A_B`.
         """
         assert self.validation is not None
-        recipe, num_samples = self.recipe, len(self.validation.shards)
-        chosen = np.arange(num_samples)[: recipe.eval.max_samples]
-        slots = deal(chosen, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
+        recipe, began = self.recipe, time.perf_counter()
+        slots = deal(self.validation_ids, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         with torch.no_grad(), resting_dropout(self.module):
@@ -160,12 +161,19 @@ class Trainer:
             for batch in batches:
                 self.watch.beat("measuring")
                 on_device = batch.to(self.device)
-                loss, hits = self.engine.forward(on_device)
+                loss, hits, _ = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)
                 counts = (loss, batch.num_label_tokens, right.sum(), len(batch.ids) + len(batch.refused))
                 totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
         loss_sum, labels, right_sum, samples = self.world.all_sum(totals).tolist()
+        self.took_s["validate"] = time.perf_counter() - began
         return {"loss": loss_sum / max(1.0, labels), "accuracy": right_sum / samples, "samples": samples}
+
+    @property
+    def validation_ids(self) -> np.ndarray:
+        """The samples that are measured: the validation split, or the first so many of it."""
+        assert self.validation is not None
+        return np.arange(len(self.validation.shards))[: self.recipe.eval.max_samples]
 
     def save(self, done: int, scores: dict[str, float] | None, insist: bool) -> bool:
         """Write a checkpoint of `done` steps with what was measured there; whether that succeeded. A collective.
@@ -182,7 +190,8 @@ class Trainer:
         if error is None:
             self.failed_saves = self.retry_at = 0
             self.best_accuracy = max(self.best_accuracy, scores["accuracy"] if scores else -1.0)
-            self.log.say(f"step {done}: checkpoint written in {time.perf_counter() - began:.1f} s")
+            self.took_s["save"] = time.perf_counter() - began
+            self.log.say(f"step {done}: checkpoint written in {self.took_s['save']:.1f} s")
             return True
         if insist:
             raise error

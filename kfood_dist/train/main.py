@@ -3,7 +3,8 @@
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,10 @@ from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.model.adapters import require_adapter
-from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, raise_open_file_limit
+from kfood_dist.monitor import read_metrics
+from kfood_dist.runtime import World, end_with_launcher, lost_a_peer, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
+from kfood_dist.train.limit import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import num_steps, preflight
 from kfood_dist.train.stop import StopRequest, write_status
@@ -46,6 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy the shards to this folder, on a disk of the node, and read there",
     )
 
+    parser.add_argument(
+        "--limit",
+        type=int,
+        nargs="?",
+        const=NUM_STEPS,
+        metavar="N",
+        help=f"try it: N steps ({NUM_STEPS}), a checkpoint and {NUM_PICTURES} pictures, and what the whole would take",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """Train as one rank of however many the launcher started.
@@ -58,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         return train_in_order(args, world)
     end_with_launcher()
     recipe = load_recipe(args.config[0], args.set)
+    if args.limit is not None:
+        return dry_run(recipe, args.limit, world, args.stage)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
     if not checkpoint.newest(recipe.run.dir / "checkpoints"):
         require_adapter(recipe)
@@ -69,6 +83,31 @@ def run(args: argparse.Namespace) -> int:
             if not world.is_main:  # what only this rank met, nobody else can tell
                 print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             raise
+        except RuntimeError as error:
+            if not lost_a_peer(error):
+                raise
+            print(f"rank {world.rank}: another rank is gone", file=sys.stderr, flush=True)
+            time.sleep(2)  # so that the launcher meets that one first, which says why
+            return 1
+
+
+def dry_run(recipe: Recipe, steps: int, world: World, stage_dir: Path | None) -> int:
+    """Train for a few steps in a folder of their own, and say what the whole run would take."""
+    trial = limited(recipe, steps)
+    if world.is_main:
+        shutil.rmtree(trial.run.dir, ignore_errors=True)
+        print(f"limit: {check_shards(recipe)}", flush=True)
+        trial.run.dir.mkdir(parents=True)
+    plan = preflight(trial, world.size, look_at_files=world.is_main)
+
+    def tell(trainer: "Trainer", done: int) -> None:
+        rows = read_metrics(trial.run.dir / "metrics.jsonl")
+        lines = projection(recipe, rows, num_steps(recipe, plan), trainer.took_s, len(trainer.validation_ids))
+        print("limit: the whole run would take, as far as these steps tell:", *lines, sep="\n  ", flush=True)
+        write_status(trial.run.dir, "finished", done)
+
+    with hold(trial.run.dir) if world.is_main else nullcontext():
+        return train(trial, plan, world, stage_dir, conclude=tell)
 
 
 def train_in_order(args: argparse.Namespace, world: World) -> int:
@@ -82,8 +121,17 @@ def train_in_order(args: argparse.Namespace, world: World) -> int:
     return launch.main(["train", *map(str, args.config), *overrides, *staging])
 
 
-def train(recipe: Recipe, plan: Plan, world: World, stage_dir: Path | None = None) -> int:
-    """Resume from the newest checkpoint or begin, train to the end or to a request to stop, publish the adapter."""
+def train(
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    stage_dir: Path | None = None,
+    conclude: "Callable[[Trainer, int], None] | None" = None,
+) -> int:
+    """Resume from the newest checkpoint or begin, train to the end or to a request to stop, publish the adapter.
+
+    `conclude` is what rank 0 does at the end instead of publishing, given the trainer and the steps that are done.
+    """
     quiet_libraries()
     raise_open_file_limit()
     from kfood_dist.train.build import build_trainer  # torch and all the rest
@@ -105,14 +153,14 @@ def train(recipe: Recipe, plan: Plan, world: World, stage_dir: Path | None = Non
             save_recipe(recipe, recipe.run.dir / "recipe.yaml")
         done = trainer.train(start)
     if world.is_main:
-        conclude(trainer, done)
+        (conclude or publish)(trainer, done)
     world.barrier()  # so that every node's ranks end together, and none is taken for one that was left behind
     trainer.log.close()
     trainer.shut_down()
     return 0
 
 
-def conclude(trainer: "Trainer", done: int) -> None:
+def publish(trainer: "Trainer", done: int) -> None:
     """Publish the adapter of a whole run, or say that it stopped, on rank 0."""
     run_dir = trainer.recipe.run.dir
     if done == trainer.max_steps:

@@ -15,6 +15,11 @@ from kfood_dist.errors import RecipeError
 
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 
+# Loss scaling of fp16, the same with DeepSpeed and without: it starts at 2^16, is halved by each overflow and doubled
+# after so many steps without one.
+INITIAL_SCALE_POWER = 16
+SCALE_WINDOW = 2000
+
 
 def config_path(recipe: Recipe) -> Path:
     """The JSON a recipe means: its own, or the one shipped for its ZeRO stage."""
@@ -30,9 +35,10 @@ def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optim.max_grad_norm,
-        "bf16": {"enabled": recipe.model.precision == "bf16"},
-        "fp16": {"enabled": False},
+        "bf16": _bf16_section(recipe.model.precision),
+        "fp16": _fp16_section(recipe.model.precision),
     }
+    _require_possible(recipe)
     faults = [
         f"{key} is {strategy[key]} there and {value} in the recipe"
         for key, value in owned.items()
@@ -54,9 +60,47 @@ def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict
         "data_types": {"grad_accum_dtype": "fp32"},
         **strategy,
         **owned,
-        "zero_allow_untested_optimizer": True,  # AdamW8bit is not on DeepSpeed's list; our tests are
+        # AdamW8bit is not on DeepSpeed's list, and with offload it would insist on its own Adam; our tests cover both.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def _bf16_section(precision: str) -> dict[str, Any]:
+    # Stages 1 and 2 apply a gradient that is not finite unless they are told to look.
+    return {"enabled": True, "check_grad_overflow": True} if precision == "bf16" else {"enabled": False}
+
+
+def _fp16_section(precision: str) -> dict[str, Any]:
+    if precision != "fp16":
+        return {"enabled": False}
+    return {
+        "enabled": True,
+        "loss_scale": 0,  # dynamic
+        "initial_scale_power": INITIAL_SCALE_POWER,
+        "loss_scale_window": SCALE_WINDOW,
+        "hysteresis": 1,
+        "min_loss_scale": 1,
+    }
+
+
+def _require_possible(recipe: Recipe) -> None:
+    """Raise RecipeError for what DeepSpeed cannot do in the recipe's precision on this machine."""
+    if recipe.model.precision != "fp16":
+        return
+    if recipe.train.zero_stage == 3:
+        raise RecipeError(
+            "model.precision fp16 keeps the vision tower in float32, and ZeRO-3 shards weights of one type alone",
+            "set train.zero_stage to 0, 1 or 2, or model.precision=bf16",
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            "model.precision is fp16, which DeepSpeed does not train on a CPU",
+            "set train.zero_stage=0, or model.precision=bf16",
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def likelihood(task: Task, answerer: Answerer, i: int, text: str) -> float:
         image_grid_thw=batch.image_grid_thw,
     )
     with torch.no_grad():
-        loss, _ = AnswerLoss(answerer.model, answerer.template.vision)(batch)
+        loss, _, _ = AnswerLoss(answerer.model, answerer.template.vision)(batch)
     return float(torch.exp(-loss))
 
 

@@ -55,11 +55,20 @@ def model_inputs(batch: Batch, vision: VisionSpec) -> dict[str, Any]:
 
 def test_the_sum_equals_the_models_own_logits_and_labels(tiny_model: Path, vision: VisionSpec, collator) -> None:
     module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
-    loss, hits = module(batch)
+    loss, hits, _ = module(batch)
     logits = module.model(**model_inputs(batch, vision)).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert hits.shape == (batch.num_label_tokens,)
+
+
+def test_each_samples_own_loss_is_what_it_has_alone(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    module = build(tiny_model, vision)
+    loss, _, losses = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])
+    alone = [module(collator[MicroBatch(0, 0, (i,), i)])[0].item() for i in range(4)]
+    assert losses.tolist() == pytest.approx(alone, rel=1e-5)
+    assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-6)
+    assert not losses.requires_grad
 
 
 def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: VisionSpec, collator) -> None:
@@ -71,7 +80,7 @@ def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: VisionSpec
 
 def test_a_filler_adds_nothing_and_can_go_backward(tiny_model: Path, vision: VisionSpec, collator) -> None:
     module = build(tiny_model, vision)
-    loss, hits = module(collator[MicroBatch(0, 0, (), 5)])
+    loss, hits, _ = module(collator[MicroBatch(0, 0, (), 5)])
     loss.backward()
     assert loss.item() == 0 and hits.numel() == 0
     gradients = [p.grad for p in module.parameters() if p.requires_grad]
@@ -123,7 +132,7 @@ def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(tiny_model: Path, 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = module(collator[MicroBatch(0, 0, (0, 1), 0)])
+        loss, _, _ = module(collator[MicroBatch(0, 0, (0, 1), 0)])
     loss.backward()
     assert kept == [0]
     assert all(p.grad is None for p in tower.parameters())
@@ -158,7 +167,7 @@ def test_teacher_forced_match_is_the_match_of_greedy_generation(tiny_model, tiny
     batch = collator[MicroBatch(0, 0, tuple(range(6)), 0)]
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-3)
     for _ in range(60):
-        loss, hits = module(batch)
+        loss, hits, _ = module(batch)
         right = exact_matches(hits, batch.labels)
         if 2 <= right.sum() < 6:
             break

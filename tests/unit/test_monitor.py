@@ -1,6 +1,7 @@
 """Metrics in three places, read back with TensorBoard's own reader; a resumed run leaves no doubled steps."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def row(step: int, loss: float) -> dict[str, float]:
         "peak_memory_gib": 1.5,
         "refused": 0.0,
         "replaced": 0.0,
+        "skipped": 0.0,
         "step_seconds": 0.4,
     }
 
@@ -66,6 +68,29 @@ def test_a_resumed_run_takes_back_the_steps_it_repeats(tmp_path: Path) -> None:
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.0), (3, 0.5), (4, 0.25)]
+
+
+def test_a_skipped_step_is_counted_and_the_file_stays_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, World(), 0, max_steps=10, every=1)
+    log.step({**row(1, 3.0), "loss_scale": 65536.0})
+    log.step({**row(2, math.nan), "grad_norm": math.inf, "skipped": 1.0, "loss_scale": 32768.0})
+    log.close()
+    log = RunLog(tmp_path, World(), 2, max_steps=10, every=1)  # a resumed run goes on counting
+    log.step({**row(3, math.nan), "skipped": 1.0})
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) for line in lines]
+    assert [(r["loss"], r["grad_norm"], r["skipped_in_all"]) for r in rows] == [
+        (3.0, 0.5, 0),
+        (None, None, 1),
+        (None, 0.5, 2),
+    ]
+    told = capsys.readouterr().out.splitlines()
+    assert "skipped" not in told[0] and "scale 65536" in told[0]
+    assert told[1].endswith("skipped so far 1") and told[2].endswith("skipped so far 2")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/skipped_in_all")] == [(1, 0.0), (2, 1.0), (3, 2.0)]
+    assert [e.value for e in events.Scalars("train/loss")] == [3.0]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -11,23 +11,23 @@ from kfood_dist.errors import RecipeError
 from kfood_dist.train.zero import SHIPPED, deepspeed_config
 
 
-def build(config: Path | None = None, **train: Any) -> Recipe:
+def build(config: Path | None = None, precision: str = "bf16", **train: Any) -> Recipe:
     section = {"micro_batch_size": 4, "deepspeed_config": config, **train}
-    return Recipe.model_validate(
-        {"data": {"shards": "s"}, "model": {"base": "m"}, "run": {"dir": "r"}, "train": section}
-    )
+    model = {"base": "m", "precision": precision}
+    return Recipe.model_validate({"data": {"shards": "s"}, "model": model, "run": {"dir": "r"}, "train": section})
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_each_shipped_json_holds_memory_strategy_only(stage: int) -> None:
-    assert json.loads((SHIPPED / f"zero{stage}.json").read_text()).keys() == {"zero_optimization"}
-    config = deepspeed_config(build(zero_stage=stage), accumulation=8, world_size=2)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_each_shipped_json_holds_memory_strategy_only(path: Path) -> None:
+    assert json.loads(path.read_text()).keys() == {"zero_optimization"}
+    stage = int(path.stem[4])
+    config = deepspeed_config(build(path, zero_stage=stage), accumulation=8, world_size=2)
     assert config["zero_optimization"]["stage"] == stage
     assert config["gradient_accumulation_steps"] == 8
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["train_batch_size"] == 64
     assert config["gradient_clipping"] == 1.0
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,21 @@ def test_auto_and_agreement_are_no_conflict(tmp_path: Path) -> None:
         json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "gradient_accumulation_steps": 8})
     )
     assert deepspeed_config(build(path), accumulation=8, world_size=1)["train_batch_size"] == 32
+
+
+def test_fp16_scales_the_loss_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = deepspeed_config(build(precision="fp16"), accumulation=8, world_size=2)
+    assert config["bf16"] == {"enabled": False}
+    assert (config["fp16"]["enabled"], config["fp16"]["loss_scale"]) == (True, 0)
+    with pytest.raises(RecipeError, match=r"ZeRO-3 shards weights of one type alone → set train\.zero_stage"):
+        deepspeed_config(build(precision="fp16", zero_stage=3), accumulation=8, world_size=2)
+
+
+def test_fp16_with_deepspeed_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"DeepSpeed does not train on a CPU → set train\.zero_stage=0"):
+        deepspeed_config(build(precision="fp16"), accumulation=8, world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""A step that was left out: who is named, when the run ends, and which checkpoint is called good."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfood_dist.data.collate import Batch
+from kfood_dist.errors import TrainingError
+from kfood_dist.monitor import RunLog
+from kfood_dist.runtime import World
+from kfood_dist.train.checkpoint import MARKER
+from kfood_dist.train.engine import Update
+from kfood_dist.train.skips import Loss, SkipWatch, last_good, reason
+
+APPLIED = Update(grad_norm=0.5, applied=True, loss_scale=None)
+SKIPPED = Update(grad_norm=math.nan, applied=False, loss_scale=None)
+
+
+def batch(*ids: int) -> Batch:
+    nothing = torch.zeros(0)
+    return Batch(nothing, nothing, nothing, nothing, nothing, nothing, ids=ids)
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> SkipWatch:
+    log = RunLog(tmp_path, World(), 0, max_steps=100, every=1)
+    return SkipWatch(2, 0, lambda i: f"train-{i}", tmp_path / "checkpoints", World(), log)
+
+
+def checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    if complete:
+        (path / MARKER).touch()
+    return path
+
+
+def test_only_the_samples_whose_loss_is_not_finite_are_named(watch: SkipWatch, tmp_path: Path) -> None:
+    filler = torch.tensor([0.0])
+    watch.look(6, SKIPPED, [batch(3, 8), batch()], [torch.tensor([math.inf, 1.0]), filler])
+    log = (tmp_path / "log.txt").read_text()
+    assert "step 7 skipped: the loss is not finite for train-3 (inf)" in log
+    assert "train-8" not in log
+
+
+def test_a_gradient_alone_names_the_whole_step_up_to_fifty() -> None:
+    losses = [Loss(f"train-{i}", 1.0) for i in range(60)]
+    told = reason(SKIPPED, losses)
+    assert told.startswith("a gradient is not finite, though each sample's loss is")
+    assert "train-49" in told and "train-50" not in told and told.endswith("and 10 more")
+
+
+def test_an_overflow_of_the_loss_scale_names_nobody_until_there_is_no_scale_left() -> None:
+    losses = [Loss("train-0", 1.0)]
+    assert reason(Update(math.inf, False, 65536.0), losses).endswith("at loss scale 65536, which is halved")
+    assert "train-0" in reason(Update(math.inf, False, 1.0), losses)
+    assert "train-0 (nan)" in reason(Update(math.nan, False, 65536.0), [Loss("train-0", math.nan)])
+
+
+def test_the_run_ends_after_too_many_in_a_row_and_an_update_starts_the_count_anew(watch, tmp_path: Path) -> None:
+    good = checkpoint(tmp_path, 2)
+    spoilt = [batch(3)], [torch.tensor([math.nan])]
+    for step, update in enumerate((APPLIED, SKIPPED, SKIPPED, APPLIED, SKIPPED, SKIPPED)):
+        watch.look(step, update, *spoilt)
+    with pytest.raises(TrainingError) as raised:
+        watch.look(6, SKIPPED, *spoilt)
+    text = str(raised.value)
+    assert "steps skipped in a row: 3, more than train.max_skipped_steps 2" in text
+    assert "train-3 (nan)" in text and f"the last good checkpoint is {good}" in text and "→" in text
+
+
+def test_a_checkpoint_is_good_once_a_later_step_was_taken_with_its_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert last_good(folder, 3) == "there is no checkpoint yet that is known to be good"
+    good = checkpoint(tmp_path, 4)
+    checkpoint(tmp_path, 6)
+    checkpoint(tmp_path, 8, complete=False)
+    # Step 6 was the last one applied: it used the weights of 5 steps, and nothing has used those of 6.
+    told = last_good(folder, 6)
+    assert told.startswith(f"the last good checkpoint is {good} (delete step-00000006 if")
+    assert "step-00000008" not in told
+    assert last_good(folder, 7).endswith("step-00000006")
