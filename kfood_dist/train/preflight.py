@@ -35,7 +35,7 @@ CHANGEABLE = {
     "train.max_steps", "train.epochs", "train.save_every_steps", "train.keep_checkpoints",
     "train.micro_batch_size", "train.gradient_accumulation_steps",
     "train.global_batch_size", "train.gradient_checkpointing", "train.zero_stage", "train.deepspeed_config",
-    "train.stall_timeout_s", "run.dir", "run.log_every_steps",
+    "train.stall_timeout_s", "train.max_skipped_steps", "run.dir", "run.log_every_steps",
 }  # fmt: skip
 
 

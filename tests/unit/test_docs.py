@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kfood_dist.cli import VERBS, build_parser
+from kfood_dist.train.preflight import CHANGEABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.ko.md")
@@ -64,6 +65,14 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
             build_parser(verb).parse_args([verb, "--help"])
         assert left.value.code == 0
         assert len(capsys.readouterr().out.splitlines()) >= 5
+
+
+def test_the_keys_that_may_change_on_resume_are_those_the_readme_lists() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Resuming")[1].split("\n## ")[0]
+    listed = {
+        key for key in re.findall(r"`([a-z]+\.[a-z_]+)`", section.split("**What may change**")[1].split("Any other")[0])
+    }
+    assert listed == CHANGEABLE
 
 
 def test_links_lead_somewhere() -> None:
