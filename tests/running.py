@@ -38,24 +38,34 @@ def write_recipe(path: Path, model: Path, shards: Path, /, **sections: dict[str,
 
 
 def start(
-    recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False, also: Sequence[Path] = ()
+    recipe: Path,
+    processes: int,
+    overrides: Sequence[str] = (),
+    gpu: bool = False,
+    threads: int | None = None,
+    also: Sequence[Path] = (),
 ) -> "subprocess.Popen[str]":
-    """Start `launch/train.sh` in a process group of its own; `also` are recipes to train after the first."""
+    """Start `launch/train.sh` in a process group of its own; `also` are recipes to train after the first.
+
+    `threads` per process, instead of what it would choose.
+    """
     words = [word for text in overrides for word in ("--set", text)]
     return subprocess.Popen(
         ["bash", str(ROOT / "launch/train.sh"), str(recipe), *map(str, also), "--processes", str(processes), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(gpu),
+        env=environment(gpu) | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
         start_new_session=True,
         cwd=ROOT,
     )
 
 
-def train(recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False) -> str:
+def train(
+    recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False, threads: int | None = None
+) -> str:
     """Run `launch/train.sh` to its end; returns what it printed, and fails with it if the status is not 0."""
-    process = start(recipe, processes, overrides, gpu)
+    process = start(recipe, processes, overrides, gpu, threads)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     return output

@@ -50,14 +50,16 @@ def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict
     stage = strategy.get("zero_optimization", {}).get("stage")
     if stage != recipe.train.zero_stage:
         faults.append(f"zero_optimization.stage is {stage} there and train.zero_stage is {recipe.train.zero_stage}")
+    faults += _offload_faults(strategy["zero_optimization"])
     if faults:
         raise RecipeError(
-            f"{path} conflicts with the recipe: {'; '.join(faults)}",
-            "take these keys out of the JSON; the recipe owns them",
+            f"{path} cannot be used with this recipe: {'; '.join(faults)}",
+            "take these keys out of the JSON; what the recipe says belongs to it alone",
         )
-    # Accumulate in float32: micro-batch gradients summed in bf16 lose their last bits to the running total.
+    # Accumulate and sum over ranks in float32: gradients summed in bf16 lose their last bits to the running total.
     return {
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         **strategy,
         **owned,
         # AdamW8bit is not on DeepSpeed's list, and with offload it would insist on its own Adam; our tests cover both.
@@ -65,6 +67,19 @@ def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def _offload_faults(section: dict[str, Any]) -> list[str]:
+    """What may not be offloaded: all but optimiser state to the CPU at stages 2 and 3, seen to train alike."""
+    tested = "our tests hold only optimiser state on the CPU at stages 2 and 3 to the losses without offload"
+    state = (section.get("offload_optimizer") or {}).get("device", "none")
+    weights = (section.get("offload_param") or {}).get("device", "none")
+    faults = []
+    if state not in ("none", "cpu") or (state == "cpu" and section.get("stage") == 1):
+        faults.append(f"offload_optimizer to {state} at stage {section.get('stage')} stands there, and {tested}")
+    if weights != "none":
+        faults.append(f"offload_param to {weights} stands there, and {tested}")
+    return faults
 
 
 def _bf16_section(precision: str) -> dict[str, Any]:

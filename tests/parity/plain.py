@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.optim import AdamW8bit
 from torch.nn import functional as F
+from torch.optim import AdamW
 
 from kfood_dist.config import load_recipe
 from kfood_dist.data.collate import StreamingCollator
@@ -28,8 +29,10 @@ def plain_losses(path: Path) -> list[float]:
     model = attach_lora(base, recipe.lora).train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optim = recipe.optim
-    optimizer = AdamW8bit(weights, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay)
+    kind = {"adamw8bit": AdamW8bit, "adamw": AdamW}[optim.name]
+    optimizer = kind(weights, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay)
     losses = []
+    torch.set_num_threads(1)
     for step in range(steps):
         batches = [collator[micro_batch] for micro_batch in plan.micro_batches(0, step, step + 1)]
         num_labels = sum(batch.num_label_tokens for batch in batches)

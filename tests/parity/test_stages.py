@@ -1,4 +1,14 @@
-"""4-bit QLoRA and bf16 LoRA follow one loss curve: DDP, each ZeRO stage, one process, a loop in plain PyTorch."""
+"""4-bit QLoRA and bf16 LoRA follow one loss curve: DDP, each ZeRO stage, CPU offload, one process, plain PyTorch.
+
+What was measured, over 20 steps at the default learning rate:
+
+* one process, two with DDP and the plain loop: equal to 6 digits. Gradients are bf16 numbers summed in float32, where
+  the order hardly matters.
+* the ZeRO stages: equal to 6 digits for the first two steps, then up to 0.39% apart. DeepSpeed does the same sums in
+  another order; where that turns one bf16 rounding round, the next forward pass differs in its last bits, and training
+  spreads it. With AdamW8bit its blocks lie elsewhere too: across tensors in ZeRO's flat partitions. In float32
+  test_cut.py holds all stages to 1e-5.
+"""
 
 import json
 from pathlib import Path
@@ -8,62 +18,84 @@ import pytest
 from plain import plain_losses
 from running import metrics, train, write_recipe
 
+from kfood_dist.train.zero import SHIPPED
+
 STEPS = 20
-WAYS = {  # ZeRO stage, ranks, accumulation: always 8 samples
-    "ddp": (0, 2, 2),
-    "zero1": (1, 2, 2),
-    "zero2": (2, 2, 2),
-    "zero3": (3, 2, 2),
-    "one rank": (0, 1, 4),
+EXACT, ROUNDED = 1e-5, 5e-3  # relative, as measured above
+WAYS = {  # ZeRO stage, ranks, accumulation: always 8 samples; and how near to the plain loop
+    "ddp": (0, 2, 2, EXACT),
+    "one-rank": (0, 1, 4, EXACT),
+    "zero1": (1, 2, 2, ROUNDED),
+    "zero2": (2, 2, 2, ROUNDED),
+    "zero3": (3, 2, 2, ROUNDED),
+    "zero2_offload": (2, 2, 2, ROUNDED),
+    "zero3_offload": (3, 2, 2, ROUNDED),
 }
+RECIPES = {"qlora": {"quantization": "nf4"}, "lora": {"quantization": "none"}}
+OPTIMISERS = {"qlora": "adamw8bit", "lora": "adamw"}
+CASES = [(name, way) for name in RECIPES for way in WAYS if name == "qlora" or not way.endswith("offload")]
 
 
 class Runs:
-    """One run per way, of one quantisation."""
+    """The runs of each recipe, made when they are first asked for."""
 
-    def __init__(self, folder: Path, model: Path, shards: Path, quantization: str):
-        self.folders: dict[str, Path] = {}
-        for way, (stage, ranks, accumulation) in WAYS.items():
-            here = folder / way.replace(" ", "-")
-            here.mkdir()
-            section = {"zero_stage": stage, "gradient_accumulation_steps": accumulation, "max_steps": STEPS}
-            # Dropout differs by rank on purpose, so it would tell one rank from two.
-            sections: dict[str, Any] = {"model": {"quantization": quantization}, "lora": {"dropout": 0.0}}
-            recipe = write_recipe(here / "recipe.yaml", model, shards, **sections, train=section)
-            train(recipe, ranks)
-            self.folders[way] = here / "run"
-        self.plain = plain_losses(folder / "one-rank" / "recipe.yaml")
+    def __init__(self, folder: Path, model: Path, shards: Path):
+        self.folder, self.model, self.shards = folder, model, shards
+        self.plain: dict[str, list[float]] = {}
 
-    def losses(self, way: str) -> list[float]:
-        return [row["loss"] for row in metrics(self.folders[way])]
+    def folder_of(self, name: str, way: str) -> Path:
+        folder = self.folder / f"{name}-{way}"
+        if not folder.exists():
+            folder.mkdir()
+            train(self._recipe(folder / "recipe.yaml", name, way), WAYS[way][1], threads=1)
+        return folder / "run"
+
+    def losses(self, name: str, way: str) -> list[float]:
+        return [row["loss"] for row in metrics(self.folder_of(name, way))]
+
+    def plain_losses(self, name: str) -> list[float]:
+        if name not in self.plain:
+            self.plain[name] = plain_losses(self._recipe(self.folder / f"{name}-plain.yaml", name, "one-rank"))
+        return self.plain[name]
+
+    def _recipe(self, path: Path, name: str, way: str) -> Path:
+        stage, _, accumulation, _ = WAYS[way]
+        section: dict[str, Any] = {"zero_stage": stage, "gradient_accumulation_steps": accumulation, "max_steps": STEPS}
+        if way.endswith("offload"):
+            section["deepspeed_config"] = str(SHIPPED / f"{way}.json")
+        return write_recipe(
+            path,
+            self.model,
+            self.shards,
+            model=RECIPES[name],
+            lora={"dropout": 0.0},  # it differs by rank on purpose, and would tell one rank from two
+            optim={"name": OPTIMISERS[name], "learning_rate": 2e-4},
+            train=section,
+        )
 
 
-@pytest.fixture(scope="module", params=["nf4", "none"])
-def runs(request, tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Runs:
-    return Runs(tmp_path_factory.mktemp("stages"), tiny_model, tiny_shards, request.param)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("stages"), tiny_model, tiny_shards)
 
 
-def test_the_loss_falls(runs: Runs) -> None:
-    assert runs.plain[-1] < 0.5 * runs.plain[0]
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_the_curve_is_that_of_plain_pytorch(runs: Runs, name: str, way: str) -> None:
+    mine, plain = runs.losses(name, way), runs.plain_losses(name)
+    assert plain[-1] < 0.8 * plain[0]
+    apart = [abs(a / b - 1) for a, b in zip(mine, plain, strict=True)]
+    print(f"{name} {way}: {apart[0]:.1e} at the first step, at most {max(apart):.1e}")
+    assert max(apart[:1]) < EXACT
+    assert max(apart) < WAYS[way][3]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_curve_is_that_of_plain_pytorch(runs: Runs, way: str) -> None:
-    apart = [abs(mine / plain - 1) for mine, plain in zip(runs.losses(way), runs.plain, strict=True)]
-    assert max(apart) < 0.01, f"{way}: {apart}"
-
-
-KINDS = [("ddp", "MULTI_CPU"), ("zero1", "DEEPSPEED"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
-
-
-@pytest.mark.parametrize(("way", "kind"), KINDS)
-def test_run_json_says_what_really_ran(runs: Runs, way: str, kind: str) -> None:
-    facts = json.loads((runs.folders[way] / "run.json").read_text())
+@pytest.mark.parametrize("way", ["ddp", "zero1", "zero2", "zero3"])
+def test_run_json_says_what_really_ran(runs: Runs, way: str) -> None:
+    facts = json.loads((runs.folder_of("qlora", way) / "run.json").read_text())
     stage = WAYS[way][0]
-    assert facts["distributed_type"] == kind
+    assert facts["distributed_type"] == ("DEEPSPEED" if stage else "MULTI_CPU")
     assert (facts["zero_stage"], facts["world_size"]) == (stage, 2)
-    linear = {"nf4": "Linear4bit", "none": "Linear"}[facts["quantization"]]
-    assert facts["linear_layers"]["model.language_model"] == {linear: 28}
+    assert facts["linear_layers"]["model.language_model"] == {"Linear4bit": 28}
     assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
     assert facts["linear_layers"]["lm_head"] == {"Linear": 1}
     assert facts["optimizer"] == "bitsandbytes.optim.adamw.AdamW8bit"

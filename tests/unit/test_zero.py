@@ -39,6 +39,9 @@ def test_each_shipped_json_holds_memory_strategy_only(path: Path) -> None:
         ({"gradient_clipping": 5}, "gradient_clipping is 5 there and 1.0 in the recipe"),
         ({"fp16": {"enabled": True}}, "fp16 is"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer stands there"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer to nvme"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "to cpu at stage 1"),
         ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage is 3 there and train\.zero_stage is 2"),
     ],
 )
