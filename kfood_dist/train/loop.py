@@ -69,19 +69,7 @@ class Trainer:
 
     def train(self, start: int) -> int:
         """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
-        recipe = self.recipe.train
-        micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
-        if self.recipe.data.shuffle_window and self.world.local_rank == 0:
-            micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
-        batches = stream(
-            self.collator,
-            micro_batches,
-            self.recipe.data.num_workers,
-            pin_memory=self.device.type == "cuda",
-            ahead=self.plan.accumulation,
-            start_method=self.recipe.data.worker_start,
-        )
-        last = start
+        recipe, batches, last = self.recipe.train, self._batches(start), start
         self.watch.start()
         for step in range(start, self.max_steps):
             self.log.step(self.train_step(step, batches))
@@ -186,7 +174,9 @@ class Trainer:
             if (pause_s := next(pauses, None)) is None:
                 break
             self.log.say(f"step {done}: {error}; tried again in {pause_s} s")
-            time.sleep(pause_s)
+            for _ in range(pause_s):
+                self.watch.beat(f"waiting to write the checkpoint of step {done}")
+                time.sleep(1)
         if error is None:
             self.failed_saves = self.retry_at = 0
             self.best_accuracy = max(self.best_accuracy, scores["accuracy"] if scores else -1.0)
@@ -242,6 +232,20 @@ class Trainer:
                 self.log.say(f"step {step + 1}: {key} replaced by another sample: {why}")
                 self.bad[key] = why
         require_few_bad(self.bad, len(self.collator.shards), self.recipe.data.max_bad_share)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """This rank's batches from step `start` on, read by loader processes ahead of the training."""
+        data, micro_batches = self.recipe.data, self.plan.micro_batches(self.world.rank, start, self.max_steps)
+        if data.shuffle_window and self.world.local_rank == 0:
+            micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
+        return stream(
+            self.collator,
+            micro_batches,
+            data.num_workers,
+            pin_memory=self.device.type == "cuda",
+            ahead=self.plan.accumulation,
+            start_method=data.worker_start,
+        )
 
     def _next(self, batches: Iterator[Batch], meter: StepMeter) -> Batch:
         began = time.perf_counter()
