@@ -2,6 +2,7 @@
 
     recipe.yaml + `--set a.b=c` ──► load_recipe ──► Recipe (frozen, complete) ──► saved in the run directory
 
+A file may begin with `extends: OTHER.yaml` and hold only what differs from that one.
 Unknown keys are refused and all faults are reported together, each with its fix. Nothing below this module
 holds a number of its own: image size, lengths, prompt and model name all come from here.
 """
@@ -72,6 +73,7 @@ class Model(Section):
         "keeps the vision tower in float32",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
+    adapter: Path | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
 
 
 class Lora(Section):
@@ -110,6 +112,9 @@ class Train(Section):
     save_every_steps: Count = Field(100, description="steps between checkpoints; the last step always saves")
     keep_checkpoints: Count = Field(2, description="newest complete checkpoints to keep")
     seed: int = Field(0, ge=0, lt=2**32)
+    stall_timeout_s: Annotated[float, Field(ge=10, le=86400)] = Field(
+        600.0, description="a rank that makes no progress for so long ends the run and is named"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage; 0 trains without DeepSpeed")
     deepspeed_config: Path | None = Field(None, description="memory strategy; default ds_configs/zero<stage>.json")
     max_skipped_steps: int = Field(
@@ -191,7 +196,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a recipe file, over those of the file it extends; `below` are the files that extend it."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -202,12 +208,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
         first_line = " ".join(str(error).split())
         raise RecipeError(f"recipe {path} is not YAML ({first_line})", "mend that line") from None
+    extended = tree.pop("extends", None) if isinstance(tree, dict) else None
     if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
         raise RecipeError(
             f"recipe {path} does not hold sections",
             f"write it as `section:` with indented `key: value` lines; sections: {', '.join(Recipe.model_fields)}",
         )
-    return tree
+    if extended is None:
+        return tree
+    if not isinstance(extended, str) or path.resolve() in below:
+        fault = "extends itself" if isinstance(extended, str) else f"has `extends: {extended}`"
+        raise RecipeError(f"recipe {path} {fault}", "name one other recipe file there, relative to this one")
+    lower = _read_yaml(path.parent / extended, (*below, path.resolve()))
+    return lower | {section: lower.get(section, {}) | keys for section, keys in tree.items()}
 
 
 def _apply_override(tree: dict[str, Any], text: str) -> str | None:

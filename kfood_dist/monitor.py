@@ -8,6 +8,7 @@ the lines after its checkpoint before it writes.
 
 import json
 import math
+import os
 import resource
 import time
 from dataclasses import dataclass, field
@@ -29,6 +30,13 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+
+
+def device_memory_gib() -> float:
+    """All there is of what `peak_memory_gib` counts: the GPU's memory, or the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 @dataclass

@@ -94,6 +94,12 @@ class World:
             dist.barrier()
 
 
+def lost_a_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank ended, as gloo and NCCL put it."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return any(word in str(error) for word in words)
+
+
 def require_folder_possible(folder: Path | None, option: str) -> None:
     """Raise KfoodError, without making it, if an output folder could not be made or written to."""
     if folder is None:

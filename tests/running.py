@@ -38,12 +38,20 @@ def write_recipe(path: Path, model: Path, shards: Path, /, **sections: dict[str,
 
 
 def start(
-    recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False, threads: int | None = None
+    recipe: Path,
+    processes: int,
+    overrides: Sequence[str] = (),
+    gpu: bool = False,
+    threads: int | None = None,
+    also: Sequence[Path] = (),
 ) -> "subprocess.Popen[str]":
-    """Start `launch/train.sh` in a process group of its own; `threads` per process, instead of what it would choose."""
+    """Start `launch/train.sh` in a process group of its own; `also` are recipes to train after the first.
+
+    `threads` per process, instead of what it would choose.
+    """
     words = [word for text in overrides for word in ("--set", text)]
     return subprocess.Popen(
-        ["bash", str(ROOT / "launch/train.sh"), str(recipe), "--processes", str(processes), *words],
+        ["bash", str(ROOT / "launch/train.sh"), str(recipe), *map(str, also), "--processes", str(processes), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -69,7 +69,12 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole terminal, and the parent alone decides; where it is killed, its workers go at once."""
+    """Signals reach a whole terminal or job, and the parent alone decides; where it is killed, its workers go at once.
+
+    A second SIGTERM is obeyed: that is how the parent ends a worker that does not end by itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     end_with_parent()
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""LoRA on the language model alone: attach, count, save.
+"""LoRA on the language model alone: attach, count, save, start from a saved one.
 
 The target is one anchored expression, not a list of suffixes: the vision tower's MLPs share the names gate_proj,
 up_proj and down_proj and would be adapted too, silently.
@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfood_dist.config import Lora
+from safetensors import SafetensorError, safe_open
+
+from kfood_dist.config import Lora, Recipe
 from kfood_dist.errors import ModelError
 from kfood_dist.model.base import LANGUAGE_MODEL
 
@@ -73,3 +75,51 @@ def read_adapter_facts(folder: Path) -> dict[str, Any]:
         )
     path = folder / PROMPT_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def require_adapter(recipe: Recipe) -> None:
+    """Raise ModelError if the adapter a recipe starts from is missing, or of another form than the recipe's own."""
+    if recipe.model.adapter is not None:
+        read_adapter_facts(recipe.model.adapter)
+        _require_same_form(recipe.model.adapter, recipe.lora)
+
+
+def _require_same_form(folder: Path, lora: Lora) -> None:
+    try:
+        config = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in _weight_names(folder)})
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ModelError(f"adapter {folder} cannot be read ({error})", "copy it from its run again") from None
+    own = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
+    found = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha"), "target_modules": modules}
+    words = {"r": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules"}
+    differing = [f"{words[key]} is {own[key]}, its own {found[key]}" for key in own if own[key] != found[key]]
+    if differing:
+        raise ModelError(
+            f"model.adapter {folder} is of another form: {'; '.join(differing)}",
+            "give the recipe the adapter's own values, or leave model.adapter out",
+        )
+
+
+def _weight_names(folder: Path) -> list[str]:
+    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
+        return list(file.keys())
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Put a saved adapter's weights into a PeftModel's fresh ones. Raises ModelError if they are of another model."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    try:
+        result = set_peft_model_state_dict(model, weights)
+        unknown = list(result.unexpected_keys)
+        missing = [name for name in result.missing_keys if ".lora_" in name]
+    except RuntimeError as error:  # another shape
+        unknown, missing = [str(error).strip().splitlines()[-1].strip()], []
+    if unknown or missing:
+        raise ModelError(
+            f"adapter {folder} does not fit the base model ({', '.join([*unknown, *missing][:3])})",
+            "name the base that it was trained on as model.base",
+        )

@@ -3,7 +3,10 @@
 `model.base` (folder or hub name) ──► require_base ──► load_config, load_tokenizer, load_vision_spec
 """
 
+import hashlib
+import json
 import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,36 @@ def _require_on_hub(name: str) -> None:
             f"check the name, or on a machine with access run `hf download {name} --local-dir DIR`, copy DIR here "
             "and set model.base=DIR",
         ) from None
+
+
+def base_folder(base: str) -> Path | None:
+    """Where the files of `base` lie on this machine: its folder, or that of the hub's cache; None if not here yet."""
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(base, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256, in hex, over a base model's config, its tensors' names, types and shapes, and each one's first 4 KiB.
+
+    Not over every byte: that would cost a 3B model's whole reading. A model that was tuned differs in each tensor.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = file.read(length)
+            digest.update(header)
+            tensors = json.loads(header)
+            for name in sorted(tensors.keys() - {"__metadata__"}):
+                begin, end = tensors[name]["data_offsets"]
+                file.seek(8 + length + begin)
+                digest.update(file.read(min(end - begin, 4096)))
+    return digest.hexdigest()
 
 
 def load_config(base: str) -> Any:

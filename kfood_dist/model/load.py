@@ -45,7 +45,9 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     dtype = DTYPES[precision]
-    options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if quantization == "nf4" else {}
+    options: dict[str, Any] = {"use_safetensors": True}  # never a pickle
+    if quantization == "nf4":
+        options["quantization_config"] = quantization_config(dtype)
     if not is_deepspeed_zero3_enabled():  # which places the weights itself, and refuses to be told where
         options["device_map"] = {"": device}
     # Under fp16 all is read as float32 first: fp16 has neither the range nor the small numbers of a bf16 file.

@@ -13,30 +13,40 @@ from kfood_dist.data.plan import Plan
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.errors import CheckpointError
-from kfood_dist.model.adapters import attach_lora
-from kfood_dist.model.base import LANGUAGE_MODEL
+from kfood_dist.model.adapters import attach_lora, load_adapter
+from kfood_dist.model.base import LANGUAGE_MODEL, base_folder, fingerprint
 from kfood_dist.model.load import load_base, recompute_activations
 from kfood_dist.model.loss import AnswerLoss
 from kfood_dist.monitor import RunLog
 from kfood_dist.runtime import World
+from kfood_dist.train import checkpoint
 from kfood_dist.train.checkpoint import Checkpoint
 from kfood_dist.train.engine import Engine, build_accelerator, build_engine
 from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
-from kfood_dist.train.preflight import build_template, num_steps
+from kfood_dist.train.preflight import build_template, num_steps, require_same_base
 from kfood_dist.train.skips import SkipWatch
+from kfood_dist.train.stop import StopRequest
+from kfood_dist.train.watch import Watch
 
 
-def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None) -> tuple[Trainer, int]:
+def build_trainer(
+    recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None, stop: StopRequest
+) -> tuple[Trainer, int]:
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
     accelerator = build_accelerator(recipe, plan.accumulation, world)
     template = build_template(recipe)
     collator = StreamingCollator(open_mixture(recipe.data, "train"), template, unreadable="replace")
     module = build_module(recipe, template.vision, accelerator.device)
+    if recipe.model.adapter and not newest:
+        load_adapter(module.model, recipe.model.adapter)
     engine = _build_engine(recipe, accelerator, module)
 
-    how = {
+    folder = base_folder(recipe.model.base)
+    assert folder is not None  # it was loaded just now
+    how: dict[str, Any] = {
+        "base_fingerprint": fingerprint(folder),
         "world_size": world.size,
         "distributed_type": accelerator.distributed_type.value,
         "zero_stage": recipe.train.zero_stage,
@@ -44,7 +54,9 @@ def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint |
     start = 0
     if newest:
         start = plan.resume(newest.state()["data"])
+        require_same_base(newest, how["base_fingerprint"], recipe.model.base)
         load_engine(engine, newest)
+    best = world.share(checkpoint.best(recipe.run.dir / "checkpoints"))[0]
     max_steps = num_steps(recipe, plan)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
     facts = {
@@ -66,10 +78,13 @@ def build_trainer(recipe: Recipe, plan: Plan, world: World, newest: Checkpoint |
         module=module,
         engine=engine,
         log=log,
+        watch=Watch(world, recipe.train.stall_timeout_s, recipe.run.dir),
         max_steps=max_steps,
         adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
         checkpoint_facts=how,
         run_facts=facts,
+        stop=stop,
+        best_accuracy=best[1]["accuracy"] if best else -1.0,
         skips=SkipWatch(
             limit=recipe.train.max_skipped_steps,
             start=start,

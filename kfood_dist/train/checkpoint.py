@@ -3,7 +3,8 @@
     engine, adapter, position ──► checkpoints/.step-00000120.partial/ ──► step-00000120/ ──► marker COMPLETE
 
 Always holds: a folder without the marker is not a checkpoint and is never read; a kill at any instant leaves the
-previous one whole. Resuming needs no random state: the loop seeds each step from (seed, step, rank).
+previous one whole, and a write that fails is given up by all ranks together; the newest and the best by validation
+accuracy are never pruned. Resuming needs no random state: the loop seeds each step from (seed, step, rank).
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 from kfood_dist.errors import CheckpointError
 from kfood_dist.runtime import World
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MARKER = "COMPLETE"
 STATE_FILE = "state.json"
 
@@ -61,6 +62,13 @@ def newest(folder: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
+def best(folder: Path) -> tuple[Checkpoint, dict[str, float]] | None:
+    """The complete checkpoint with the highest validation accuracy, the later of equals, and what was measured."""
+    measured = [(checkpoint, _validation(checkpoint)) for checkpoint in _complete(folder)]
+    found = [(checkpoint, scores) for checkpoint, scores in measured if scores is not None]
+    return max(found, key=lambda pair: (pair[1]["accuracy"], pair[0].step), default=None)
+
+
 def save(
     folder: Path,
     step: int,
@@ -69,20 +77,22 @@ def save(
     write: Callable[[Checkpoint], None],
     keep: int,
 ) -> Checkpoint:
-    """Write a checkpoint of `step` steps, make it visible at once, and prune to the `keep` newest.
+    """Write a checkpoint of `step` steps, make it visible at once, and prune; a collective.
 
-    `write` puts the tensors into the folders of the Checkpoint it is given; every rank calls it. A collective.
+    `write` puts the tensors into the folders of the Checkpoint it is given; every rank calls it, and it may hold no
+    collective after its first write. Kept are the `keep` newest and the best by `state["validation"]["accuracy"]`.
+    Raises CheckpointError on every rank if any of them could not write; the checkpoints before are untouched then,
+    but for those that were due to be pruned if the disk is full.
     """
     partial = Checkpoint(folder / f".step-{step:08d}.partial", step)
     final = Checkpoint(folder / f"step-{step:08d}", step)
-    if world.is_main:
+
+    def begin() -> None:
         for leftover in (*folder.glob(".step-*.partial"), final.folder):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.engine.mkdir(parents=True)
-    world.barrier()
-    write(partial)
-    world.barrier()
-    if world.is_main:
+
+    def finish() -> None:
         record = {"format_version": FORMAT_VERSION, "step": step, **state}
         (partial.folder / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _sync(partial.folder)
@@ -90,10 +100,55 @@ def save(
         (final.folder / MARKER).touch()
         _sync(final.folder)
         _sync_one(folder)
-        for old in _complete(folder)[:-keep]:
-            _remove(old)
+
+    try:
+        _together(world, final, begin if world.is_main else None)
+        _together(world, final, lambda: write(partial))
+        _together(world, final, finish if world.is_main else None)
+    except CheckpointError:
+        if world.is_main:
+            shutil.rmtree(partial.folder, ignore_errors=True)
+            prune(folder, keep=1)
+        raise
+    if world.is_main:
+        prune(folder, keep)
     world.barrier()
     return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove the complete checkpoints of `folder` but for the `keep` newest and the best."""
+    found = best(folder)
+    spared = {found[0].step} if found else set()
+    for old in _complete(folder)[:-keep]:
+        if old.step not in spared:
+            _remove(old)
+
+
+def _together(world: World, checkpoint: Checkpoint, action: Callable[[], None] | None) -> None:
+    """Do this rank's part of the writing, if it has one; raise CheckpointError on all ranks if one of them failed."""
+    from safetensors import SafetensorError
+
+    fault = None
+    try:
+        if action is not None:
+            action()
+    except (OSError, SafetensorError) as error:
+        fault = str(error).strip()
+    faults = [(rank, what) for rank, what in enumerate(world.share(fault)) if what is not None]
+    if faults:
+        rank, what = faults[0]
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder} could not be written (rank {rank}: {what})",
+            "make room there, or make it writable; the checkpoint before it is whole",
+        )
+
+
+def _validation(checkpoint: Checkpoint) -> dict[str, float] | None:
+    try:
+        return checkpoint.state().get("validation")
+    except CheckpointError:  # of another format, or damaged: newest() will say so
+        return None
 
 
 def _complete(folder: Path) -> list[Checkpoint]:
@@ -105,7 +160,7 @@ def _complete(folder: Path) -> list[Checkpoint]:
 
 def _remove(checkpoint: Checkpoint) -> None:
     (checkpoint.folder / MARKER).unlink()  # first, so that a half-removed folder is not taken for a checkpoint
-    shutil.rmtree(checkpoint.folder)
+    shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

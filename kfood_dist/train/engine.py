@@ -8,7 +8,9 @@ alike, if the summed gradient is not finite, and see to it that a loss that is n
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,9 +20,10 @@ from accelerate.utils import DistributedType
 
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import Batch
-from kfood_dist.errors import CheckpointError, LaunchError
+from kfood_dist.errors import LaunchError
 from kfood_dist.model.load import DTYPES
 from kfood_dist.runtime import World
+from kfood_dist.train import state
 from kfood_dist.train.zero import INITIAL_SCALE_POWER, SCALE_WINDOW, deepspeed_config
 
 Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # AnswerLoss.forward: loss, hits, losses
@@ -50,16 +53,16 @@ class Engine(Protocol):
 
     @property
     def scale_state(self) -> dict[str, float]:
-        """What fp16's loss scaling remembers from step to step, to be set again on resume; {} without it."""
+        """What fp16's loss scaling remembers: `scale`, and `good_steps` since it last changed; {} without it."""
 
     @scale_state.setter
     def scale_state(self, state: dict[str, float]) -> None: ...
 
     def save(self, folder: Path) -> None:
-        """Write trainable weights and optimiser state; every rank calls it."""
+        """Write this rank's part of the master weights and optimiser state, if it has one of its own."""
 
     def load(self, folder: Path) -> None:
-        """Read back what `save` wrote on the same number of ranks."""
+        """Read back what any number of ranks saved, with or without ZeRO. A collective."""
 
 
 def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accelerator:
@@ -68,7 +71,9 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
     accelerate does not choose gloo for DeepSpeed on CPU, and turns silently into DDP when asked for the CPU.
     """
     cpu = not torch.cuda.is_available()
-    process_group = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+    # Longer than the watch waits, which can name the rank that stalls.
+    timeout = timedelta(seconds=2 * recipe.train.stall_timeout_s + 60)
+    process_group = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)]
     if recipe.train.zero_stage == 0:
         # PlainEngine casts and scales itself: accelerate has no fp16 on a CPU.
         accelerator = Accelerator(
@@ -129,15 +134,15 @@ def _scaled(loss: torch.Tensor, scale: float) -> torch.Tensor:
 class ZeroEngine:
     """DeepSpeed ZeRO. Clipping is DeepSpeed's own, configured from the recipe."""
 
-    _TAG = "zero"
-    _SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
-
     def __init__(self, accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.trainable: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
         fp16 = accelerator.mixed_precision == "fp16"
         frozen = [p for p in module.parameters() if not p.requires_grad]
         tower = {p: p.data for p in frozen if fp16 and p.dtype == torch.float32}
         self.engine, _ = accelerator.prepare(module, optimizer)
         self.optimizer = optimizer
+        self.rank = accelerator.process_index
+        self.stage = self.engine.zero_optimization_stage()
         if fp16:
             # DeepSpeed has turned every weight into fp16; the tower must stay in float32.
             for parameter, data in tower.items():
@@ -165,28 +170,69 @@ class ZeroEngine:
     def scale_state(self) -> dict[str, float]:
         if not self.engine.fp16_enabled():
             return {}
-        return {name: getattr(self.engine.optimizer.loss_scaler, name) for name in self._SCALE_STATE}
+        scaler = self.engine.optimizer.loss_scaler
+        return {
+            "scale": scaler.cur_scale,
+            "good_steps": (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window,
+        }
 
     @scale_state.setter
     def scale_state(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            setattr(self.engine.optimizer.loss_scaler, name, value)
+        scaler = self.engine.optimizer.loss_scaler
+        scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state["scale"], int(state["good_steps"]), -1
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag=self._TAG, save_latest=False, exclude_frozen_parameters=True)
+        state.save(folder / state.file_name(self.rank), self.held(), self.optimizer, self.scale_state)
 
     def load(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(
-            str(folder), tag=self._TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if loaded is None:
-            raise CheckpointError(f"{folder} holds no DeepSpeed state", "delete that checkpoint folder and start again")
+        with state.Saved(folder) as saved:
+            state.load(saved, self.held(), self.optimizer)
+            if saved.extra:
+                self.scale_state = saved.extra
+        self._refresh_weights()
+
+    def held(self) -> list[state.Held]:
+        """The flat float32 tensors of this rank, and which parameters lie in them."""
+        inner = self.engine.optimizer
+        if self.stage == 3:
+            return [
+                state.Held(flat, tuple(self._stretches_of_stage_3(group)))
+                for flat, group in zip(inner.fp32_partitioned_groups_flat, inner.fp16_groups, strict=True)
+            ]
+        # DeepSpeed takes its BF16_Optimizer for stage 1 with float32 accumulation, which names them otherwise.
+        bf16 = hasattr(inner, "fp32_groups_flat_partition")
+        flats = inner.fp32_groups_flat_partition if bf16 else inner.single_partition_of_fp32_groups
+        stretches: list[list[state.Stretch]] = [[] for _ in flats]
+        for name, parameter in self.trainable.items():
+            if (mapping := parameter._hp_mapping) is not None:  # None: none of it lies on this rank
+                part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                stretches[mapping.param_group_index].append(state.Stretch(name, part.start, part.numel, place.start))
+        return [state.Held(flat, tuple(found)) for flat, found in zip(flats, stretches, strict=True)]
+
+    def _stretches_of_stage_3(self, group: list[Any]) -> Iterator[state.Stretch]:
+        """Stage 3 cuts each parameter by itself, into equal parts of which the last may be short or empty."""
+        names = {id(parameter): name for name, parameter in self.trainable.items()}
+        inner = self.engine.optimizer
+        for parameter in group:
+            _, at, size = inner.grad_position[inner.get_param_id(parameter)]
+            start = self.rank * size
+            if (length := min(size, parameter.ds_numel - start)) > 0:
+                yield state.Stretch(names[id(parameter)], start, length, at)
+
+    def _refresh_weights(self) -> None:
+        """Make the weights that the model computes with those of the masters, as a step's end does."""
+        inner = self.engine.optimizer
+        if self.stage < 3:
+            inner.update_lp_params()
+            return
+        inner.checkpoint_event_prologue()
+        for i in range(len(inner.fp16_groups)):
+            inner._reassign_or_swap_out_partitioned_parameters(i)
+        inner.checkpoint_event_epilogue()
 
 
 class PlainEngine:
     """No sharding: DDP over several ranks, or a single process."""
-
-    _FILE = "state-of-all-ranks.pt"
 
     def __init__(
         self,
@@ -236,24 +282,31 @@ class PlainEngine:
 
     @property
     def scale_state(self) -> dict[str, float]:
-        return self.scaler.state_dict()
+        if not self.scaler.is_enabled():
+            return {}
+        return {"scale": self.scaler.get_scale(), "good_steps": self.scaler.state_dict()["_growth_tracker"]}
 
     @scale_state.setter
     def scale_state(self, state: dict[str, float]) -> None:
-        if state:
-            self.scaler.load_state_dict(state)
+        known = {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
+        self.scaler.load_state_dict(self.scaler.state_dict() | known)
 
     def save(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            weights = {name: parameter.detach() for name, parameter in self.trainable.items()}
-            torch.save({"weights": weights, "optimizer": self.optimizer.state_dict()}, folder / self._FILE)
+        if self.accelerator.is_main_process:  # every rank has the same
+            state.save(folder / state.file_name(0), self.held(), self.optimizer, self.scale_state)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / self._FILE, map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with state.Saved(folder) as saved:
+            state.load(saved, self.held(), self.optimizer)
+            if saved.extra:
+                self.scale_state = saved.extra
+
+    def held(self) -> list[state.Held]:
+        """Every parameter whole: the weights the model computes with are the master weights."""
+        return [
+            state.Held(parameter, (state.Stretch(name, 0, parameter.numel(), 0),))
+            for name, parameter in self.trainable.items()
+        ]
 
 
 def adapter_weights(model: Any) -> dict[str, torch.Tensor]:

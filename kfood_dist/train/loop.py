@@ -23,7 +23,7 @@ from kfood_dist.data.collate import Batch, StreamingCollator
 from kfood_dist.data.mix import read_ahead
 from kfood_dist.data.plan import MicroBatch, Plan, deal
 from kfood_dist.data.stream import stream
-from kfood_dist.errors import TrainingError
+from kfood_dist.errors import CheckpointError, TrainingError
 from kfood_dist.model.adapters import save_adapter
 from kfood_dist.model.loss import AnswerLoss, exact_matches
 from kfood_dist.monitor import RunLog, StepMeter, peak_memory_gib
@@ -33,8 +33,11 @@ from kfood_dist.train.engine import Engine, adapter_weights
 from kfood_dist.train.facts import optimizer_facts, write_run_json
 from kfood_dist.train.optim import learning_rate_at
 from kfood_dist.train.skips import SkipWatch
+from kfood_dist.train.stop import StopRequest
+from kfood_dist.train.watch import Watch
 
 _BAD_LISTED = 50
+_PAUSES_S = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass
@@ -50,42 +53,48 @@ class Trainer:
     module: AnswerLoss
     engine: Engine
     log: RunLog
+    watch: Watch
     max_steps: int
     adapter_facts: dict[str, Any]
     checkpoint_facts: dict[str, Any]
     run_facts: dict[str, Any]
+    stop: StopRequest
     skips: SkipWatch
+    stopping: bool = False  # agreed by all ranks, after the step in which any of them was asked to
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
+    best_accuracy: float = -1.0  # of the checkpoints there are, on the validation split
+    failed_saves: int = 0  # in a row
+    retry_at: int = 0  # the step at which to try again
+    took_s: dict[str, float] = field(default_factory=dict)  # seconds of the last checkpoint and measurement
 
-    def train(self, start: int) -> Path:
-        """Take the steps from `start` to `max_steps`; returns the last checkpoint's adapter folder."""
-        recipe = self.recipe.train
-        micro_batches = self.plan.micro_batches(self.world.rank, start, self.max_steps)
-        if self.recipe.data.shuffle_window and self.world.local_rank == 0:
-            micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
-        batches = stream(
-            self.collator,
-            micro_batches,
-            self.recipe.data.num_workers,
-            pin_memory=self.device.type == "cuda",
-            ahead=self.plan.accumulation,
-            start_method=self.recipe.data.worker_start,
-        )
-        last = start
+    def train(self, start: int) -> int:
+        """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
+        recipe, batches, last = self.recipe.train, self._batches(start), start
+        self.watch.start()
         for step in range(start, self.max_steps):
             self.log.step(self.train_step(step, batches))
             if step == start and self.world.is_main:
                 write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
             done = step + 1
+            scores = None
             if self.validation and self.recipe.eval.every_steps and done % self.recipe.eval.every_steps == 0:
-                self.log.evaluation(done, self.validate())
-            if done % recipe.save_every_steps == 0 or done == self.max_steps:
-                self.save(done)
-                last = done
-        return self.checkpoints / f"step-{last:08d}" / "adapter"
+                if self.stopping:
+                    self.log.say(f"step {done}: not measured, as the run is to stop")
+                else:
+                    scores = self.validate()
+                    self.log.evaluation(done, scores)
+            ends = done == self.max_steps or self.stopping
+            best = scores is not None and scores["accuracy"] > self.best_accuracy
+            if ends or best or done % recipe.save_every_steps == 0 or done == self.retry_at:
+                last = done if self.save(done, scores, insist=ends) else last
+            if ends:
+                break
+        self.watch.stop()
+        return last
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""
+        self.watch.beat(f"reading the pictures of step {step + 1}")
         meter = StepMeter()
         meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
         # After the batches: starting the loader, at a run's first step, draws a random number too.
@@ -96,11 +105,16 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         losses = []  # of each sample, by micro-batch
         for i, batch in enumerate(meter.batches):
+            self.watch.beat(f"micro-step {i + 1} of step {step + 1}")
             loss, _, each = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
             loss_sum += loss
             losses.append(each)
+        self.watch.beat(f"the update of step {step + 1}")
         learning_rate = learning_rate_at(step, self.max_steps, self.recipe.optim)
         update = self.engine.step(learning_rate)
+        here = torch.tensor([peak_memory_gib(), float(self.stop.asked())], device=self.device)
+        peak, asked = self.world.all_max(here).tolist()
+        self.stopping = bool(asked)
         metrics = {
             "step": step + 1,
             "epoch": self.plan.epoch_of(step),
@@ -109,7 +123,7 @@ class Trainer:
             "grad_norm": update.grad_norm,
             "skipped": float(not update.applied),
             **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
-            "peak_memory_gib": float(self.world.all_max(torch.tensor(peak_memory_gib(), device=self.device))),
+            "peak_memory_gib": peak,
             **meter.reduce(self.world, loss_sum),
             "time": time.time(),
         }
@@ -124,9 +138,8 @@ class Trainer:
         `accuracy` asks for the label itself, token by token; `kfood eval` also takes aliases and halves of `A_B`.
         """
         assert self.validation is not None
-        recipe, num_samples = self.recipe, len(self.validation.shards)
-        chosen = np.arange(num_samples)[: recipe.eval.max_samples]
-        slots = deal(chosen, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
+        recipe, began = self.recipe, time.perf_counter()
+        slots = deal(self.validation_ids, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         with torch.no_grad(), resting_dropout(self.module):
@@ -134,31 +147,72 @@ class Trainer:
                 self.validation, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start
             )
             for batch in batches:
+                self.watch.beat("measuring")
                 on_device = batch.to(self.device)
                 loss, hits, _ = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)
                 counts = (loss, batch.num_label_tokens, right.sum(), len(batch.ids) + len(batch.refused))
                 totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
         loss_sum, labels, right_sum, samples = self.world.all_sum(totals).tolist()
+        self.took_s["validate"] = time.perf_counter() - began
         return {"loss": loss_sum / max(1.0, labels), "accuracy": right_sum / samples, "samples": samples}
 
-    def save(self, done: int) -> None:
-        """Write a checkpoint of `done` steps; a collective."""
+    @property
+    def validation_ids(self) -> np.ndarray:
+        """The samples that are measured: the validation split, or the first so many of it."""
+        assert self.validation is not None
+        return np.arange(len(self.validation.shards))[: self.recipe.eval.max_samples]
+
+    def save(self, done: int, scores: dict[str, float] | None, insist: bool) -> bool:
+        """Write a checkpoint of `done` steps with what was measured there; whether that succeeded. A collective.
+
+        What fails is said, and tried again after twice as many steps each time; to `insist` is to wait and try for
+        two minutes, and to raise CheckpointError then.
+        """
+        began, pauses = time.perf_counter(), iter(_PAUSES_S if insist else ())
+        while (error := self._write_checkpoint(done, scores)) is not None:
+            if (pause_s := next(pauses, None)) is None:
+                break
+            self.log.say(f"step {done}: {error}; tried again in {pause_s} s")
+            for _ in range(pause_s):
+                self.watch.beat(f"waiting to write the checkpoint of step {done}")
+                time.sleep(1)
+        if error is None:
+            self.failed_saves = self.retry_at = 0
+            self.best_accuracy = max(self.best_accuracy, scores["accuracy"] if scores else -1.0)
+            self.took_s["save"] = time.perf_counter() - began
+            self.log.say(f"step {done}: checkpoint written in {self.took_s['save']:.1f} s")
+            return True
+        if insist:
+            raise error
+        self.failed_saves += 1
+        self.retry_at = done + 2 ** min(self.failed_saves - 1, 10)
+        self.log.say(f"step {done}: {error}; training goes on, and tries again after step {self.retry_at}")
+        return False
+
+    def _write_checkpoint(self, done: int, scores: dict[str, float] | None) -> CheckpointError | None:
+        """Write one checkpoint; what hindered it, or None. A collective with the same answer on all ranks."""
+        self.watch.beat(f"the checkpoint of step {done}")
+        weights = adapter_weights(self.module.model)
 
         def write(target: checkpoint.Checkpoint) -> None:
             self.engine.save(target.engine)
-            weights = adapter_weights(self.module.model)
             if self.world.is_main:
                 save_adapter(self.module.model, target.adapter, {**self.adapter_facts, "step": done}, weights)
 
-        state = {"data": self.plan.state(done), **self.checkpoint_facts}
-        began = time.perf_counter()
-        checkpoint.save(self.checkpoints, done, state, self.world, write, self.recipe.train.keep_checkpoints)
-        self.log.say(f"step {done}: checkpoint written in {time.perf_counter() - began:.1f} s")
+        state = {"data": self.plan.state(done), "validation": scores, **self.checkpoint_facts}
+        try:
+            checkpoint.save(self.checkpoints, done, state, self.world, write, self.recipe.train.keep_checkpoints)
+        except CheckpointError as error:
+            return error
+        return None
 
     @property
     def checkpoints(self) -> Path:
         return self.recipe.run.dir / "checkpoints"
+
+    def checkpoint_of(self, step: int) -> checkpoint.Checkpoint:
+        return checkpoint.Checkpoint(self.checkpoints / f"step-{step:08d}", step)
 
     def shut_down(self) -> None:
         """Leave the process group; without it NCCL and gloo complain at exit."""
@@ -178,6 +232,20 @@ class Trainer:
                 self.log.say(f"step {step + 1}: {key} replaced by another sample: {why}")
                 self.bad[key] = why
         require_few_bad(self.bad, len(self.collator.shards), self.recipe.data.max_bad_share)
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """This rank's batches from step `start` on, read by loader processes ahead of the training."""
+        data, micro_batches = self.recipe.data, self.plan.micro_batches(self.world.rank, start, self.max_steps)
+        if data.shuffle_window and self.world.local_rank == 0:
+            micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
+        return stream(
+            self.collator,
+            micro_batches,
+            data.num_workers,
+            pin_memory=self.device.type == "cuda",
+            ahead=self.plan.accumulation,
+            start_method=data.worker_start,
+        )
 
     def _next(self, batches: Iterator[Batch], meter: StepMeter) -> Batch:
         began = time.perf_counter()

@@ -3,23 +3,37 @@
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kfood_dist.config import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
-from kfood_dist.errors import KfoodError
-from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, raise_open_file_limit
+from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.model.adapters import require_adapter
+from kfood_dist.monitor import read_metrics
+from kfood_dist.runtime import World, end_with_launcher, lost_a_peer, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
+from kfood_dist.train.limit import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import num_steps, preflight
+from kfood_dist.train.stop import StopRequest, write_status
+
+if TYPE_CHECKING:
+    from kfood_dist.train.loop import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="RECIPE", help="recipe, such as launch/recipes/*.yaml"
+        "--config",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="RECIPE",
+        help="recipe, such as launch/recipes/*.yaml; several are trained one after the other",
     )
     parser.add_argument(
         "--set",
@@ -35,13 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy the shards to this folder, on a disk of the node, and read there",
     )
 
+    parser.add_argument(
+        "--limit",
+        type=int,
+        nargs="?",
+        const=NUM_STEPS,
+        metavar="N",
+        help=f"try it: N steps ({NUM_STEPS}), a checkpoint and {NUM_PICTURES} pictures, and what the whole would take",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
-    """Train as one rank of however many the launcher started; exit status 0 when the run is complete."""
-    end_with_launcher()
-    recipe = load_recipe(args.config, args.set)
+    """Train as one rank of however many the launcher started.
+
+    Exit status 0 when the run is complete, and also when it stopped as it was asked to: torchrun would take another
+    one for a fault. `status.json` tells which.
+    """
     world = World.from_environment()
+    if len(args.config) > 1:
+        return train_in_order(args, world)
+    end_with_launcher()
+    recipe = load_recipe(args.config[0], args.set)
+    if args.limit is not None:
+        return dry_run(recipe, args.limit, world, args.stage)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
+    if not checkpoint.newest(recipe.run.dir / "checkpoints"):
+        require_adapter(recipe)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         try:
@@ -50,31 +83,93 @@ def run(args: argparse.Namespace) -> int:
             if not world.is_main:  # what only this rank met, nobody else can tell
                 print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             raise
+        except RuntimeError as error:
+            if not lost_a_peer(error):
+                raise
+            print(f"rank {world.rank}: another rank is gone", file=sys.stderr, flush=True)
+            time.sleep(2)  # so that the launcher meets that one first, which says why
+            return 1
 
 
-def train(recipe: Recipe, plan: Plan, world: World, stage_dir: Path | None = None) -> int:
-    """Resume from the newest checkpoint or begin, train to the end, publish the adapter."""
+def dry_run(recipe: Recipe, steps: int, world: World, stage_dir: Path | None) -> int:
+    """Train for a few steps in a folder of their own, and say what the whole run would take."""
+    trial = limited(recipe, steps)
+    if world.is_main:
+        shutil.rmtree(trial.run.dir, ignore_errors=True)
+        print(f"limit: {check_shards(recipe)}", flush=True)
+        trial.run.dir.mkdir(parents=True)
+    plan = preflight(trial, world.size, look_at_files=world.is_main)
+
+    def tell(trainer: "Trainer", done: int) -> None:
+        rows = read_metrics(trial.run.dir / "metrics.jsonl")
+        lines = projection(recipe, rows, num_steps(recipe, plan), trainer.took_s, len(trainer.validation_ids))
+        print("limit: the whole run would take, as far as these steps tell:", *lines, sep="\n  ", flush=True)
+        write_status(trial.run.dir, "finished", done)
+
+    with hold(trial.run.dir) if world.is_main else nullcontext():
+        return train(trial, plan, world, stage_dir, conclude=tell)
+
+
+def train_in_order(args: argparse.Namespace, world: World) -> int:
+    """Train several recipes, each in processes of its own; exit status as launch/train.sh gives it."""
+    if world.size > 1:
+        raise LaunchError("a rank trains one recipe", "start several with launch/train.sh RECIPE RECIPE …")
+    from kfood_dist import launch  # which starts this module, once for each recipe
+
+    overrides = [word for text in args.set for word in ("--set", text)]
+    staging = ["--stage", str(args.stage)] if args.stage else []
+    return launch.main(["train", *map(str, args.config), *overrides, *staging])
+
+
+def train(
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    stage_dir: Path | None = None,
+    conclude: "Callable[[Trainer, int], None] | None" = None,
+) -> int:
+    """Resume from the newest checkpoint or begin, train to the end or to a request to stop, publish the adapter.
+
+    `conclude` is what rank 0 does at the end instead of publishing, given the trainer and the steps that are done.
+    """
     quiet_libraries()
     raise_open_file_limit()
     from kfood_dist.train.build import build_trainer  # torch and all the rest
 
+    stop = StopRequest(recipe.run.dir, world.is_main)
+    stop.listen()
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest and newest.step >= num_steps(recipe, plan):
         if world.is_main:
             publish_adapter(newest.adapter, recipe.run.dir / "adapter")
+            write_status(recipe.run.dir, "finished", newest.step)
             print(f"{recipe.run.dir}: already trained, {newest.step} steps; adapter in {recipe.run.dir / 'adapter'}")
         return 0
+    if world.is_main:
+        write_status(recipe.run.dir, "running", newest.step if newest else 0)
     with staged(recipe, stage_dir, world) as read_here:
-        trainer, start = build_trainer(read_here, plan, world, newest)
+        trainer, start = build_trainer(read_here, plan, world, newest, stop)
         if world.is_main:
             save_recipe(recipe, recipe.run.dir / "recipe.yaml")
-        adapter = trainer.train(start)
+        done = trainer.train(start)
     if world.is_main:
-        publish_adapter(adapter, recipe.run.dir / "adapter")
-        trainer.log.say(f"done: {trainer.max_steps} steps; adapter in {recipe.run.dir / 'adapter'}")
+        (conclude or publish)(trainer, done)
+    world.barrier()  # so that every node's ranks end together, and none is taken for one that was left behind
     trainer.log.close()
     trainer.shut_down()
     return 0
+
+
+def publish(trainer: "Trainer", done: int) -> None:
+    """Publish the adapter of a whole run, or say that it stopped, on rank 0."""
+    run_dir = trainer.recipe.run.dir
+    if done == trainer.max_steps:
+        publish_adapter(trainer.checkpoint_of(done).adapter, run_dir / "adapter")
+        trainer.log.say(f"done: {done} steps; adapter in {run_dir / 'adapter'}")
+    else:
+        trainer.log.say(f"stopped after step {done} of {trainer.max_steps}, as asked; started again, it goes on")
+    trainer.stop.obeyed()
+    write_status(run_dir, "finished" if done == trainer.max_steps else "stopped", done)
 
 
 @contextmanager

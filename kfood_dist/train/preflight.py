@@ -15,19 +15,27 @@ from kfood_dist.data.plan import Plan, accumulation_for
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import CheckpointError, RecipeError
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
+from kfood_dist.model.base import (
+    base_folder,
+    fingerprint,
+    load_config,
+    load_tokenizer,
+    load_vision_spec,
+    require_base,
+)
 from kfood_dist.runtime import require_folder_possible
 from kfood_dist.train import checkpoint
 from kfood_dist.train.zero import deepspeed_config
 
 # What may change between a run's start and its resume: where things lie, how the global batch is cut (the data
-# position checks that it stays the same), when to save and measure, and how long to train. A longer run also stretches
-# the learning rate's decay from the resumed step on.
+# position checks that it stays the same), how memory is used, when to save and measure, and how long to train. A longer
+# run also stretches the learning rate's decay from the resumed step on.
 CHANGEABLE = {
     "data.shards", "data.num_workers", "data.worker_start", "data.max_bad_share", "model.base",
     "train.max_steps", "train.epochs", "train.save_every_steps", "train.keep_checkpoints",
     "train.micro_batch_size", "train.gradient_accumulation_steps",
-    "train.global_batch_size", "train.gradient_checkpointing", "run.dir", "run.log_every_steps",
+    "train.global_batch_size", "train.gradient_checkpointing", "train.zero_stage", "train.deepspeed_config",
+    "train.stall_timeout_s", "train.max_skipped_steps", "run.dir", "run.log_every_steps",
 }  # fmt: skip
 
 
@@ -40,9 +48,10 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     """
     train = recipe.train
     require_folder_possible(recipe.run.dir, "run.dir")
-    accumulation = train.gradient_accumulation_steps
-    if train.global_batch_size is not None:
-        accumulation = accumulation_for(train.global_batch_size, train.micro_batch_size, world_size)
+    newest = checkpoint.newest(recipe.run.dir / "checkpoints")
+    if newest:
+        _require_same_recipe(recipe)
+    accumulation = _accumulation(recipe, world_size, newest)
     if train.zero_stage:
         deepspeed_config(recipe, accumulation, world_size)
     data = open_mixture(recipe.data, "train")
@@ -56,12 +65,25 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
             measured.require_files()
     require_base(recipe.model.base)
     build_template(recipe)
-    newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest:
-        _require_same_recipe(recipe)
-        _require_same_ranks(newest, recipe, world_size)
         plan.resume(newest.state()["data"])
+        if folder := base_folder(recipe.model.base):
+            require_same_base(newest, fingerprint(folder), recipe.model.base)
     return plan
+
+
+def _accumulation(recipe: Recipe, world_size: int, newest: checkpoint.Checkpoint | None) -> int:
+    """Micro-steps per step: as the recipe says, and on another number of ranks so that the global batch stays.
+
+    Raises RecipeError if the global batch cannot be cut so.
+    """
+    train = recipe.train
+    global_batch = train.global_batch_size
+    if global_batch is None and newest and (before := newest.state())["world_size"] != world_size:
+        global_batch = before["data"]["global_batch"]
+    if global_batch is None:
+        return train.gradient_accumulation_steps
+    return accumulation_for(global_batch, train.micro_batch_size, world_size)
 
 
 def num_steps(recipe: Recipe, plan: Plan) -> int:
@@ -118,16 +140,14 @@ def _require_same_recipe(recipe: Recipe) -> None:
         )
 
 
-def _require_same_ranks(newest: checkpoint.Checkpoint, recipe: Recipe, world_size: int) -> None:
-    """The engine's own state is cut by rank and by ZeRO stage, and does not load across them."""
-    state, here = newest.state(), {"world_size": world_size, "zero_stage": recipe.train.zero_stage}
-    differing = [
-        f"{name} was {state.get(name)} and is now {here[name]}" for name in here if state.get(name) != here[name]
-    ]
-    if differing:
+def require_same_base(newest: checkpoint.Checkpoint, found: str, base: str) -> None:
+    """Raise CheckpointError if the base model is not the one that the checkpoint was trained on."""
+    before = newest.state()["base_fingerprint"]
+    if before != found:
         raise CheckpointError(
-            f"checkpoint {newest.folder} was written by another kind of run: {'; '.join(differing)}",
-            "resume with the same launch/train.sh --processes and train.zero_stage, or set another run.dir",
+            f"checkpoint {newest.folder} was trained on another base model: its fingerprint was {before[:12]}, that of "
+            f"{base} is {found[:12]}",
+            "set model.base to the model it began with, or set another run.dir",
         )
 
 

@@ -1,14 +1,21 @@
 """Checkpoints: only complete ones count, whatever a kill left behind."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from kfood_dist.errors import CheckpointError
 from kfood_dist.runtime import World
-from kfood_dist.train import checkpoint
+from kfood_dist.train import checkpoint, state
 
 
 def write_some(target: checkpoint.Checkpoint) -> None:
@@ -17,8 +24,9 @@ def write_some(target: checkpoint.Checkpoint) -> None:
     (target.adapter / "adapter_model.safetensors").write_text(str(target.step))
 
 
-def save(folder: Path, step: int, keep: int = 2) -> checkpoint.Checkpoint:
-    return checkpoint.save(folder, step, {"data": {"step": step}}, World(), write_some, keep)
+def save(folder: Path, step: int, keep: int = 2, accuracy: float | None = None) -> checkpoint.Checkpoint:
+    facts = {"data": {"step": step}, "validation": None if accuracy is None else {"accuracy": accuracy}}
+    return checkpoint.save(folder, step, facts, World(), write_some, keep)
 
 
 def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Path) -> None:
@@ -28,7 +36,35 @@ def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00000100"]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 100
-    assert newest.state() == {"format_version": checkpoint.FORMAT_VERSION, "step": 100, "data": {"step": 100}}
+    facts = {"step": 100, "data": {"step": 100}, "validation": None}
+    assert newest.state() == {"format_version": checkpoint.FORMAT_VERSION, **facts}
+
+
+def test_the_best_by_validation_is_never_pruned_and_nor_is_the_newest(tmp_path: Path) -> None:
+    for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.5), (4, None), (5, 0.8), (6, 0.1), (7, None)):
+        save(tmp_path, step, keep=1, accuracy=accuracy)
+        best = checkpoint.best(tmp_path)
+        assert best is not None and best[0].step == {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5, 7: 5}[step]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005", "step-00000007"]
+    assert checkpoint.best(tmp_path / "none") is None
+
+
+def test_a_full_disk_frees_what_may_go_and_keeps_newest_and_best(tmp_path: Path) -> None:
+    for step, accuracy in ((1, 0.9), (2, 0.1), (3, 0.1), (4, 0.1)):
+        save(tmp_path, step, keep=3, accuracy=accuracy)
+
+    def fail(target: checkpoint.Checkpoint) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="make room there"):
+        checkpoint.save(tmp_path, 5, {}, World(), fail, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
+
+
+def test_a_folder_that_may_not_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save(tmp_path / "checkpoints", 1)
 
 
 def test_a_write_that_fails_leaves_the_previous_one_and_is_cleared_next_time(tmp_path: Path) -> None:
@@ -38,8 +74,9 @@ def test_a_write_that_fails_leaves_the_previous_one_and_is_cleared_next_time(tmp
         write_some(target)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match=r"step-00000010 could not be written \(rank 0: .*No space left"):
         checkpoint.save(tmp_path, 10, {}, World(), fail, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 5
     save(tmp_path, 10)
@@ -58,8 +95,56 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     made = save(tmp_path, 5)
     (made.folder / checkpoint.STATE_FILE).write_text(json.dumps({"format_version": 99}))
-    with pytest.raises(CheckpointError, match="format version 99; this is 1"):
+    with pytest.raises(CheckpointError, match="format version 99; this is 2"):
         made.state()
     shutil.rmtree(made.folder)
     with pytest.raises(CheckpointError, match=r"no readable state\.json"):
         made.state()
+
+
+def save_for_ever(folder: Path, step: int, held: list[state.Held], optimizer: torch.optim.Optimizer) -> None:
+    """Write one checkpoint after another, each with its step in every number."""
+
+    def write(target: checkpoint.Checkpoint) -> None:
+        held[0].tensor.detach().fill_(target.step)
+        state.save(target.engine / state.file_name(0), held, optimizer, {})
+        target.adapter.mkdir()
+        shutil.copy(target.engine / state.file_name(0), target.adapter / "adapter_model.safetensors")
+
+    while True:
+        checkpoint.save(folder, step, {"data": step, "validation": None}, World(), write, 2)
+        step += 1
+
+
+def kill_many_times(folder: Path, kills: int) -> None:
+    """Fork, write, kill, look: in a process of its own, so that forking meets no thread of torch's."""
+    torch.set_num_threads(1)
+    held = [state.Held(torch.zeros(200_000).requires_grad_(), (state.Stretch("a", 0, 200_000, 0),))]
+    optimizer = torch.optim.AdamW([held[0].tensor])
+    step, seen = 1, set()
+    for kill in range(kills):
+        if (child := os.fork()) == 0:
+            save_for_ever(folder, step, held, optimizer)
+        time.sleep(0.01 + kill * 0.005)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        seen |= {re.sub(r"\d+", "N", p.name) + " whole" * (p / "COMPLETE").exists() for p in folder.iterdir()}
+        newest = checkpoint.newest(folder)
+        if newest is None:
+            assert step == 1
+            continue
+        assert newest.state()["data"] == newest.step >= step - 1
+        with state.Saved(newest.engine) as saved:
+            weights = saved.read(state.WEIGHTS, state.Stretch("a", 0, 200_000, 0))
+        assert torch.equal(weights, torch.full((200_000,), float(newest.step)))
+        step = newest.step + 1
+    assert step > kills / 4, step  # the kills were not all too early,
+    assert {"step-N whole", ".step-N.partial"} <= seen, seen  # and did fall into the writing
+
+
+def test_a_kill_at_any_instant_of_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Sixty kills, spread over several rounds of writing, each going on from where the last one left off."""
+    code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import test_checkpoint, pathlib;"
+    code += f"test_checkpoint.kill_many_times(pathlib.Path({str(tmp_path)!r}), 60)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -90,3 +90,36 @@ def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL), ["train.max_steps=5"])
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL + "optim: {learning_rate: 0.5, eps: 0.1}\n")
+    (tmp_path / "sub").mkdir()
+    upper = tmp_path / "sub" / "upper.yaml"
+    upper.write_text("extends: ../recipe.yaml\noptim: {learning_rate: 0.25}\nrun: {dir: q}\n")
+    recipe = load_recipe(upper, ["optim.beta1=0.5"])
+    assert (recipe.optim.learning_rate, recipe.optim.eps, recipe.optim.beta1) == (0.25, 0.1, 0.5)
+    assert (recipe.data.shards, recipe.run.dir) == ("s", Path("q"))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("extends: recipe.yaml\n", "extends itself"),
+        ("extends: [a]\n", r"has `extends: \['a'\]`"),
+        ("extends: none.yaml\n", r"none.yaml cannot be read"),
+    ],
+)
+def test_a_recipe_extends_one_other(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        load_recipe(write(tmp_path, text + MINIMAL))
+
+
+def test_the_stages_differ_in_what_they_say() -> None:
+    folder = Path(__file__).parents[2] / "launch" / "recipes"
+    base = load_recipe(folder / "qwen2.5-vl-3b.yaml")
+    stages = [load_recipe(folder / "stages" / f"{n}.yaml") for n in (1, 2, 3)]
+    assert [s.optim.learning_rate for s in stages] == [8e-5, 5e-5, 2e-5]
+    assert len({s.data.shards for s in stages} | {base.data.shards}) == 4
+    assert [s.model.adapter for s in stages] == [None, *(s.run.dir / "adapter" for s in stages[:2])]
+    assert all(s.lora == base.lora and s.train == base.train for s in stages)

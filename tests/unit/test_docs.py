@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kfood_dist.cli import VERBS, build_parser
+from kfood_dist.train.preflight import CHANGEABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.ko.md")
@@ -48,7 +49,9 @@ def test_every_verb_option_and_file_named_exists(name: str) -> None:
     for command in commands(name):
         words = command.split()
         for word in words:
-            if word.startswith(("launch/", "ds_configs/")) or word == "shards/kfood150.tsv":
+            if word == "slurm/site.env":  # a user's own
+                continue
+            if word.startswith(("launch/", "ds_configs/", "slurm/")) or word == "shards/kfood150.tsv":
                 assert (ROOT / word).is_file(), command
         if words[0] == ".venv/bin/kfood":
             assert words[1] in VERBS, command
@@ -64,8 +67,16 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(capsys.readouterr().out.splitlines()) >= 5
 
 
+def test_the_keys_that_may_change_on_resume_are_those_the_readme_lists() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Resuming")[1].split("\n## ")[0]
+    listed = {
+        key for key in re.findall(r"`([a-z]+\.[a-z_]+)`", section.split("**What may change**")[1].split("Any other")[0])
+    }
+    assert listed == CHANGEABLE
+
+
 def test_links_lead_somewhere() -> None:
-    for readme in (*READMES, "ds_configs/README.md", "shards/README.md"):
+    for readme in (*READMES, "ds_configs/README.md", "shards/README.md", "slurm/README.md"):
         folder = (ROOT / readme).parent
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / readme).read_text(encoding="utf-8")):
             assert (folder / target).exists(), f"{readme}: {target}"

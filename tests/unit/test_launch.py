@@ -1,7 +1,10 @@
 """What is started on which machine; a pure function, so every machine can be tried."""
 
+from itertools import pairwise
+
 import pytest
 
+from kfood_dist.cluster import Cluster
 from kfood_dist.errors import LaunchError
 from kfood_dist.launch import CONFIGS, Machine, accelerate_command, choose
 
@@ -53,3 +56,15 @@ def test_it_says_what_was_picked_and_why() -> None:
 def test_what_cannot_be_started_is_refused(machine: Machine, processes: int | None, complaint: str) -> None:
     with pytest.raises(LaunchError, match=complaint):
         choose(machine, 2, processes)
+
+
+def test_several_nodes_count_processes_each() -> None:
+    launch = choose(NODE, 2, None, num_machines=2)
+    assert launch.why == "4 GPUs: 4 processes (one per GPU) on each of 2 nodes, DeepSpeed ZeRO-2"
+    cluster = Cluster(2, 1, "gpu07", 12345)
+    command = accelerate_command(launch, ["train"], cluster)
+    words = dict(pairwise(command))
+    assert (words["--num_processes"], words["--num_machines"], words["--machine_rank"]) == ("8", "2", "1")
+    assert (words["--main_process_ip"], words["--main_process_port"]) == ("gpu07", "12345")
+    assert words["--deepspeed_multinode_launcher"] == "standard"
+    assert choose(DESK, 0, None, num_machines=2).configuration == "ddp"

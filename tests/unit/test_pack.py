@@ -277,7 +277,7 @@ def slow_source(root: Path) -> Path:
     large = encoded(picture(1, 2000, 1500))
     for dish in ("불고기", "약과"):
         (root / dish).mkdir(parents=True)
-        for i in range(150):
+        for i in range(300):
             (root / dish / f"{i}.jpg").write_bytes(large + f"{dish}{i}".encode())
     return root
 

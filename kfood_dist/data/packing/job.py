@@ -83,7 +83,7 @@ def pack(source: Path, out: Path, options: PackOptions) -> Packed:
     """
     options.check()
     out = Path(os.path.realpath(out))
-    if out.is_symlink():
+    if os.path.islink(out):
         raise SourceError(f"{out} is a link to itself", "choose another OUT")
     job = _settle(source, out, options)
     refused = [Refusal(r.source, r.label, r.problem, r.detail) for r in job.records if r.problem is not None]

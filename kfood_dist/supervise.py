@@ -1,0 +1,73 @@
+"""Keeps watch over `accelerate launch`: passes a request to stop on to the run, and tells how it ended.
+
+    SIGUSR1, SIGTERM ──► file STOP in the run directory ──► checkpoint on all ranks ──► status.json ──► exit status
+
+A batch system signals every process of a job at once. What is started here ignores those signals, so that neither a
+rank nor torchrun's agent dies of a warning; a launcher that is killed takes all of them along.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from kfood_dist.runtime import end_with_parent
+from kfood_dist.train.stop import SIGNALS, STOP_FILE, read_state
+
+FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
+
+# torchrun's agent would handle SIGTERM, by ending its ranks; `PET_` and the name is how it reads an option from the
+# environment (torch/distributed/argparse_util.py). When a rank has died, the others get that many seconds.
+AGENT_SETTINGS = {"PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+
+
+class Supervisor:
+    """Remembers that the launcher was asked to stop, and asks the run that is under way."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._run_dir: Path | None = None
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], run_dir: Path, decides: bool = True) -> int:
+        """Run `command` to its end; returns FINISHED, STOPPED, INTERRUPTED, MISTAKE or FAILED.
+
+        Of several machines' launchers, the one that `decides` tells finished and stopped apart: the others may see an
+        old status.json for a while, and say FINISHED.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if decides:
+            (run_dir / STOP_FILE).unlink(missing_ok=True)  # of a run that was killed before it could obey
+        self._run_dir = run_dir
+        try:
+            with self._listening():
+                child = subprocess.Popen(command, env=environment | AGENT_SETTINGS, preexec_fn=_deaf)  # type: ignore[operator]
+                status = child.wait()
+        except KeyboardInterrupt:
+            return INTERRUPTED  # and what was started ends with this process
+        if status != 0:
+            return MISTAKE if status == MISTAKE else FAILED
+        return FINISHED if not decides or read_state(run_dir) == "finished" else STOPPED
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        assert self._run_dir is not None
+        (self._run_dir / STOP_FILE).touch()
+
+
+def _deaf() -> None:
+    """In a process about to become accelerate: hear no request to stop, and end with the launcher."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()

@@ -1,0 +1,224 @@
+"""What a checkpoint keeps of an engine: float32 master weights and optimiser moments, wherever they lie.
+
+    Held (this rank's tensors) ──► save ──► rank-00000.safetensors, …: raw bytes, and which parameter lies where in them
+    all ranks' files ──► Saved ──► load ──► the same cut: the bytes as they were
+                                       └──► another cut: float32 by parameter, dealt anew and quantised again
+
+Always holds: a tensor that covers the same stretches as one of the files gets its very bytes back, so that a resume
+on the same ranks is exact; any other number of ranks, ZeRO stage or none gets the same weights exactly and the
+moments up to one rounding to 8 bits; no pickle is read.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kfood_dist.errors import CheckpointError
+
+WEIGHTS = "weights"
+
+
+def file_name(rank: int) -> str:
+    """The file of one rank's tensors in a checkpoint's engine folder."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+# The moments' names by optimiser: bitsandbytes' and torch's.
+_MOMENTS = ("state1", "state2", "exp_avg", "exp_avg_sq")
+_BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states (arXiv 2110.02861, section 2.1)
+
+
+class Stretch(NamedTuple):
+    """`length` numbers of a parameter from `start` on, which lie in a held tensor from `at` on (all flattened)."""
+
+    parameter: str
+    start: int
+    length: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A float32 tensor that this rank's optimiser updates: a whole parameter, or a flat part of many."""
+
+    tensor: torch.Tensor
+    stretches: tuple[Stretch, ...]
+
+
+def save(path: Path, held: Sequence[Held], optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
+    """Write one rank's tensors and their optimiser state to one safetensors file; `extra` is any small JSON."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    records = []
+    for i, one in enumerate(held):
+        state = optimizer.state.get(one.tensor, {})
+        numbers = {name: float(value) for name, value in state.items() if _is_number(value)}
+        kept = {name: value for name, value in state.items() if torch.is_tensor(value) and value.dim()}
+        for name, value in {WEIGHTS: one.tensor, **kept}.items():
+            # A copy, since bitsandbytes shares its code tables between states, and the format does not.
+            tensors[f"{i}.{name}"] = value.detach().flatten().cpu().clone()
+        records.append(
+            {"numel": one.tensor.numel(), "stretches": one.stretches, "numbers": numbers, "tensors": list(kept)}
+        )
+    save_file(tensors, path, {"held": json.dumps(records), "extra": json.dumps(extra)})
+
+
+def load(saved: "Saved", held: Sequence[Held], optimizer: torch.optim.Optimizer) -> None:
+    """Fill this rank's tensors and their optimiser state from what all ranks saved, however it was cut then.
+
+    Raises CheckpointError if part of a parameter is in none of the files.
+    """
+    with torch.no_grad():
+        for one in held:
+            same = saved.same(one)
+            weights = _dealt(saved, one, WEIGHTS) if same is None else same[WEIGHTS]
+            one.tensor.detach().view(-1).copy_(weights)
+            if saved.has_state(one):
+                optimizer.state[one.tensor] = _restored(saved, one, optimizer, same)
+
+
+class Saved:
+    """The files of all ranks of one checkpoint, open for reading. A context manager."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open = ExitStack()
+        self._files: list[Any] = []
+        self._records: list[list[dict[str, Any]]] = []
+        self._places: dict[str, list[tuple[int, int, Stretch]]] = {}
+        self.extra: dict[str, Any] = {}
+
+    def __enter__(self) -> "Saved":
+        from safetensors import safe_open
+
+        paths = sorted(self.folder.glob("rank-*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"{self.folder} holds no rank-*.safetensors", _OLDER)
+        for number, path in enumerate(paths):
+            file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
+            facts = file.metadata()
+            records = json.loads(facts["held"])
+            for i, record in enumerate(records):
+                record["stretches"] = tuple(Stretch(*words) for words in record["stretches"])
+                for stretch in record["stretches"]:
+                    self._places.setdefault(stretch.parameter, []).append((number, i, stretch))
+            self._files.append(file)
+            self._records.append(records)
+            self.extra = self.extra or json.loads(facts["extra"])
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._open.close()
+
+    def read(self, name: str, wanted: Stretch) -> torch.Tensor:
+        """The numbers of `wanted` in float32, (length,), of the weights or of a moment, from whichever files hold them.
+
+        Raises CheckpointError if some are in none.
+        """
+        out, missing = torch.empty(wanted.length), wanted.length
+        for number, i, stretch in self._places.get(wanted.parameter, []):
+            begin = max(wanted.start, stretch.start)
+            end = min(wanted.start + wanted.length, stretch.start + stretch.length)
+            if begin < end:
+                at = stretch.at + begin - stretch.start
+                out[begin - wanted.start : end - wanted.start] = self._numbers(number, i, name, at, end - begin)
+                missing -= end - begin
+        if missing > 0:
+            raise CheckpointError(
+                f"{self.folder} lacks {missing:,} of {wanted.length:,} numbers of {wanted.parameter} ({name})", _OLDER
+            )
+        return out
+
+    def same(self, held: Held) -> dict[str, torch.Tensor] | None:
+        """Weights and state, as they were, of a saved tensor that covers just the stretches of `held`; else None."""
+        for number, i, _ in self._places.get(held.stretches[0].parameter, []) if held.stretches else []:
+            record = self._records[number][i]
+            if record["stretches"] == held.stretches and record["numel"] == held.tensor.numel():
+                return {name: self._files[number].get_tensor(f"{i}.{name}") for name in (WEIGHTS, *record["tensors"])}
+        return None
+
+    def has_state(self, held: Held) -> bool:
+        """Whether the optimiser had taken a step on these numbers when they were saved."""
+        return any(self._records[n][i]["tensors"] for n, i in self._sources(held))
+
+    def number(self, name: str, held: Held) -> float:
+        """A number of the optimiser's state, such as its count of steps: the largest, should sources differ."""
+        return max(self._records[n][i]["numbers"][name] for n, i in self._sources(held))
+
+    def _sources(self, held: Held) -> set[tuple[int, int]]:
+        return {(n, i) for s in held.stretches for n, i, _ in self._places.get(s.parameter, [])}
+
+    def _numbers(self, number: int, i: int, name: str, at: int, length: int) -> torch.Tensor:
+        file, end = self._files[number], at + length
+        values = file.get_slice(f"{i}.{name}")[at:end]
+        if values.dtype != torch.uint8:
+            return values.float()
+        which = name.removeprefix("state")
+        codes = file.get_tensor(f"{i}.qmap{which}")
+        scales = file.get_slice(f"{i}.absmax{which}")[at // _BLOCK : (end - 1) // _BLOCK + 1]
+        return codes[values.long()] * scales[torch.arange(at, end) // _BLOCK - at // _BLOCK]
+
+
+_OLDER = "delete that checkpoint folder; the one before it is used then, or the run starts anew"
+
+
+def _dealt(saved: Saved, held: Held, name: str) -> torch.Tensor:
+    """The held tensor's weights or a moment in float32, flat, gathered from any cut; padding is zero."""
+    out = torch.zeros(held.tensor.numel())
+    for stretch in held.stretches:
+        out[stretch.at : stretch.at + stretch.length] = saved.read(name, stretch)
+    return out
+
+
+def _restored(
+    saved: Saved, held: Held, optimizer: torch.optim.Optimizer, same: dict[str, torch.Tensor] | None
+) -> dict[str, Any]:
+    """The optimiser's state of one tensor: `same` as it is, or dealt and quantised anew."""
+    state = _fresh_state(optimizer, held.tensor)
+    for name, value in state.items():
+        if _is_number(value):
+            count = saved.number(name, held)
+            state[name] = torch.tensor(count, dtype=value.dtype) if torch.is_tensor(value) else type(value)(count)
+        elif same is not None:
+            value.copy_(same[name].view_as(value))
+        elif name in _MOMENTS:
+            _put(state, name, _dealt(saved, held, name))
+    return state
+
+
+def _put(state: dict[str, Any], name: str, moment: torch.Tensor) -> None:
+    """Write a float32 moment into a state, in 8 bits where the state has it so."""
+    target = state[name]
+    moment = moment.to(target.device)
+    if target.dtype != torch.uint8:
+        target.copy_(moment.view_as(target))
+        return
+    from bitsandbytes.functional import quantize_blockwise
+
+    which = name.removeprefix("state")
+    codes, how = quantize_blockwise(moment, code=state[f"qmap{which}"], blocksize=_BLOCK)
+    target.copy_(codes.view_as(target))
+    state[f"absmax{which}"].copy_(how.absmax)
+
+
+def _fresh_state(optimizer: Any, tensor: torch.Tensor) -> dict[str, Any]:
+    """The state the optimiser would begin with for `tensor`, in the types it would choose."""
+    if not hasattr(optimizer, "init_state"):  # torch's AdamW, which keeps its count of steps on the CPU
+        return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+    group = optimizer.param_groups[0]
+    listed, group["params"] = group["params"], [tensor]  # ZeRO-3 lists a tensor only while it is updated
+    try:
+        optimizer.init_state(group, tensor, 0, 0)
+    finally:
+        group["params"] = listed
+    return optimizer.state.pop(tensor)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (torch.is_tensor(value) and value.dim() == 0)

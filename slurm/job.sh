@@ -1,0 +1,36 @@
+# Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; in_step and put_back are for them.
+[ -f slurm/job.sh ] || { echo "slurm: start sbatch from the checkout's own folder, not from $PWD" >&2; exit 2; }
+site="${KFOOD_SITE:-slurm/site.env}"
+[ -f "$site" ] || { echo "slurm: no $site → cp slurm/site.env.example slurm/site.env, and edit it" >&2; exit 2; }
+source "$site"
+if [ -n "$KFOOD_MODULES" ]; then module load $KFOOD_MODULES || exit 2; fi
+if [ -n "$KFOOD_VENV" ]; then source "$KFOOD_VENV/bin/activate" || exit 2; fi
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over itself
+source launch/python.sh
+trap '' TERM  # meant for the training, which answers by ending; this shell has to be there then
+
+# in_step COMMAND…: one task of it on each node. When the first has ended, the others get KFOOD_END_TOGETHER seconds.
+in_step() {
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait="$KFOOD_END_TOGETHER" --kill-on-bad-exit=0 \
+    $KFOOD_CONTAINER "$@"
+}
+
+# all_answer: whether each node of the job still starts a task.
+all_answer() {
+  timeout "$KFOOD_NODE_TIMEOUT" srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --quiet true
+}
+
+# put_back STATUS: end the script with STATUS, after the job went back to the queue if it may still do so.
+put_back() {
+  local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) state
+  state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"
+  if [ "$state" != RUNNING ]; then
+    echo "slurm: stopped, and not requeued: the job is $state"
+  elif [ "$starts" -ge "$KFOOD_MAX_STARTS" ]; then
+    echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
+  else
+    echo "slurm: stopped, requeued; the next start is number $((starts + 1))"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$1"
+}

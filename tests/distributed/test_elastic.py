@@ -1,0 +1,93 @@
+"""A run goes on with another number of ranks and another ZeRO stage as if nothing had happened."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import metrics, start, train, write_recipe
+
+STEPS, CUT = 6, 3
+RANKS_AND_STAGE = tuple[int, int]
+KINDS = {
+    # What a recipe trains by, and what does the carrying over exactly but for the order of adding.
+    "nf4, adamw8bit": ({"quantization": "nf4"}, "adamw8bit"),
+    "float32, adamw": ({"quantization": "none", "precision": "fp32"}, "adamw"),
+}
+CHANGES = [  # 12 samples a step, cut into micro-batches of one
+    ("nf4, adamw8bit", (2, 2), (1, 0)),
+    ("nf4, adamw8bit", (2, 2), (2, 3)),
+    ("nf4, adamw8bit", (2, 2), (3, 2)),
+    ("nf4, adamw8bit", (1, 0), (2, 2)),
+    ("nf4, adamw8bit", (4, 2), (2, 1)),
+    ("float32, adamw", (2, 3), (3, 2)),
+    ("float32, adamw", (2, 1), (1, 3)),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Callable[[str, RANKS_AND_STAGE], Path]:
+    """The folder of an uninterrupted run, made when it is first asked for; it keeps its checkpoint of step CUT."""
+    made: dict[tuple[str, RANKS_AND_STAGE], Path] = {}
+
+    def get(kind: str, how: RANKS_AND_STAGE) -> Path:
+        if (kind, how) not in made:
+            model, optimizer = KINDS[kind]
+            folder = tmp_path_factory.mktemp("whole")
+            recipe = write_recipe(
+                folder / "recipe.yaml",
+                tiny_model,
+                tiny_shards,
+                model=model,
+                lora={"dropout": 0.0},  # drawn by rank, it is another on other ranks
+                optim={"name": optimizer},
+                train={
+                    "micro_batch_size": 1,
+                    "gradient_accumulation_steps": 12 // how[0],
+                    "max_steps": STEPS,
+                    "save_every_steps": CUT,
+                    "zero_stage": how[1],
+                },
+            )
+            train(recipe, how[0])
+            made[kind, how] = folder
+        return made[kind, how]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    CHANGES,
+    ids=[f"{kind}: {a[0]} ranks zero{a[1]} to {b[0]} ranks zero{b[1]}" for kind, a, b in CHANGES],
+)
+def test_the_curve_goes_on(tmp_path: Path, whole, kind: str, before: RANKS_AND_STAGE, after: RANKS_AND_STAGE) -> None:
+    folder = whole(kind, before)
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    shutil.rmtree(run / "adapter")
+    ranks, stage = after
+    output = train(folder / "recipe.yaml", ranks, [f"run.dir={run}", f"train.zero_stage={stage}"])
+    assert f"resumed after step {CUT}" in output
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["world_size"], facts["zero_stage"]) == after
+    assert facts["gradient_accumulation_steps"] == 12 // ranks  # the global batch stays
+    mine, theirs = metrics(run), metrics(folder / "run")
+    for name in ("step", "epoch", "samples", "learning_rate"):
+        assert [row[name] for row in mine] == [row[name] for row in theirs]
+    losses, expected = ([row["loss"] for row in rows] for rows in (mine, theirs))
+    assert losses[:CUT] == expected[:CUT]
+    # Measured: 0.3% at most in 4 bits, where other kernels round otherwise and 8-bit moments are rounded once more.
+    assert losses == pytest.approx(expected, rel=1e-5 if kind.startswith("float32") else 0.01)
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_refused(tmp_path: Path, whole) -> None:
+    folder = whole("nf4, adamw8bit", (1, 0))
+    process = start(folder / "recipe.yaml", 5, ["train.max_steps=7"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "a global batch of 12 cannot be cut into micro-batches of 1 on 5 ranks" in output
+    assert "use one of [1, 2, 3, 4, 6, 12] ranks" in output

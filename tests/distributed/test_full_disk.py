@@ -1,0 +1,34 @@
+"""What cannot be saved now is saved later: a place that cannot be written to costs no step of training."""
+
+import time
+from pathlib import Path
+
+from running import adapter_bytes, metrics, start, train, write_recipe
+
+
+def test_training_goes_on_and_saves_when_it_can_again(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+    for name in ("whole", "hindered"):
+        (tmp_path / name).mkdir()
+    section = {"max_steps": 8, "save_every_steps": 2}
+    whole = write_recipe(tmp_path / "whole" / "recipe.yaml", tiny_model, tiny_shards, train=section)
+    train(whole, 2)
+    hindered = write_recipe(tmp_path / "hindered" / "recipe.yaml", tiny_model, tiny_shards, train=section)
+    run = tmp_path / "hindered" / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("in the way, as a folder that may not be written to is\n")
+    process = start(hindered, 2)
+    deadline = time.monotonic() + 240
+    while not ((run / "log.txt").is_file() and "tries again after step 3" in (run / "log.txt").read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    log = (run / "log.txt").read_text()
+    assert "step 2: checkpoint " in log and "could not be written (rank 0: " in log
+    while len(metrics(run)) < 8:  # to the end, where it insists
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    (run / "checkpoints").unlink()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "tried again in 1 s" in output and "step 8: checkpoint written" in output and "Traceback" not in output
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(tmp_path / "whole" / "run")]
+    assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole" / "run")

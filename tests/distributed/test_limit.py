@@ -1,0 +1,48 @@
+"""`--limit` tries a recipe in minutes: it really runs, says what the whole would take, and leaves nothing."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from running import ROOT, environment, write_recipe
+
+
+def run(recipe: Path, *words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        ["bash", "launch/train.sh", str(recipe), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_a_dry_run_checks_steps_saves_measures_and_projects(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tiny_model,
+        tiny_shards,
+        train={"max_steps": 1000, "save_every_steps": 300},
+        eval={"every_steps": 250, "max_samples": 6},
+    )
+    status, said = run(recipe, "--processes", "2", "--limit")
+    assert status == 0, said
+    assert "train-000000.tar, val-000000.tar sound" in said
+    assert "step 3/3 " in said and "step 3: checkpoint written" in said and "accuracy" in said
+    assert " samples 8" in said
+    for line in ("memory ", "steps     1,000 × ", "saving    4 × ", "measuring 4 × 6 pictures × ", "in all "):
+        assert f"\n  {line}" in said, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+    status, said = run(recipe, "--processes", "1", "--set", "train.zero_stage=0", "--limit", "1")
+    assert status == 0 and "step 1/1 " in said and "without DeepSpeed" in said
+    assert run(recipe, "--limit", "0") == (2, "launch train: --limit 0 → give a number of steps from 1\n")
+
+
+def test_a_dry_run_finds_a_damaged_shard(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    data = bytearray((shards / "train-000000.tar").read_bytes())
+    data[5000] ^= 1
+    (shards / "train-000000.tar").write_bytes(data)
+    status, said = run(write_recipe(tmp_path / "recipe.yaml", tiny_model, shards), "--processes", "1", "--limit")
+    assert status == 2 and "is damaged: train-000000.tar: has not the SHA-256" in said and "kfood verify" in said

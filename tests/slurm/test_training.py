@@ -1,0 +1,160 @@
+"""Training jobs under a real Slurm: two nodes, warnings, preemption, a lost node, a cancelled and a failing job.
+
+Every run that was stopped must end with the adapter of the one that was not, to the byte.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from mini_slurm import SITE, MiniSlurm
+from running import adapter_bytes, metrics, write_recipe
+
+STEPS = 24
+JOB = ("--nodes=2", "--exclusive")
+SCRIPT = "slurm/train.sbatch"
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path):
+    """Writes a recipe of STEPS steps in a folder of its own; the run is in `run` beside it."""
+
+    def write(**sections) -> Path:
+        train = {"max_steps": STEPS, "zero_stage": 2, **sections.pop("train", {})}
+        path = tmp_path_factory.mktemp("job") / "recipe.yaml"
+        return write_recipe(path, tiny_model, tiny_shards, train=train, **sections)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def whole(slurm: MiniSlurm, make) -> Path:
+    """The run directory of an uninterrupted job on two nodes."""
+    recipe = make()
+    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
+    facts = slurm.wait(job)
+    log = slurm.log(job)
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert log.count("launch train: ") == 1
+    assert "1 process (as asked) on each of 2 nodes, DeepSpeed ZeRO-2; meeting at 127.0.0.1:" in log
+    return recipe.parent / "run"
+
+
+def wait_for_step(slurm: MiniSlurm, job: str, run: Path, step: int) -> None:
+    slurm.until(lambda: (run / "metrics.jsonl").is_file() and len(metrics(run)) >= step, 120, f"step {step}", job)
+
+
+def same(run: Path, whole: Path) -> bool:
+    exact = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
+    lines = [[[row[name] for name in exact] for row in metrics(at)] for at in (run, whole)]
+    return lines[0] == lines[1] and adapter_bytes(run) == adapter_bytes(whole)
+
+
+def was_warned(run: Path) -> bool:
+    return (run / "STOP").exists()
+
+
+def started_again(slurm: MiniSlurm, job: str) -> bool:
+    return int(slurm.facts(job)["Restarts"]) >= 1
+
+
+def test_two_nodes_train_one_run(whole: Path) -> None:
+    facts = json.loads((whole / "run.json").read_text())
+    assert (facts["world_size"], facts["distributed_type"], facts["zero_stage"]) == (2, "DEEPSPEED", 2)
+    assert [row["step"] for row in metrics(whole)] == list(range(1, STEPS + 1))
+
+
+def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm, make, whole: Path) -> None:
+    recipe = make()
+    run = recipe.parent / "run"
+    job = slurm.sbatch(*JOB, "--time=1", "--signal=USR1@20", SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, job, run, 1)
+    slurm.pause(job)  # so that the run is not done before the warning, which may come any time in half a minute
+    slurm.until(lambda: was_warned(run) or started_again(slurm, job), 60, "the warning", job)
+    slurm.wake(job)
+    slurm.until(lambda: started_again(slurm, job), 60, "the requeue", job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    facts = slurm.wait(job)
+    log = slurm.log(job)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), log
+    stopped = re.search(rf"stopped after step (\d+) of {STEPS}", log)
+    assert stopped and f"resumed after step {stopped[1]}" in log, log
+    assert "slurm: start 1 of" in log and "slurm: start 2 of" in log  # the second appended to the first
+    assert same(run, whole)
+
+
+def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make, whole: Path) -> None:
+    recipe = make()
+    run = recipe.parent / "run"
+    job = slurm.sbatch(*JOB, "--partition=low", "--signal=USR1@20", SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, job, run, 2)
+    slurm.pause(job)
+    other = slurm.sbatch(*JOB, "--partition=high", "--wrap", "sleep 1")
+    assert slurm.wait(other)["JobState"] == "COMPLETED"
+    facts = slurm.wait(job)
+    log = slurm.log(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    assert re.search(rf"stopped after step (\d+) of {STEPS}", log), log
+    assert same(run, whole)
+
+
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm: MiniSlurm, make, whole: Path) -> None:
+    recipe = make(train={"save_every_steps": 3})
+    run = recipe.parent / "run"
+    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, job, run, 4)
+    slurm.lose_node("node2")
+    slurm.until(lambda: slurm.facts(job)["JobState"] == "PENDING", 90, "the requeue", job)
+    slurm.start_node("node2")
+    facts = slurm.wait(job)
+    log = slurm.log(job)
+    assert facts["JobState"] == "COMPLETED", log
+    assert re.search(r"resumed after step (\d+)", log), log
+    assert same(run, whole)
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: MiniSlurm, make) -> None:
+    recipe = make(train={"max_steps": 400, "zero_stage": 0})
+    run = recipe.parent / "run"
+    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, job, run, 2)
+    slurm.run("scancel", job)
+    facts = slurm.wait(job, 60)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    slurm.until(lambda: not slurm.ranks(job), 60, "the ranks to end", job)
+    assert "requeued" not in slurm.log(job).replace("not requeued", "")
+
+
+def test_a_rank_that_dies_takes_the_job_down(slurm: MiniSlurm, make) -> None:
+    recipe = make(train={"max_steps": 400, "zero_stage": 0})
+    run = recipe.parent / "run"
+    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, job, run, 2)
+    slurm.pause(job)  # the other rank would not notice
+    (dying,) = slurm.ranks(job, "node2")
+    dying.kill()
+    facts = slurm.wait(job, 60)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), slurm.log(job)
+    assert facts["ExitCode"] != "75:0"
+    slurm.until(lambda: not slurm.ranks(job), 10, "the ranks to end", job)
+
+
+def test_a_mistake_is_told_and_not_tried_again(slurm: MiniSlurm, make) -> None:
+    job = slurm.sbatch(*JOB, SCRIPT, make(lora={"ranks": 4}), "--processes", "1")
+    facts = slurm.wait(job)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "lora.ranks: no such key" in slurm.log(job)
+
+
+def test_a_job_that_is_stopped_too_often_is_given_up(slurm: MiniSlurm, make, monkeypatch, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(SITE.replace("KFOOD_MAX_STARTS=3", "KFOOD_MAX_STARTS=1"))
+    monkeypatch.setitem(slurm.environment, "KFOOD_SITE", str(site))
+    recipe = make(train={"max_steps": 400, "zero_stage": 0})
+    job = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, job, recipe.parent / "run", 1)
+    slurm.run("scancel", "--signal=USR1", job)
+    facts = slurm.wait(job)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0"), slurm.log(job)
+    assert "stopped at start 1 of KFOOD_MAX_STARTS=1; given up" in slurm.log(job)

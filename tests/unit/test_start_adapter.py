@@ -1,0 +1,75 @@
+"""A recipe that starts from an adapter: its weights are taken over, another form is refused with the difference."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kfood_dist.config import Lora, build_recipe
+from kfood_dist.errors import ModelError
+from kfood_dist.model.adapters import attach_lora, load_adapter, require_adapter
+from kfood_dist.model.load import load_base
+
+
+def recipe(adapter: Path, **lora):
+    tree = {"data": {"shards": "s"}, "model": {"base": "m", "adapter": str(adapter)}, "run": {"dir": "r"}}
+    return build_recipe(tree | {"lora": lora}, [], "recipe")
+
+
+def test_the_weights_are_taken_over(tiny_model: Path, tiny_adapter: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    require_adapter(recipe(tiny_adapter))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = attach_lora(load_base(str(tiny_model), "none", "fp32", "sdpa", torch.device("cpu")), Lora())
+    load_adapter(model, tiny_adapter)
+    kept, saved = get_peft_model_state_dict(model), load_file(tiny_adapter / "adapter_model.safetensors")
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+    assert all(p.requires_grad == (".lora_" in name) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("lora", "complaint"),
+    [
+        ({"r": 8}, "lora.r is 8, its own 16"),
+        ({"alpha": 16}, "lora.alpha is 16, its own 32"),
+        ({"target_modules": ["q_proj"]}, r"lora.target_modules is \['q_proj'\], its own \['down_proj', "),
+    ],
+)
+def test_another_form_is_refused(tiny_adapter: Path, lora: dict, complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        require_adapter(recipe(tiny_adapter, **lora))
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path, tiny_adapter: Path) -> None:
+    with pytest.raises(ModelError, match="holds no adapter"):
+        require_adapter(recipe(tmp_path))
+    damaged = shutil.copytree(tiny_adapter, tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelError, match="cannot be read"):
+        require_adapter(recipe(damaged))
+    shutil.copy(tiny_adapter / "adapter_model.safetensors", damaged)
+    (damaged / "adapter_config.json").write_text(json.dumps([1]))
+    with pytest.raises(ModelError, match="cannot be read"):
+        require_adapter(recipe(damaged))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> None:
+    from safetensors.torch import save_file
+
+    other = shutil.copytree(tiny_adapter, tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name.replace("layers.0", "layers.99"): w for name, w in weights.items()}, other / "adapter_model.safetensors"
+    )
+    model = attach_lora(load_base(str(tiny_model), "none", "fp32", "sdpa", torch.device("cpu")), Lora())
+    with pytest.raises(ModelError, match="does not fit the base model"):
+        load_adapter(model, other)
+    save_file({name: w[:, :-1].contiguous() for name, w in weights.items()}, other / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="does not fit the base model"):
+        load_adapter(model, other)
