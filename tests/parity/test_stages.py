@@ -2,8 +2,8 @@
 
 What was measured, over 20 steps at the default learning rate:
 
-* one process, two with DDP and the plain loop: at most 6.2e-8 apart. Gradients are bf16 numbers summed in float32, where
-  the order hardly matters.
+* one process, two with DDP and the plain loop: at most 6.2e-8 apart. Gradients are bf16 numbers summed in float32,
+  where the order hardly matters.
 * the ZeRO stages: as near at the first step, then up to 0.38% apart. DeepSpeed does the same sums in
   another order; where that turns one bf16 rounding round, the next forward pass differs in its last bits, and training
   spreads it. With AdamW8bit its blocks lie elsewhere too: across tensors in ZeRO's flat partitions. In float32
