@@ -105,7 +105,9 @@ def require_folder_possible(folder: Path | None, option: str) -> None:
     if folder is None:
         return
     try:
-        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        nearest = next(
+            path for path in (folder.absolute(), *folder.absolute().parents) if path.exists() or path.is_symlink()
+        )
     except OSError as error:  # a name that is too long, or a folder that may not be looked into
         raise KfoodError(f"{option} {folder} cannot be used ({error.strerror})", "name another folder") from None
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from kfood_dist.errors import LaunchError
 from kfood_dist.runtime import end_with_parent
 from kfood_dist.train.stop import SIGNALS, STOP_FILE, read_state
 
@@ -39,7 +40,10 @@ class Supervisor:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         if decides:
-            (run_dir / STOP_FILE).unlink(missing_ok=True)  # of a run that was killed before it could obey
+            try:
+                (run_dir / STOP_FILE).unlink(missing_ok=True)  # of a run that was killed before it could obey
+            except OSError as error:
+                raise LaunchError(f"{run_dir / STOP_FILE} is in the way ({error.strerror})", "remove it") from None
         self._run_dir = run_dir
         try:
             with self._listening():

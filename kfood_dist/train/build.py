@@ -53,7 +53,7 @@ def build_trainer(
     }
     start = 0
     if newest:
-        start = plan.resume(newest.state()["data"])
+        start = plan.resume(newest.record().data)
         require_same_base(newest, how["base_fingerprint"], recipe.model.base)
         load_engine(engine, newest)
     best = world.share(checkpoint.best(recipe.run.dir / "checkpoints"))[0]
@@ -84,7 +84,7 @@ def build_trainer(
         checkpoint_facts=how,
         run_facts=facts,
         stop=stop,
-        best_accuracy=best[1]["accuracy"] if best else -1.0,
+        best_accuracy=best[1] if best else -1.0,
         skips=SkipWatch(
             limit=recipe.train.max_skipped_steps,
             start=start,

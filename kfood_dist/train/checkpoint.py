@@ -16,12 +16,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from kfood_dist.data.tars import file_sha256
 from kfood_dist.errors import CheckpointError
 from kfood_dist.runtime import World
 
 FORMAT_VERSION = 2
 MARKER = "COMPLETE"
 STATE_FILE = "state.json"
+
+
+class FileFacts(BaseModel):
+    """Size in bytes and SHA-256, in hex, of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class Validation(BaseModel):
+    """What was measured on the validation split at a checkpoint's step."""
+
+    accuracy: float
+    loss: float
+
+
+class Record(BaseModel):
+    """`state.json`: where the run stood, what it was made with, and what lies beside."""
+
+    format_version: int
+    step: int
+    data: dict[str, Any]  # the plan's position
+    base_fingerprint: str
+    world_size: int
+    distributed_type: str
+    zero_stage: int
+    validation: Validation | None = None
+    files: dict[str, FileFacts]
 
 
 @dataclass(frozen=True)
@@ -39,21 +70,37 @@ class Checkpoint:
     def engine(self) -> Path:
         return self.folder / "engine"
 
-    def state(self) -> dict[str, Any]:
-        """The small record beside the tensors: format version, step, data position, how it was written."""
+    def record(self) -> Record:
+        """The small record beside the tensors. Raises CheckpointError if it is damaged or of another format."""
         try:
-            state = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            raw = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
+            version = raw["format_version"]
+            record = Record.model_validate(raw) if version == FORMAT_VERSION else None
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"checkpoint {self.folder} has no readable {STATE_FILE} ({why})", _REMOVE) from None
+        if record is None:
             raise CheckpointError(
-                f"checkpoint {self.folder} has no readable {STATE_FILE} ({error})",
-                "delete that folder and start again",
-            ) from None
-        if state.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"checkpoint {self.folder} has format version {state.get('format_version')}; this is {FORMAT_VERSION}",
+                f"checkpoint {self.folder} has format version {version}; this is {FORMAT_VERSION}",
                 "resume with the version of kfood_dist that wrote it, or start anew with another run.dir",
             )
-        return state
+        if record.step != self.step:
+            raise CheckpointError(f"checkpoint {self.folder} is one of step {record.step}, by its own record", _REMOVE)
+        return record
+
+    def require_whole(self) -> None:
+        """Raise CheckpointError unless every file is there and has the very bytes that were written."""
+        for name, facts in self.record().files.items():
+            path = self.folder / name
+            try:
+                sound = path.stat().st_size == facts.bytes and file_sha256(path) == facts.sha256
+            except OSError as error:
+                raise CheckpointError(f"checkpoint file {path} cannot be read ({error.strerror})", _REMOVE) from None
+            if not sound:
+                raise CheckpointError(f"checkpoint file {path} has not the bytes that were written", _REMOVE)
+
+
+_REMOVE = "delete that checkpoint's folder; the one before it is used then, or the run starts anew"
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -62,11 +109,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def best(folder: Path) -> tuple[Checkpoint, dict[str, float]] | None:
-    """The complete checkpoint with the highest validation accuracy, the later of equals, and what was measured."""
-    measured = [(checkpoint, _validation(checkpoint)) for checkpoint in _complete(folder)]
-    found = [(checkpoint, scores) for checkpoint, scores in measured if scores is not None]
-    return max(found, key=lambda pair: (pair[1]["accuracy"], pair[0].step), default=None)
+def best(folder: Path) -> tuple[Checkpoint, float] | None:
+    """The complete checkpoint with the highest validation accuracy, the later of equals, and that accuracy."""
+    measured = [(checkpoint, _accuracy(checkpoint)) for checkpoint in _complete(folder)]
+    found = [(checkpoint, accuracy) for checkpoint, accuracy in measured if accuracy is not None]
+    return max(found, key=lambda pair: (pair[1], pair[0].step), default=None)
 
 
 def save(
@@ -79,6 +126,7 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint of `step` steps, make it visible at once, and prune; a collective.
 
+    `state` is what `Record` holds besides format version, step and files.
     `write` puts the tensors into the folders of the Checkpoint it is given; every rank calls it, and it may hold no
     collective after its first write. Kept are the `keep` newest and the best by `state["validation"]["accuracy"]`.
     Raises CheckpointError on every rank if any of them could not write; the checkpoints before are untouched then,
@@ -93,7 +141,12 @@ def save(
         partial.engine.mkdir(parents=True)
 
     def finish() -> None:
-        record = {"format_version": FORMAT_VERSION, "step": step, **state}
+        files = {
+            str(path.relative_to(partial.folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(partial.folder.rglob("*"))
+            if path.is_file()
+        }
+        record = {"format_version": FORMAT_VERSION, "step": step, **state, "files": files}
         (partial.folder / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _sync(partial.folder)
         partial.folder.rename(final.folder)
@@ -144,11 +197,12 @@ def _together(world: World, checkpoint: Checkpoint, action: Callable[[], None] |
         )
 
 
-def _validation(checkpoint: Checkpoint) -> dict[str, float] | None:
+def _accuracy(checkpoint: Checkpoint) -> float | None:
     try:
-        return checkpoint.state().get("validation")
-    except CheckpointError:  # of another format, or damaged: newest() will say so
+        validation = checkpoint.record().validation
+    except CheckpointError:  # the newest one's fault is told by whoever resumes from it
         return None
+    return validation.accuracy if validation else None
 
 
 def _complete(folder: Path) -> list[Checkpoint]:

@@ -47,9 +47,12 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     Raises RecipeError, ShardError, ModelError or CheckpointError.
     """
     train = recipe.train
-    require_folder_possible(recipe.run.dir, "run.dir")
+    for folder in (recipe.run.dir, recipe.run.dir / "checkpoints"):
+        require_folder_possible(folder, "run.dir")
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest:
+        if look_at_files:
+            newest.require_whole()
         _require_same_recipe(recipe)
     accumulation = _accumulation(recipe, world_size, newest)
     if train.zero_stage:
@@ -66,9 +69,10 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     require_base(recipe.model.base)
     build_template(recipe)
     if newest:
-        plan.resume(newest.state()["data"])
-        if folder := base_folder(recipe.model.base):
-            require_same_base(newest, fingerprint(folder), recipe.model.base)
+        if plan.resume(newest.record().data) != newest.step:
+            raise CheckpointError(f"checkpoint {newest.folder} has the data position of another step", "delete it")
+        if base := base_folder(recipe.model.base):
+            require_same_base(newest, fingerprint(base), recipe.model.base)
     return plan
 
 
@@ -79,9 +83,9 @@ def _accumulation(recipe: Recipe, world_size: int, newest: checkpoint.Checkpoint
     """
     train = recipe.train
     global_batch = train.global_batch_size
-    if global_batch is None and newest and (before := newest.state())["world_size"] != world_size:
-        global_batch = before["data"]["global_batch"]
-    if global_batch is None:
+    if global_batch is None and newest and newest.record().world_size != world_size:
+        global_batch = newest.record().data.get("global_batch")
+    if not isinstance(global_batch, int):  # or malformed, which the plan will tell
         return train.gradient_accumulation_steps
     return accumulation_for(global_batch, train.micro_batch_size, world_size)
 
@@ -142,7 +146,7 @@ def _require_same_recipe(recipe: Recipe) -> None:
 
 def require_same_base(newest: checkpoint.Checkpoint, found: str, base: str) -> None:
     """Raise CheckpointError if the base model is not the one that the checkpoint was trained on."""
-    before = newest.state()["base_fingerprint"]
+    before = newest.record().base_fingerprint
     if before != found:
         raise CheckpointError(
             f"checkpoint {newest.folder} was trained on another base model: its fingerprint was {before[:12]}, that of "

@@ -9,20 +9,22 @@ from running import adapter_bytes, metrics, start, train, write_recipe
 def test_training_goes_on_and_saves_when_it_can_again(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
     for name in ("whole", "hindered"):
         (tmp_path / name).mkdir()
-    section = {"max_steps": 8, "save_every_steps": 2}
+    section = {"max_steps": 8, "save_every_steps": 3}
     whole = write_recipe(tmp_path / "whole" / "recipe.yaml", tiny_model, tiny_shards, train=section)
     train(whole, 2)
     hindered = write_recipe(tmp_path / "hindered" / "recipe.yaml", tiny_model, tiny_shards, train=section)
     run = tmp_path / "hindered" / "run"
-    run.mkdir()
-    (run / "checkpoints").write_text("in the way, as a folder that may not be written to is\n")
     process = start(hindered, 2)
     deadline = time.monotonic() + 240
-    while not ((run / "log.txt").is_file() and "tries again after step 3" in (run / "log.txt").read_text()):
+    while not ((run / "metrics.jsonl").is_file() and metrics(run)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+    (run / "checkpoints").write_text("in the way, as a folder that may not be written to is\n")
+    while "tries again after step 4" not in (run / "log.txt").read_text():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
     log = (run / "log.txt").read_text()
-    assert "step 2: checkpoint " in log and "could not be written (rank 0: " in log
+    assert "step 3: checkpoint " in log and "could not be written (rank 0: " in log
     while len(metrics(run)) < 8:  # to the end, where it insists
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)

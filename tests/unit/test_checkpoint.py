@@ -17,6 +17,10 @@ from kfood_dist.errors import CheckpointError
 from kfood_dist.runtime import World
 from kfood_dist.train import checkpoint, state
 
+FACTS = {
+    "data": {"epoch": 0}, "base_fingerprint": "f", "world_size": 1, "distributed_type": "NO", "zero_stage": 0
+}  # fmt: skip
+
 
 def write_some(target: checkpoint.Checkpoint) -> None:
     (target.engine / "weights").write_text(str(target.step))
@@ -25,8 +29,8 @@ def write_some(target: checkpoint.Checkpoint) -> None:
 
 
 def save(folder: Path, step: int, keep: int = 2, accuracy: float | None = None) -> checkpoint.Checkpoint:
-    facts = {"data": {"step": step}, "validation": None if accuracy is None else {"accuracy": accuracy}}
-    return checkpoint.save(folder, step, facts, World(), write_some, keep)
+    validation = None if accuracy is None else {"accuracy": accuracy, "loss": 1.0}
+    return checkpoint.save(folder, step, {**FACTS, "validation": validation}, World(), write_some, keep)
 
 
 def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Path) -> None:
@@ -36,8 +40,10 @@ def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00000100"]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 100
-    facts = {"step": 100, "data": {"step": 100}, "validation": None}
-    assert newest.state() == {"format_version": checkpoint.FORMAT_VERSION, **facts}
+    record = newest.record()
+    assert (record.format_version, record.step, record.data) == (checkpoint.FORMAT_VERSION, 100, {"epoch": 0})
+    assert sorted(record.files) == ["adapter/adapter_model.safetensors", "engine/weights"]
+    newest.require_whole()
 
 
 def test_the_best_by_validation_is_never_pruned_and_nor_is_the_newest(tmp_path: Path) -> None:
@@ -57,7 +63,7 @@ def test_a_full_disk_frees_what_may_go_and_keeps_newest_and_best(tmp_path: Path)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match="make room there"):
-        checkpoint.save(tmp_path, 5, {}, World(), fail, 3)
+        checkpoint.save(tmp_path, 5, FACTS, World(), fail, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
 
 
@@ -75,7 +81,7 @@ def test_a_write_that_fails_leaves_the_previous_one_and_is_cleared_next_time(tmp
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"step-00000010 could not be written \(rank 0: .*No space left"):
-        checkpoint.save(tmp_path, 10, {}, World(), fail, 2)
+        checkpoint.save(tmp_path, 10, FACTS, World(), fail, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 5
@@ -89,17 +95,62 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-00000010" / checkpoint.MARKER).unlink()
     newest = checkpoint.newest(tmp_path)
     assert newest is not None and newest.step == 5
-    assert save(tmp_path, 10).state()["step"] == 10
+    assert save(tmp_path, 10).record().step == 10
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     made = save(tmp_path, 5)
     (made.folder / checkpoint.STATE_FILE).write_text(json.dumps({"format_version": 99}))
     with pytest.raises(CheckpointError, match="format version 99; this is 2"):
-        made.state()
+        made.record()
     shutil.rmtree(made.folder)
     with pytest.raises(CheckpointError, match=r"no readable state\.json"):
-        made.state()
+        made.record()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw.pop("world_size"),
+        lambda raw: raw.pop("base_fingerprint"),
+        lambda raw: raw.update(data=[1]),
+        lambda raw: raw.update(files=None),
+        lambda raw: raw.update(validation="good"),
+        lambda raw: raw.update(step=6),
+    ],
+)
+def test_a_damaged_record_is_an_error_of_ours(tmp_path: Path, damage) -> None:
+    made = save(tmp_path, 5)
+    raw = json.loads((made.folder / checkpoint.STATE_FILE).read_text())
+    damage(raw)
+    (made.folder / checkpoint.STATE_FILE).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"step-00000005 .*delete that checkpoint's folder"):
+        made.record()
+    assert checkpoint.best(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "[" * 100_000, "\xff"])
+def test_what_is_no_record_at_all_is_an_error_of_ours(tmp_path: Path, text: str) -> None:
+    made = save(tmp_path, 5)
+    (made.folder / checkpoint.STATE_FILE).write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"has no readable state\.json"):
+        made.record()
+
+
+def test_a_file_that_is_missing_cut_or_altered_is_named(tmp_path: Path) -> None:
+    made = save(tmp_path, 5)
+    for name in made.record().files:
+        path = made.folder / name
+        whole = path.read_bytes()
+        for bad in (whole[:-1], whole + b"x", bytes([whole[0] ^ 1]) + whole[1:]):
+            path.write_bytes(bad)
+            with pytest.raises(CheckpointError, match=f"{name} has not the bytes that were written"):
+                made.require_whole()
+        path.unlink()
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+            made.require_whole()
+        path.write_bytes(whole)
+    made.require_whole()
 
 
 def save_for_ever(folder: Path, step: int, held: list[state.Held], optimizer: torch.optim.Optimizer) -> None:
@@ -112,7 +163,7 @@ def save_for_ever(folder: Path, step: int, held: list[state.Held], optimizer: to
         shutil.copy(target.engine / state.file_name(0), target.adapter / "adapter_model.safetensors")
 
     while True:
-        checkpoint.save(folder, step, {"data": step, "validation": None}, World(), write, 2)
+        checkpoint.save(folder, step, FACTS, World(), write, 2)
         step += 1
 
 
@@ -133,7 +184,8 @@ def kill_many_times(folder: Path, kills: int) -> None:
         if newest is None:
             assert step == 1
             continue
-        assert newest.state()["data"] == newest.step >= step - 1
+        newest.require_whole()
+        assert newest.step >= step - 1
         with state.Saved(newest.engine) as saved:
             weights = saved.read(state.WEIGHTS, state.Stretch("a", 0, 200_000, 0))
         assert torch.equal(weights, torch.full((200_000,), float(newest.step)))
