@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,16 +91,15 @@ class RunLog:
         self.metrics_path = folder / "metrics.jsonl"
         _cut_after(self.metrics_path, start_step)
         self.num_skipped = sum(bool(row.get("skipped")) for row in read_metrics(self.metrics_path))
-        self._log = (folder / "log.txt").open("a", encoding="utf-8")
-        self._metrics = self.metrics_path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._log = LineFile(folder / "log.txt")
+        self._metrics = LineFile(self.metrics_path)
+        self.tensorboard: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def say(self, text: str) -> None:
         """One line for people: to the console and log.txt."""
         if self.active:
             print(text, flush=True)
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._log.flush()
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Record one optimiser step; `metrics` holds `step` (counted from 1), `loss`, and what else there is."""
@@ -110,10 +110,8 @@ class RunLog:
         # JSON has no word for what is not a finite number.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics.write(json.dumps(finite) + "\n")
-        self._metrics.flush()
-        for name, value in finite.items():
-            if value is not None and name not in ("step", "time"):
-                self.tensorboard.add_scalar(f"train/{name}", value, metrics["step"])
+        curves = {name: value for name, value in finite.items() if value is not None and name not in ("step", "time")}
+        self._draw("train", metrics["step"], curves)
         if metrics["step"] % self.every == 0 or metrics["step"] == self.max_steps:
             self.say(console_line(metrics, self.max_steps))
 
@@ -121,15 +119,46 @@ class RunLog:
         """Record a measurement made while training."""
         if not self.active:
             return
-        for name, value in scores.items():
-            self.tensorboard.add_scalar(f"eval/{name}", value, step)
+        self._draw("eval", step, scores)
         self.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def _draw(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        """TensorBoard's points. Where it cannot write, its curves end: metrics.jsonl has the same and goes on."""
+        if self.tensorboard is None:
+            return
+        try:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        except OSError as error:
+            self.tensorboard = None
+            self.say(f"step {step}: TensorBoard's curves end here, until the next start ({error})")
 
     def close(self) -> None:
         if self.active:
-            self.tensorboard.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
             self._metrics.close()
             self._log.close()
+
+
+class LineFile:
+    """A text file to append to that keeps what a full disk refuses, and writes it when there is room again."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._waiting = b""
+
+    def write(self, text: str) -> None:
+        """Append `text`, now or later."""
+        self._waiting += text.encode("utf-8")
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        except OSError:
+            pass  # the checkpoint, which needs more room than this, says so and tries again
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def console_line(metrics: dict[str, Any], max_steps: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kfood_dist.config import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
-from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.monitor import read_metrics
 from kfood_dist.runtime import World, end_with_launcher, lost_a_peer, quiet_libraries, raise_open_file_limit
@@ -193,9 +193,18 @@ def staged(recipe: Recipe, stage_dir: Path | None, world: World) -> Iterator[Rec
 
 
 def publish_adapter(source: Path, target: Path) -> None:
-    """Copy a checkpoint's adapter to where people look for it; the old one stays until the new one is whole."""
+    """Copy a checkpoint's adapter to where people look for it; the old one stays until the new one is whole.
+
+    Raises CheckpointError if it cannot be written there.
+    """
     partial = target.with_name(".adapter.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    try:
+        shutil.copytree(source, partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except OSError as error:  # shutil.Error too
+        raise CheckpointError(
+            f"the adapter cannot be written to {target} ({str(error)[:200]})",
+            f"make room there and start again, or take it from {source}",
+        ) from None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kfood_dist.data.collate import Batch
-from kfood_dist.monitor import RunLog, StepMeter, read_metrics
+from kfood_dist.monitor import LineFile, RunLog, StepMeter, read_metrics
 from kfood_dist.runtime import World
 
 
@@ -118,3 +119,21 @@ def test_the_meter_divides_by_the_label_tokens_and_counts_padding() -> None:
     assert totals["refused"] == 1
     assert totals["samples_per_second"] == pytest.approx(totals["label_tokens_per_second"] / 2)
     json.dumps(totals)
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path: Path) -> None:
+    """The kernel's own refusal, halfway through a line, as a limit on the size of files gives it."""
+    file = LineFile(tmp_path / "log.txt")
+    lines = [f"line {i} with some words\n" for i in range(100)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        for line in lines[:70]:
+            file.write(line)
+        assert (tmp_path / "log.txt").stat().st_size == 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for line in lines[70:]:
+        file.write(line)
+    file.close()
+    assert (tmp_path / "log.txt").read_text() == "".join(lines)
