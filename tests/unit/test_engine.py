@@ -64,6 +64,5 @@ def test_the_loss_scale_is_halved_by_an_overflow_and_can_be_carried_to_another_r
 def test_only_fp16_scales_the_loss(precision: str) -> None:
     engine = engine_of(precision)
     assert engine.scale_state == {}
-    engine.scale_state = {}
     engine.micro_step((1.0, 0.0), 1.0, last=True)
     assert engine.step(0.25).loss_scale is None
