@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kfood_dist.errors import RecipeError
 
@@ -132,7 +132,9 @@ class Eval(Section):
 
 
 class Run(Section):
-    dir: Path = Field(description="run directory: recipe, metrics, TensorBoard, checkpoints, adapter")
+    dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        description="run directory: recipe, metrics, TensorBoard, checkpoints, adapter"
+    )
     log_every_steps: Count = Field(1, description="steps between console lines")
 
 

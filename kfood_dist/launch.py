@@ -110,7 +110,6 @@ def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = A
         *("--num_processes", str(launch.processes * cluster.num_machines)),
         *(several if cluster.num_machines > 1 else []),
         *("--main_process_port", str(cluster.port or 0)),
-        "--quiet",
         *("-m", "kfood_dist", *verb),
     ]
 

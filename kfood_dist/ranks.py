@@ -6,6 +6,7 @@ status is passed on, and a rank that could not say anything is named.
 
 import logging
 import signal
+import subprocess
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,6 +19,8 @@ def main() -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         accelerate_launch()
+    except subprocess.CalledProcessError as error:  # a single process, started without torchrun
+        return error.returncode
     except ChildFailedError as error:
         if any(failure.exitcode == 2 for failure in error.failures.values()):
             return 2

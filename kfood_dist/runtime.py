@@ -108,8 +108,9 @@ def require_folder_possible(folder: Path | None, option: str) -> None:
         nearest = next(
             path for path in (folder.absolute(), *folder.absolute().parents) if path.exists() or path.is_symlink()
         )
-    except OSError as error:  # a name that is too long, or a folder that may not be looked into
-        raise KfoodError(f"{option} {folder} cannot be used ({error.strerror})", "name another folder") from None
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be looked into, a NUL
+        why = getattr(error, "strerror", None) or error
+        raise KfoodError(f"{option} {folder!s} cannot be used ({why})", "name another folder") from None
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         fault = "is not a folder" if not nearest.is_dir() else "may not be written to"
         raise KfoodError(f"{option} {folder}: {nearest} {fault}", "name another folder")

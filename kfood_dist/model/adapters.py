@@ -74,7 +74,13 @@ def read_adapter_facts(folder: Path) -> dict[str, Any]:
             "name the adapter folder of a finished run, such as runs/NAME/adapter",
         )
     path = folder / PROMPT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read ({error})", "copy the adapter's folder again") from None
+    if not isinstance(facts, dict):
+        raise ModelError(f"{path} does not hold an adapter's facts", "copy the adapter's folder again")
+    return facts
 
 
 def require_adapter(recipe: Recipe) -> None:

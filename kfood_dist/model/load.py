@@ -41,6 +41,7 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     Training mode from the start, because on a CPU with AVX512-BF16 the first forward in evaluation mode repacks
     4-bit weights for inference, after which training is wrong or fails. Raises ModelError.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -54,7 +55,7 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     options["dtype"] = torch.float32 if precision == "fp16" else dtype
     try:
         model = AutoModelForImageTextToText.from_pretrained(base, attn_implementation=attention, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",
             "run `kfood doctor`, then check model.base, model.quantization and model.attention",

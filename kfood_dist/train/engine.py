@@ -186,6 +186,9 @@ class ZeroEngine:
 
     def load(self, folder: Path) -> None:
         with state.Saved(folder) as saved:
+            saved.require_parameters(
+                {n: p.ds_numel if self.stage == 3 else p.numel() for n, p in self.trainable.items()}
+            )
             state.load(saved, self.held(), self.optimizer)
             if saved.extra:
                 self.scale_state = saved.extra
@@ -297,6 +300,7 @@ class PlainEngine:
 
     def load(self, folder: Path) -> None:
         with state.Saved(folder) as saved:
+            saved.require_parameters({name: parameter.numel() for name, parameter in self.trainable.items()})
             state.load(saved, self.held(), self.optimizer)
             if saved.extra:
                 self.scale_state = saved.extra

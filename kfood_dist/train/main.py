@@ -101,10 +101,12 @@ def dry_run(recipe: Recipe, steps: int, world: World, stage_dir: Path | None) ->
     plan = preflight(trial, world.size, look_at_files=world.is_main)
 
     def tell(trainer: "Trainer", done: int) -> None:
+        write_status(trial.run.dir, "finished" if done == steps else "stopped", done)
+        if done < steps:
+            return
         rows = read_metrics(trial.run.dir / "metrics.jsonl")
         lines = projection(recipe, rows, num_steps(recipe, plan), trainer.took_s, len(trainer.validation_ids))
         print("limit: the whole run would take, as far as these steps tell:", *lines, sep="\n  ", flush=True)
-        write_status(trial.run.dir, "finished", done)
 
     with hold(trial.run.dir) if world.is_main else nullcontext():
         return train(trial, plan, world, stage_dir, conclude=tell)

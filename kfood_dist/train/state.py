@@ -116,6 +116,19 @@ class Saved:
     def __exit__(self, *_: Any) -> None:
         self._open.close()
 
+    def require_parameters(self, sizes: Mapping[str, int]) -> None:
+        """Raise CheckpointError unless the files hold parameters of just these names and numbers of elements."""
+        saved = {
+            name: max(stretch.start + stretch.length for *_, stretch in places) for name, places in self._places.items()
+        }
+        for name in sorted(saved.keys() | sizes.keys()):
+            if saved.get(name) != sizes.get(name):
+                raise CheckpointError(
+                    f"{self.folder} is of another adapter: {name} has {saved.get(name, 0):,} numbers there and "
+                    f"{sizes.get(name, 0):,} here",
+                    _OLDER,
+                )
+
     def read(self, name: str, wanted: Stretch) -> torch.Tensor:
         """The numbers of `wanted` in float32, (length,), of the weights or of a moment, from whichever files hold them.
 

@@ -85,3 +85,16 @@ def test_a_source_with_nothing_in_it(tmp_path: Path, make: bool) -> None:
     assert done.returncode == 2
     assert str(source) in done.stderr and "→" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mistake_that_only_a_rank_can_find_ends_with_its_status(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    os.truncate(model / "model.safetensors", 100_000)
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, tiny_shards, train={"zero_stage": 0})
+    process = start(recipe, processes)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert f"base model {model} cannot be loaded" in output and "Traceback" not in output

@@ -178,3 +178,16 @@ def test_the_parts_of_the_test_cover_everything_once() -> None:
         covered = sorted((s.parameter, s.start, s.length) for held in make() for one in held for s in one.stretches)
         assert sum(length for *_, length in covered) == TOTAL
         assert all(a[0] != b[0] or a[1] + a[2] == b[1] for a, b in pairwise(covered))
+
+
+def test_another_adapters_state_is_refused_by_its_sizes(tmp_path: Path, whole: torch.Tensor) -> None:
+    ranks = cut(2, whole)
+    save_all(tmp_path, ranks, optimise(ranks, "adamw8bit"))
+    with Saved(tmp_path) as saved:
+        saved.require_parameters(SIZES)
+        with pytest.raises(CheckpointError, match="of another adapter: a has 5,000 numbers there and 2,500 here"):
+            saved.require_parameters({**SIZES, "a": 2500})
+        with pytest.raises(CheckpointError, match="d has 0 numbers there and 7 here"):
+            saved.require_parameters({**SIZES, "d": 7})
+        with pytest.raises(CheckpointError, match="c has 9,001 numbers there and 0 here"):
+            saved.require_parameters({"a": 5000, "b": 300})
