@@ -6,8 +6,11 @@ Always holds: the order is the plan's whatever the number of workers; workers en
 ends, and leave nothing in shared memory; a user's mistake met in a worker is raised here as itself.
 """
 
+import atexit
+import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import cache
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -25,14 +28,18 @@ def stream(
     pin_memory: bool = False,
     ahead: int = 2,
     start_method: str = "fork",
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this one).
+
+    The processes end with the last batch, or when the generator is closed.
 
     At least `ahead` of them are under way at any time, so that a step that takes several at once need not wait.
     `start_method` is multiprocessing's: `fork` starts at once; `spawn` takes seconds, and shares no memory with a
     process whose network driver does not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
     """
-    if not num_workers:
+    if num_workers:
+        _kill_what_is_left_at_exit()
+    else:
         keep_freed_memory()
     loader: DataLoader[Batch | KfoodError] = DataLoader(
         _FaultsAsValues(collator),
@@ -71,10 +78,23 @@ def _as_it_is(batch: Any) -> Any:
 def _start_worker(worker: int) -> None:
     """Signals reach a whole terminal or job, and the parent alone decides; where it is killed, its workers go at once.
 
-    A second SIGTERM is obeyed: that is how the parent ends a worker that does not end by itself.
+    Only a second SIGTERM is obeyed, the first may be such a signal.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     end_with_parent()
     keep_freed_memory()
+
+
+@cache
+def _kill_what_is_left_at_exit() -> None:
+    """At its end, let this process kill the workers that still run: to one SIGTERM, with which multiprocessing would
+    ask them to end before it waits for them for ever, they are deaf.
+    """
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    atexit.register(kill)

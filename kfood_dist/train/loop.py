@@ -8,8 +8,8 @@ is cut into ranks, micro-batches and accumulation; a step's random numbers depen
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -69,8 +69,14 @@ class Trainer:
 
     def train(self, start: int) -> int:
         """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
-        recipe, batches, last = self.recipe.train, self._batches(start), start
         self.watch.start()
+        with closing(self._batches(start)) as batches:
+            last = self._take_steps(start, batches)
+        self.watch.stop()
+        return last
+
+    def _take_steps(self, start: int, batches: Iterator[Batch]) -> int:
+        recipe, last = self.recipe.train, start
         for step in range(start, self.max_steps):
             self.log.step(self.train_step(step, batches))
             if step == start and self.world.is_main:
@@ -89,7 +95,6 @@ class Trainer:
                 last = done if self.save(done, scores, insist=ends) else last
             if ends:
                 break
-        self.watch.stop()
         return last
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -233,7 +238,7 @@ class Trainer:
                 self.bad[key] = why
         require_few_bad(self.bad, len(self.collator.shards), self.recipe.data.max_bad_share)
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def _batches(self, start: int) -> Generator[Batch, None, None]:
         """This rank's batches from step `start` on, read by loader processes ahead of the training."""
         data, micro_batches = self.recipe.data, self.plan.micro_batches(self.world.rank, start, self.max_steps)
         if data.shuffle_window and self.world.local_rank == 0:

@@ -1,6 +1,7 @@
 """What a user gets wrong is said in one message with its remedy, before anything loads or is written."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 

@@ -135,3 +135,22 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 20) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def test_a_process_ends_though_its_workers_hear_no_first_sigterm_and_a_stream_is_left_open() -> None:
+    """As when an exception that something keeps holds the loop's frame: nothing closes the stream then."""
+    code = f"""
+import itertools, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+from kfood_dist.data.stream import stream
+
+class Collator:
+    def __getitem__(self, micro_batch):
+        return micro_batch
+
+kept = stream(Collator(), itertools.count(), 2)
+print(next(kept))
+sys.modules["kept"] = kept  # alive to the very end
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
