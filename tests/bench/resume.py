@@ -8,7 +8,6 @@ the losses compared are those of the steps after the resume, without dropout, wh
 
 import argparse
 import json
-import os
 import re
 import shutil
 import statistics
@@ -64,10 +63,9 @@ class Run:
         words = ["--processes", str(ranks or self.ranks)]
         words += ["--set", f"train.zero_stage={self.stage if stage is None else stage}", "--set", f"run.dir={self.dir}"]
         began = time.time()
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
         done = subprocess.run(
             ["bash", str(ROOT / "launch/train.sh"), str(self.recipe), *words],
-            capture_output=True, text=True, env=environment, check=False,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
