@@ -1,5 +1,6 @@
 """What many tests share: a tiny real Qwen2.5-VL, a few drawn pictures, and those pictures packed."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from kfood_dist.practice.tiny_model import write_model
 # A busy machine is no fault of an example; pytest's own time limit ends what hangs.
 settings.register_profile("kfood", deadline=None)
 settings.load_profile("kfood")
+
+# A suite that was started in the background may have been told to ignore Ctrl-C, and with it all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NUM_DISHES = 4
 PER_DISH = 12

@@ -34,11 +34,12 @@ def _resize_columns(plane: np.ndarray, side: int, bands: tuple[Band, ...]) -> np
     """(h, w) uint8 to (side, w) uint8."""
     out = np.empty((side, plane.shape[1]), dtype=np.uint8)
     for start in range(0, plane.shape[1], _COLUMNS):
-        strip, into = plane[:, start : start + _COLUMNS], out[:, start : start + _COLUMNS]
+        # The weights of a row add up to 1: half a level added before is there afterwards, and rounds.
+        strip = np.add(plane[:, start : start + _COLUMNS], np.float32(0.5), dtype=np.float32)
+        values = np.empty((side, strip.shape[1]), dtype=np.float32)
         for rows, used, weights in bands:
-            # The weights of a row add up to 1: half a level added before is there afterwards, and rounds.
-            values = weights @ np.add(strip[used], np.float32(0.5), dtype=np.float32)
-            into[rows] = np.clip(values, 0, 255, out=values)
+            np.matmul(weights, strip[used], out=values[rows])
+        out[:, start : start + _COLUMNS] = np.clip(values, 0, 255, out=values)
     return out
 
 
