@@ -102,15 +102,9 @@ def _default_recipe(overrides: list[str]) -> Recipe:
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:
-    from kfood_dist.model.adapters import read_adapter_facts
+    from kfood_dist.model.adapters import read_adapter_facts  # which brings torch's libraries
 
-    try:
-        facts = read_adapter_facts(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}/kfood.json cannot be read ({error})", _COPY_ADAPTER) from None
-    if not isinstance(facts, dict):
-        raise ModelError(f"{folder}/kfood.json is not a JSON object", _COPY_ADAPTER)
-    return facts
+    return read_adapter_facts(folder)
 
 
 _COPY_ADAPTER = "copy the whole adapter folder from its run again"

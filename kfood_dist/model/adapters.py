@@ -79,7 +79,7 @@ def read_adapter_facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error})", "copy the adapter's folder again") from None
     if not isinstance(facts, dict):
-        raise ModelError(f"{path} does not hold an adapter's facts", "copy the adapter's folder again")
+        raise ModelError(f"{path} is not a JSON object", "copy the adapter's folder again")
     return facts
 
 

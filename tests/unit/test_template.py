@@ -76,9 +76,10 @@ def test_truncation_drops_the_first_droppable_tokens_and_no_more(droppable: list
 
 @settings(max_examples=60, deadline=None)
 @given(
-    system=st.text(max_size=40),
-    prompt=st.text(min_size=1, max_size=60),
-    answer=st.text(min_size=1, max_size=12),
+    # Not a token of the chat template, which is refused; hypothesis finds such words in the code and tries them.
+    system=st.text(max_size=40).filter(lambda text: "<|" not in text),
+    prompt=st.text(min_size=1, max_size=60).filter(lambda text: "<|" not in text),
+    answer=st.text(min_size=1, max_size=12).filter(lambda text: "<|" not in text),
     max_length=st.integers(1, 160),
 )
 def test_truncated_samples_keep_answer_image_and_the_tail_of_the_text(
