@@ -186,7 +186,7 @@ class Trainer:
             self.failed_saves = self.retry_at = 0
             self.best_accuracy = max(self.best_accuracy, scores["accuracy"] if scores else -1.0)
             self.took_s["save"] = time.perf_counter() - began
-            self.log.say(f"step {done}: checkpoint written in {self.took_s['save']:.1f} s")
+            self.log.say(f"step {done}: checkpoint written in {self.took_s['save']:.2f} s")
             return True
         if insist:
             raise error
