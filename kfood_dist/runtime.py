@@ -129,10 +129,10 @@ def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
         end_with_parent()
 
 
-def end_with_parent() -> None:
-    """Let the kernel end this process, at once, when the thread that started it ends."""
+def end_with_parent(by: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process the signal `by`, at once, when the thread that started it ends."""
     pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, by, 0, 0, 0)
 
 
 def keep_freed_memory() -> None:
