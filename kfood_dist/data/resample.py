@@ -8,6 +8,7 @@ every sum is exact in float32, whatever the order of adding: the result is the s
 
 import math
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -27,18 +28,19 @@ def resample(plane: np.ndarray, side: int, box: tuple[float, float, float, float
     height, width = plane.shape
     left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
     upright = _resize_columns(plane, side, _bands(height, side, top, bottom))
-    return np.ascontiguousarray(_resize_columns(upright.T, side, _bands(width, side, left, right)).T)
+    return _resize_columns(upright.T, side, _bands(width, side, left, right)).T
 
 
 def _resize_columns(plane: np.ndarray, side: int, bands: tuple[Band, ...]) -> np.ndarray:
-    """(h, w) uint8 to (side, w) uint8."""
-    out = np.empty((side, plane.shape[1]), dtype=np.uint8)
+    """(h, w) uint8 to (side, w) uint8, in memory by columns if the plane is: nothing is then copied to turn it."""
+    order: Literal["C", "F"] = "C" if plane.flags.c_contiguous else "F"
+    out = np.empty((side, plane.shape[1]), dtype=np.uint8, order=order)
     for start in range(0, plane.shape[1], _COLUMNS):
-        # The weights of a row add up to 1: half a level added before is there afterwards, and rounds.
-        strip = np.add(plane[:, start : start + _COLUMNS], np.float32(0.5), dtype=np.float32)
-        values = np.empty((side, strip.shape[1]), dtype=np.float32)
+        strip = plane[:, start : start + _COLUMNS].astype(np.float32)
+        values = np.empty((side, strip.shape[1]), dtype=np.float32, order=order)
         for rows, used, weights in bands:
             np.matmul(weights, strip[used], out=values[rows])
+        values += np.float32(0.5)
         out[:, start : start + _COLUMNS] = np.clip(values, 0, 255, out=values)
     return out
 

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from kfood_dist.data.images import (
     RESIZE_POLICIES,
     ImageRejected,
+    _colour,
     decode_rgb,
     prepare_jpeg,
     upright_size,
@@ -285,10 +286,22 @@ def test_a_small_box_of_a_large_picture_is_decoded_at_twice_the_target(monkeypat
         ((100, 100, 600, 600), 2987, 2240),
     ):
         prepare_jpeg(quadrants(4000, 3000), 224, box=box)
-        shape = seen.pop()
-        assert shape[1] >= width and shape[0] >= height
-        assert shape[1] < 4000, "decoded whole"
-        assert not seen
+        brightness, colour = seen
+        seen.clear()
+        assert brightness[1] >= width and brightness[0] >= height
+        assert brightness[1] < 4000, "decoded whole"
+        assert colour[1] >= width / 2 and colour[0] >= height / 2
+        assert colour[1] < brightness[1], "decoded larger than it is stored"
+
+
+def test_every_colour_becomes_the_jfif_standards():
+    """In float64 by the formula of the standard, and no purest colour wraps around."""
+    steps = np.array([0, 1, 77, 128, 200, 254, 255], dtype=np.uint8)
+    rgb = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    red, green, blue = np.moveaxis(rgb.astype(float), -1, 0)
+    brightness = 0.299 * red + 0.587 * green + 0.114 * blue
+    exact = np.stack([128 + 0.5 * (blue - brightness) / (1 - 0.114), 128 + 0.5 * (red - brightness) / (1 - 0.299)])
+    assert np.abs(_colour(rgb) - exact.clip(0, 255)).max() <= 0.52
 
 
 # --- brightness and colour by themselves
