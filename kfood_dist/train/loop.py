@@ -60,7 +60,7 @@ class Trainer:
     run_facts: dict[str, Any]
     stop: StopRequest
     skips: SkipWatch
-    stopping: bool = False  # agreed by all ranks, after the step in which any of them was asked to
+    stopping: bool = False  # agreed by all ranks, after the step or the measured batch in which any was asked to
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
     best_accuracy: float = -1.0  # of the checkpoints there are, on the validation split
     failed_saves: int = 0  # in a row
@@ -84,10 +84,10 @@ class Trainer:
             done = step + 1
             scores = None
             if self.validation and self.recipe.eval.every_steps and done % self.recipe.eval.every_steps == 0:
-                if self.stopping:
+                scores = None if self.stopping else self.validate()
+                if scores is None:
                     self.log.say(f"step {done}: not measured, as the run is to stop")
                 else:
-                    scores = self.validate()
                     self.log.evaluation(done, scores)
             ends = done == self.max_steps or self.stopping
             best = scores is not None and scores["accuracy"] > self.best_accuracy
@@ -137,22 +137,25 @@ class Trainer:
         self.skips.look(step, update, meter.batches, losses)
         return metrics
 
-    def validate(self) -> dict[str, float]:
-        """Loss and accuracy on the validation split, every sample once; training mode stays, dropout rests.
+    def validate(self) -> dict[str, float] | None:
+        """Loss and accuracy on the validation split, every sample once; None if meanwhile the run is asked to stop.
 
         `accuracy` asks for the label itself, token by token; `kfood eval` also takes aliases and halves of `A_B`.
+        Training mode stays, dropout rests.
         """
         assert self.validation is not None
         recipe, began = self.recipe, time.perf_counter()
         slots = deal(self.validation_ids, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        with torch.no_grad(), resting_dropout(self.module):
-            batches = stream(
-                self.validation, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start
-            )
+        reader = stream(self.validation, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start)
+        with torch.no_grad(), resting_dropout(self.module), closing(reader) as batches:
             for batch in batches:
                 self.watch.beat("measuring")
+                # Every rank has as many batches as the others, so all ask at the same one.
+                self.stopping = bool(self.world.all_max(torch.tensor(float(self.stop.asked()), device=self.device)))
+                if self.stopping:
+                    return None
                 on_device = batch.to(self.device)
                 loss, hits, _ = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)

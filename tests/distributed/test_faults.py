@@ -134,3 +134,37 @@ def test_the_newest_checkpoint_is_the_one_of_most_steps_whatever_the_clocks_say(
         for path in [folder, *folder.rglob("*")]:
             os.utime(path, (2**32 - age * 10**8,) * 2)
     assert "resumed after step 4" in train(recipe, 1, ["train.max_steps=5"])
+
+
+OTHERWISE = """
+import os, socket, time
+
+behind_s = float(os.environ["BEHIND_S"]) * (1 + int(os.environ.get("RANK", 0)))
+now, now_ns, name = time.time, time.time_ns, os.environ["HOST_NAME"] + "-" + os.environ.get("RANK", "launcher")
+time.time = lambda: now() - behind_s
+time.time_ns = lambda: now_ns() - int(behind_s * 10**9)
+socket.gethostname = lambda: name
+"""
+
+
+def test_clocks_that_disagree_and_other_hosts_change_nothing(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks whose clocks are a day apart stop; on hosts of other names, whose clocks are a year behind, they go on."""
+    (tmp_path / "sitecustomize.py").write_text(OTHERWISE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe, run = write(tmp_path / "hosts", tiny_model, tiny_shards), tmp_path / "hosts" / "run"
+    monkeypatch.setenv("HOST_NAME", "old")
+    monkeypatch.setenv("BEHIND_S", "86400")
+    process = start(recipe, 2)
+    wait_until(process, lambda: num_steps(run) >= 3)
+    (run / "STOP").touch()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    monkeypatch.setenv("HOST_NAME", "new")
+    monkeypatch.setenv("BEHIND_S", str(365 * 86_400))
+    assert "resumed after step" in train(recipe, 2)
+    times = [row["time"] for row in metrics(run)]
+    assert times[0] - times[-1] > 300 * 86_400, "the clocks were not falsified"
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole)]
+    assert adapter_bytes(run) == adapter_bytes(whole)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import adapter_bytes, metrics, start, train, write_recipe
+import torch
+from running import adapter_bytes, kfood, metrics, start, train, write_recipe
+from safetensors.torch import load_file
 
 STEPS = 24
 EXACT = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
@@ -92,6 +94,61 @@ def test_a_stopped_chain_does_not_begin_the_next_stage(tmp_path: Path, tiny_mode
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert not (tmp_path / "b" / "run").exists()
+
+
+def test_asked_while_it_measures_a_run_saves_at_once_and_goes_on(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    """The seconds before a preemption are too few for a long validation split."""
+    (tmp_path / "a").mkdir()
+    recipe = write_recipe(
+        tmp_path / "a" / "recipe.yaml",
+        tiny_model,
+        tiny_shards,
+        train={"zero_stage": 0, "max_steps": 4},
+        eval={"every_steps": 2, "split": "test", "batch_size": 1},
+    )
+    run = tmp_path / "a" / "run"
+    process = start(recipe, 2)
+    wait_for_step(process, run, 2)  # this line is written once the step's own question was answered
+    ask_launcher(process, run)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "step 2: not measured, as the run is to stop" in output and "accuracy" not in output
+    assert status(run) == {"state": "stopped", "step": 2}
+    output = train(recipe, 2)
+    assert "resumed after step 2" in output and "step 4  loss" in output and "accuracy" in output
+    assert status(run) == {"state": "finished", "step": 4}
+
+
+def test_stages_run_in_order_each_from_the_last_ones_adapter(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    """As launch/recipes/stages, without Slurm. The second learns at a rate at which no float32 changes."""
+    recipes, runs, learning_rates = [], [], (1e-3, 1e-30, 1e-3)
+    for number, learning_rate in enumerate(learning_rates):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        model = {"adapter": str(runs[-1] / "adapter")} if runs else {}
+        recipes.append(
+            write_recipe(
+                folder / "recipe.yaml",
+                tiny_model,
+                tiny_shards,
+                model={"base": str(tiny_model), **model},
+                optim={"learning_rate": learning_rate},
+                train={"zero_stage": 0, "max_steps": 2},
+            )
+        )
+        runs.append(folder / "run")
+    done = kfood("train", "--config", *map(str, recipes), timeout_s=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(status(run) == {"state": "finished", "step": 2} for run in runs)
+    first, second, third = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(second[name], third[name]) for name in second)
+    again = kfood("train", "--config", *map(str, recipes), timeout_s=300)
+    assert again.returncode == 0 and again.stdout.count("already trained") == 3, again.stdout + again.stderr
 
 
 def test_ctrl_c_ends_everything_at_once(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
