@@ -43,31 +43,11 @@ def build_trainer(
         load_adapter(module.model, recipe.model.adapter)
     engine = _build_engine(recipe, accelerator, module)
 
-    folder = base_folder(recipe.model.base)
-    assert folder is not None  # it was loaded just now
-    how: dict[str, Any] = {
-        "base_fingerprint": fingerprint(folder),
-        "world_size": world.size,
-        "distributed_type": accelerator.distributed_type.value,
-        "zero_stage": recipe.train.zero_stage,
-    }
-    start = 0
-    if newest:
-        start = plan.resume(newest.record().data)
-        require_same_base(newest, how["base_fingerprint"], recipe.model.base)
-        load_engine(engine, newest)
+    how = _how_it_runs(recipe, accelerator, world)
+    start = _resume(recipe, plan, engine, newest, how) if newest else 0
     best = world.share(checkpoint.best(recipe.run.dir / "checkpoints"))[0]
     max_steps = num_steps(recipe, plan)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
-    facts = {
-        **how,
-        "global_batch": plan.global_batch,
-        "gradient_accumulation_steps": plan.accumulation,
-        "quantization": recipe.model.quantization,
-        "precision": recipe.model.precision,
-        **model_facts(module.model),
-        **machine_facts(),
-    }
     trainer = Trainer(
         recipe=recipe,
         world=world,
@@ -82,7 +62,7 @@ def build_trainer(
         max_steps=max_steps,
         adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
         checkpoint_facts=how,
-        run_facts=facts,
+        run_facts={**how, **_what_it_trains(recipe, plan, module)},
         stop=stop,
         best_accuracy=best[1] if best else -1.0,
         skips=SkipWatch(
@@ -96,6 +76,38 @@ def build_trainer(
     )
     _announce(trainer, start)
     return trainer, start
+
+
+def _how_it_runs(recipe: Recipe, accelerator: Accelerator, world: World) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it, besides its recipe."""
+    folder = base_folder(recipe.model.base)
+    assert folder is not None  # it was loaded just now
+    return {
+        "base_fingerprint": fingerprint(folder),
+        "world_size": world.size,
+        "distributed_type": accelerator.distributed_type.value,
+        "zero_stage": recipe.train.zero_stage,
+    }
+
+
+def _what_it_trains(recipe: Recipe, plan: Plan, module: AnswerLoss) -> dict[str, Any]:
+    """For run.json: read from the running objects where they tell."""
+    return {
+        "global_batch": plan.global_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "quantization": recipe.model.quantization,
+        "precision": recipe.model.precision,
+        **model_facts(module.model),
+        **machine_facts(),
+    }
+
+
+def _resume(recipe: Recipe, plan: Plan, engine: Engine, newest: Checkpoint, how: dict[str, Any]) -> int:
+    """Put plan and engine where the checkpoint was; returns the step to go on with."""
+    start = plan.resume(newest.record().data)
+    require_same_base(newest, how["base_fingerprint"], recipe.model.base)
+    load_engine(engine, newest)
+    return start
 
 
 def build_module(recipe: Recipe, vision: VisionSpec, device: torch.device) -> AnswerLoss:
