@@ -22,6 +22,7 @@ from kfood_dist.data.mix import Mixture
 from kfood_dist.data.patches import encode_picture
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import ShardSplit
+from kfood_dist.data.storage import OutOfReachError
 from kfood_dist.data.template import IGNORED, Encoded, SampleTooLong, Template
 from kfood_dist.errors import ShardError
 
@@ -113,7 +114,8 @@ class StreamingCollator(Dataset[Batch]):
 
     With `for_generation` the answers are left off and padding goes to the left, where generation wants it. `unreadable`
     says what becomes of a sample whose bytes are damaged: `stop` raises ShardError, as a measurement must; `refuse`
-    leaves it out by name; `replace` puts a substitute in its place, as training wants it.
+    leaves it out by name; `replace` puts a substitute in its place, as training wants it. What is out of reach is no
+    damage: OutOfReachError is raised, or which samples are seen would depend on the weather.
     """
 
     def __init__(
@@ -155,13 +157,13 @@ class StreamingCollator(Dataset[Batch]):
         return self._pad(samples, block.joined(), ids=tuple(used), refused=tuple(refused), replaced=tuple(replaced))
 
     def _pictures(self, ids: Sequence[int]) -> Iterator[np.ndarray | ShardError]:
-        """RGB (H, W, 3) uint8 of each sample, or what is wrong with it; raises it instead under `stop`.
+        """RGB (H, W, 3) uint8 of each sample, or what is wrong with it, unless that is to be raised.
 
         One at a time, so that a picture is cut into patches while it lies in the processor's cache.
         """
         for i, data in zip(ids, self.shards.read_many(ids), strict=True):
             picture = data if isinstance(data, ShardError) else self._decode(i, data)
-            if isinstance(picture, ShardError) and self.unreadable == "stop":
+            if isinstance(picture, OutOfReachError) or (isinstance(picture, ShardError) and self.unreadable == "stop"):
                 raise picture
             yield picture
 

@@ -20,7 +20,7 @@ import aiohttp
 import fsspec
 import fsspec.asyn
 
-from kfood_dist.data.storage import MissingFileError, Range, Storage, read_merged
+from kfood_dist.data.storage import MissingFileError, OutOfReachError, Range, Storage, read_merged
 from kfood_dist.errors import ShardError
 
 T = TypeVar("T")
@@ -160,14 +160,14 @@ class RemoteStorage(Storage):
                 await asyncio.sleep(self.pause_s * 2 ** (attempt - 1) * _CHANCE.uniform(0.5, 1))
         return self._give_up(name, error, attempt)
 
-    def _give_up(self, name: str, error: Exception, num_tries: int) -> ShardError:
+    def _give_up(self, name: str, error: Exception, num_tries: int) -> OutOfReachError:
         place, cause = self.place(name), self._describe(error)
         if isinstance(error, FileNotFoundError) and _is_final(error):
             return MissingFileError(f"{place} does not exist", "check the address")
         if _is_refusal(error):
-            return ShardError(f"{place} is refused ({cause})", "check the credentials for that server")
+            return OutOfReachError(f"{place} is refused ({cause})", "check the credentials for that server")
         tries = f"{num_tries} tries" if num_tries > 1 else "1 try"
-        return ShardError(f"{place} cannot be read, after {tries} ({cause})", _AGAIN)
+        return OutOfReachError(f"{place} cannot be read, after {tries} ({cause})", _AGAIN)
 
     def _describe(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):

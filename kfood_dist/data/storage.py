@@ -39,7 +39,11 @@ _NUM_THREADS = 8
 _QUICK_S = 100e-6
 
 
-class MissingFileError(ShardError):
+class OutOfReachError(ShardError):
+    """A file cannot be read, which says nothing of what is in it: another try may succeed."""
+
+
+class MissingFileError(OutOfReachError):
     """A file of the data set, or the whole of it, is not where it was looked for."""
 
 
@@ -217,7 +221,9 @@ class LocalStorage(Storage):
             return _read_fully(self._descriptor(name), offset, size)
         except OSError as error:
             what = "opened" if error.filename else "read"  # only a failed open names its file
-            return self.fault(name, f"cannot be {what} ({error.strerror})")
+            if error.errno == errno.EIO:  # a bad spot on a disk
+                return self.fault(name, f"cannot be {what} ({error.strerror})")
+            return OutOfReachError(f"{self.place(name)} cannot be {what} ({error.strerror})", "see that it is there")
 
     def _read_together(self, ranges: list[Range]) -> list[bytes | ShardError]:
         for name in {name for name, _, _ in ranges}:

@@ -1,6 +1,8 @@
 """The streaming collator: pixels as transformers computes them, padding, what is refused and what is replaced."""
 
+import errno
 import json
+import os
 import shutil
 from itertools import combinations, islice
 from pathlib import Path
@@ -12,11 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kfood_dist.cli import main
 from kfood_dist.data.collate import StreamingCollator, substitutes
 from kfood_dist.data.images import decode_rgb
 from kfood_dist.data.patches import VisionSpec, encode_picture, patchify
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import open_split
+from kfood_dist.data.storage import OutOfReachError
 from kfood_dist.data.stream import stream
 from kfood_dist.data.template import IGNORED, Template
 from kfood_dist.errors import ModelError, RecipeError, ShardError
@@ -190,16 +194,46 @@ def test_measuring_stops_at_a_damaged_sample_and_validation_leaves_it_out(
     assert (only_bad.ids, only_bad.num_label_tokens, len(only_bad.refused)) == ((), 0, 2)
 
 
-def test_shards_out_of_reach_are_an_error_and_not_replaced(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, vision: VisionSpec
+@pytest.mark.parametrize("unreadable", ["replace", "refuse", "stop"])
+def test_a_shard_out_of_reach_is_an_error_and_not_replaced_from_others(
+    tmp_path: Path, tiny_model: Path, pictures: Path, vision: VisionSpec, unreadable
 ) -> None:
-    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
-    collator = build(tiny_model, shards, vision, unreadable="replace")
+    shards = tmp_path / "shards"
+    assert main(["pack", str(pictures), str(shards), "--split", "1,0,0", "--shard-size", "20"]) == 0
+    collator = build(tiny_model, shards, vision, unreadable=unreadable)
+    assert len(collator.shards.manifest.shards) > 1
     collator[MicroBatch(0, 0, (1,), 0)]
     collator.shards.close()
     (shards / "train-000000.tar").unlink()
-    with pytest.raises(ShardError, match=r"train-000000\.tar"):
+    with pytest.raises(OutOfReachError, match=r"train-000000\.tar cannot be opened"):
         collator[MicroBatch(0, 1, (2,), 0)]
+
+
+@pytest.mark.parametrize(("number", "replaced"), [(errno.EIO, True), (errno.ESTALE, False), (errno.EACCES, False)])
+def test_a_bad_spot_on_a_disk_is_damage_and_a_lost_server_is_not(
+    tiny_model: Path,
+    tiny_shards: Path,
+    vision: VisionSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    replaced: bool,
+) -> None:
+    collator = build(tiny_model, tiny_shards, vision, unreadable="replace")
+    read, failed = os.pread, []
+
+    def read_or_fail(*asked):
+        if not failed:
+            failed.append(asked)
+            raise OSError(number, os.strerror(number))
+        return read(*asked)
+
+    monkeypatch.setattr(os, "pread", read_or_fail)
+    if replaced:
+        assert len(collator[MicroBatch(0, 0, (1,), 0)].replaced) == 1
+    else:
+        with pytest.raises(OutOfReachError, match="cannot be read"):
+            collator[MicroBatch(0, 0, (1,), 0)]
+    assert failed
 
 
 @given(num_samples=st.integers(2, 3000), i=st.integers(0, 2999))
