@@ -5,17 +5,21 @@ status is passed on, and a rank that could not say anything is named.
 """
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from kfood_dist.runtime import LAUNCHER_PID
+
 
 def main() -> int:
     """Run accelerate's launcher; exit status 2 if a rank found a mistake to mend, 1 if one failed, else 0."""
     from accelerate.commands.launch import main as accelerate_launch
 
+    os.environ[LAUNCHER_PID] = str(os.getpid())  # a rank that starts when this has ended shall notice
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         accelerate_launch()

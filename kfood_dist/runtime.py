@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from kfood_dist.errors import KfoodError, LaunchError
 
+# Where our launcher puts its process id, for the ranks it starts.
+LAUNCHER_PID = "KFOOD_LAUNCHER_PID"
+
 if TYPE_CHECKING:
     import torch
 
@@ -126,13 +129,18 @@ def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
     by_torchrun = "TORCHELASTIC_RUN_ID" in env  # accelerate's launcher of several processes, and of DeepSpeed
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env  # of a single one
     if by_torchrun or by_accelerate:
-        end_with_parent()
+        end_with_parent(int(env.get(LAUNCHER_PID, os.getppid())))
 
 
-def end_with_parent(by: int = signal.SIGKILL) -> None:
-    """Let the kernel send this process the signal `by`, at once, when the thread that started it ends."""
+def end_with_parent(pid: int, by: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process the signal `by`, at once, when its parent `pid` ends, or ended already.
+
+    The thread that started this process counts as its parent.
+    """
     pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, by, 0, 0, 0)
+    if os.getppid() != pid:
+        os.kill(os.getpid(), by)
 
 
 def keep_freed_memory() -> None:

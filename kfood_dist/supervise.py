@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -47,7 +48,9 @@ class Supervisor:
         self._run_dir = run_dir
         try:
             with self._listening():
-                child = subprocess.Popen(command, env=environment | AGENT_SETTINGS, preexec_fn=_deaf)  # type: ignore[operator]
+                child = subprocess.Popen(
+                    command, env={**environment, **AGENT_SETTINGS}, preexec_fn=partial(_deaf, os.getpid())
+                )
                 status = child.wait()
         except KeyboardInterrupt:
             return INTERRUPTED  # and what was started ends with this process
@@ -70,8 +73,8 @@ class Supervisor:
         (self._run_dir / STOP_FILE).touch()
 
 
-def _deaf() -> None:
+def _deaf(launcher_pid: int) -> None:
     """In a process about to become accelerate: hear no request to stop, and end with the launcher."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(launcher_pid)

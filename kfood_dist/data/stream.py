@@ -21,6 +21,10 @@ from kfood_dist.data.plan import MicroBatch
 from kfood_dist.errors import KfoodError
 from kfood_dist.runtime import end_with_parent, keep_freed_memory
 
+# The signal at which a worker ends; nobody else uses it.
+_GO = signal.SIGRTMIN
+_PATIENCE_S = 5
+
 
 def stream(
     collator: StreamingCollator,
@@ -39,7 +43,7 @@ def stream(
     process whose network driver does not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
     """
     if num_workers:
-        _kill_what_is_left_at_exit()
+        _end_what_is_left_at_exit()
     else:
         keep_freed_memory()
     loader: DataLoader[Batch | KfoodError] = DataLoader(
@@ -87,20 +91,27 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    parent_ended = signal.SIGRTMIN  # nobody else's
-    signal.signal(parent_ended, lambda *_: os._exit(1))
-    end_with_parent(by=parent_ended)
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    signal.signal(_GO, lambda *_: os._exit(0))
+    end_with_parent(parent.pid, by=_GO)
     keep_freed_memory()
 
 
 @cache
-def _kill_what_is_left_at_exit() -> None:
-    """At its end, let this process kill the workers that still run: to one SIGTERM, with which multiprocessing would
+def _end_what_is_left_at_exit() -> None:
+    """At its end, let this process end the workers that still run: to one SIGTERM, with which multiprocessing would
     ask them to end before it waits for them for ever, they are deaf.
     """
 
-    def kill() -> None:
-        for child in multiprocessing.active_children():
+    def end() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes an ended worker for a fault
+        children = multiprocessing.active_children()
+        for child in children:
+            if child.pid is not None:
+                os.kill(child.pid, _GO)
+        for child in children:
+            child.join(_PATIENCE_S)
             child.kill()
 
-    atexit.register(kill)
+    atexit.register(end)

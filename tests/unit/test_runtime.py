@@ -1,5 +1,7 @@
 """Rank variables are read in one place, and a wrong one is a user's mistake, not a crash."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,16 @@ def test_the_launchers_variables_are_read() -> None:
     world = World.from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
     assert world == World(rank=3, size=4, local_rank=1)
     assert not world.is_main
+
+
+def test_a_rank_that_starts_when_its_launcher_has_ended_ends() -> None:
+    code = "import kfood_dist.runtime as r; r.end_with_launcher(); print('goes on')"
+    for launcher, goes_on in ((os.getpid(), True), (2**30, False)):
+        variables = {"TORCHELASTIC_RUN_ID": "none", "KFOOD_LAUNCHER_PID": str(launcher)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**environment(), **variables}, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout) == ((0, "goes on\n") if goes_on else (-signal.SIGKILL, ""))
 
 
 STARTED_BY_A_SHELL = """

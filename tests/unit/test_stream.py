@@ -132,6 +132,37 @@ def test_workers_leave_no_shared_memory_whatever_they_do_when_their_parent_is_ki
     assert wait_until(lambda: shared_memory() <= before)
 
 
+STARTING = """
+import itertools, sys
+from kfood_dist.data.stream import stream
+
+class Collator:
+    def __getitem__(self, micro_batch):
+        return micro_batch
+
+if __name__ == "__main__":
+    for _ in stream(Collator(), itertools.count(), 2, start_method=sys.argv[1]):
+        pass
+"""
+
+
+@pytest.mark.parametrize(("method", "rounds"), [("fork", 4), ("spawn", 1)])
+def test_workers_end_with_a_parent_that_is_killed_while_they_start(tmp_path: Path, method: str, rounds: int) -> None:
+    script = tmp_path / "starting.py"
+    script.write_text(STARTING)
+    for _ in range(rounds):
+        process = subprocess.Popen(
+            [sys.executable, str(script), method], env={**environment(), "PYTHONPATH": str(ROOT)}, cwd=ROOT
+        )
+        parent = psutil.Process(process.pid)
+        assert wait_until(lambda parent=parent: len(parent.children()) > 0, timeout_s=60, pause_s=0)
+        children = parent.children()
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(children, timeout=40)
+        assert not alive
+
+
 def test_memory_stays_flat_over_fifty_epochs(collator: StreamingCollator) -> None:
     """Parent and workers together; the first epochs fill caches and pools."""
     num_samples = len(collator.shards)
@@ -157,12 +188,12 @@ def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "sem.mp-", "psm_"))}
 
 
-def wait_until(true: Callable[[], bool], timeout_s: float = 20) -> bool:
+def wait_until(true: Callable[[], bool], timeout_s: float = 20, pause_s: float = 0.1) -> bool:
     deadline = time.monotonic() + timeout_s
     while not true():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(pause_s)
     return True
 
 
@@ -181,5 +212,8 @@ kept = stream(Collator(), itertools.count(), 2)
 print(next(kept))
 sys.modules["kept"] = kept  # alive to the very end
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+    before = shared_memory()
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+    assert shared_memory() <= before
