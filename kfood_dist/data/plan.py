@@ -193,3 +193,13 @@ def accumulation_for(global_batch: int, micro_batch: int, ranks: int) -> int:
             else f"let train.micro_batch_size divide {global_batch}",
         )
     return accumulation
+
+
+def cut_anew(global_batch: int, micro_batch: int, ranks: int) -> tuple[int, int]:
+    """The largest micro-batch up to `micro_batch`, and the micro-steps per step, that make `global_batch` on `ranks`.
+
+    Raises RecipeError when the number of ranks does not divide it.
+    """
+    fitting = (n for n in range(micro_batch, 0, -1) if global_batch % (n * ranks) == 0)
+    micro_batch = next(fitting, 1)
+    return micro_batch, accumulation_for(global_batch, micro_batch, ranks)

@@ -35,7 +35,8 @@ def build_trainer(
     recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None, stop: StopRequest
 ) -> tuple[Trainer, int]:
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
-    accelerator = build_accelerator(recipe, plan.accumulation, world)
+    accelerator = build_accelerator(recipe, plan, world)
+    _require_agreement(world, plan, newest)
     template = build_template(recipe)
     collator = StreamingCollator(open_mixture(recipe.data, "train"), template, unreadable="replace")
     module = build_module(recipe, template.vision, accelerator.device)
@@ -65,6 +66,7 @@ def build_trainer(
         run_facts={**how, **_what_it_trains(recipe, plan, module)},
         stop=stop,
         best_accuracy=best[1] if best else -1.0,
+        unmeasured=newest if newest and newest.record().validation is None else None,
         skips=SkipWatch(
             limit=recipe.train.max_skipped_steps,
             start=start,
@@ -76,6 +78,18 @@ def build_trainer(
     )
     _announce(trainer, start)
     return trainer, start
+
+
+def _require_agreement(world: World, plan: Plan, newest: Checkpoint | None) -> None:
+    """Raise CheckpointError unless all ranks see the same checkpoint and cut the batch alike. A collective."""
+    resumed = f"step {newest.step}" if newest else "none"
+    seen = world.share((resumed, plan.micro_batch, plan.accumulation, plan.order.fingerprint))
+    for rank, (other, *cut) in enumerate(seen):
+        if [other, *cut] != list(seen[0]):
+            raise CheckpointError(
+                f"rank {rank} sees another run than rank 0: newest checkpoint {other} there, {seen[0][0]} here",
+                "let run.dir and the shards lie on a file system that all nodes share, and start again",
+            )
 
 
 def _how_it_runs(recipe: Recipe, accelerator: Accelerator, world: World) -> dict[str, Any]:

@@ -7,6 +7,7 @@ previous one whole, and a write that fails is given up by all ranks together; th
 accuracy are never pruned. Resuming needs no random state: the loop seeds each step from (seed, step, rank).
 """
 
+import errno
 import json
 import os
 import re
@@ -158,15 +159,30 @@ def save(
         _together(world, final, begin if world.is_main else None)
         _together(world, final, lambda: write(partial))
         _together(world, final, finish if world.is_main else None)
-    except CheckpointError:
+    except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(partial.folder, ignore_errors=True)
-            prune(folder, keep=1)
+            if isinstance(error, _NoRoomError):
+                prune(folder, keep=1)
         raise
     if world.is_main:
         prune(folder, keep)
     world.barrier()
     return final
+
+
+def add_validation(checkpoint: Checkpoint, scores: dict[str, float]) -> None:
+    """Put what was measured later into a checkpoint's record. Raises CheckpointError if that cannot be written."""
+    record = checkpoint.record().model_copy(update={"validation": scores})
+    partial = checkpoint.folder / f".{STATE_FILE}.partial"
+    try:
+        partial.write_text(json.dumps(record.model_dump(), indent=2) + "\n", encoding="utf-8")
+        _sync_one(partial)
+        partial.replace(checkpoint.folder / STATE_FILE)
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder / STATE_FILE} cannot be written ({error.strerror})", "make room there"
+        ) from None
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -187,14 +203,24 @@ def _together(world: World, checkpoint: Checkpoint, action: Callable[[], None] |
         if action is not None:
             action()
     except (OSError, SafetensorError) as error:
-        fault = str(error).strip()
-    faults = [(rank, what) for rank, what in enumerate(world.share(fault)) if what is not None]
+        fault = str(error).strip(), _is_for_room(error)
+    faults = [(rank, *told) for rank, told in enumerate(world.share(fault)) if told is not None]
     if faults:
-        rank, what = faults[0]
-        raise CheckpointError(
+        rank, what, _ = faults[0]
+        raise (_NoRoomError if any(for_room for *_, for_room in faults) else CheckpointError)(
             f"checkpoint {checkpoint.folder} could not be written (rank {rank}: {what})",
             "make room there, or make it writable; the checkpoint before it is whole",
         )
+
+
+class _NoRoomError(CheckpointError):
+    """A full disk, or a quota that is used up."""
+
+
+def _is_for_room(error: Exception) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    # safetensors says the number in words only.
+    return getattr(error, "errno", None) in numbers or any(f"os error {number})" in str(error) for number in numbers)
 
 
 def _accuracy(checkpoint: Checkpoint) -> float | None:
@@ -213,7 +239,10 @@ def _complete(folder: Path) -> list[Checkpoint]:
 
 
 def _remove(checkpoint: Checkpoint) -> None:
-    (checkpoint.folder / MARKER).unlink()  # first, so that a half-removed folder is not taken for a checkpoint
+    try:
+        (checkpoint.folder / MARKER).unlink()  # first, so that a half-removed folder is not taken for a checkpoint
+    except OSError:
+        return  # a folder in which nothing can be removed is told when the next one is written
     shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
 

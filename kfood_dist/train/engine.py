@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import Batch
+from kfood_dist.data.plan import Plan
 from kfood_dist.errors import LaunchError
 from kfood_dist.model.load import DTYPES
 from kfood_dist.runtime import World
@@ -65,7 +66,7 @@ class Engine(Protocol):
         """Read back what any number of ranks saved, with or without ZeRO. A collective."""
 
 
-def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accelerator:
+def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
     """The Accelerator a recipe asks for, checked to be of the stated kind.
 
     accelerate does not choose gloo for DeepSpeed on CPU, and turns silently into DDP when asked for the CPU.
@@ -84,10 +85,10 @@ def build_accelerator(recipe: Recipe, accumulation: int, world: World) -> Accele
         return accelerator
     if cpu:
         _spare_inference_op()
-    config = deepspeed_config(recipe, accumulation, world.size)
+    config = deepspeed_config(recipe, plan.accumulation, world.size, plan.micro_batch)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.model.precision, recipe.model.precision),
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=plan.accumulation,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
         kwargs_handlers=process_group,
     )

@@ -73,7 +73,7 @@ def projection(
     num_saves = -(-num_steps // recipe.train.save_every_steps)
     yield f"saving    {num_saves:,} × {took_s['save']:.2f} s = {_time(num_saves * took_s['save'])}"
     total_s = num_steps * step_s + num_saves * took_s["save"]
-    if recipe.eval.every_steps:
+    if recipe.eval.every_steps and "validate" in took_s:  # and not asked to stop meanwhile
         num_rounds, picture_s = num_steps // recipe.eval.every_steps, took_s["validate"] / num_measured
         pictures = len(open_split(recipe.data.shards, recipe.eval.split))
         pictures = min(pictures, recipe.eval.max_samples or pictures)

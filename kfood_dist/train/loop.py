@@ -63,6 +63,7 @@ class Trainer:
     stopping: bool = False  # agreed by all ranks, after the step or the measured batch in which any was asked to
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
     best_accuracy: float = -1.0  # of the checkpoints there are, on the validation split
+    unmeasured: checkpoint.Checkpoint | None = None  # what the run resumed from, if nothing was measured there
     failed_saves: int = 0  # in a row
     retry_at: int = 0  # the step at which to try again
     took_s: dict[str, float] = field(default_factory=dict)  # seconds of the last checkpoint and measurement
@@ -77,25 +78,46 @@ class Trainer:
 
     def _take_steps(self, start: int, batches: Iterator[Batch]) -> int:
         recipe, last = self.recipe.train, start
+        if self.unmeasured and self._is_measured_at(start):
+            self._make_up_for(self.unmeasured)
         for step in range(start, self.max_steps):
+            if self.stopping:
+                break
             self.log.step(self.train_step(step, batches))
             if step == start and self.world.is_main:
                 write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
             done = step + 1
-            scores = None
-            if self.validation and self.recipe.eval.every_steps and done % self.recipe.eval.every_steps == 0:
-                scores = None if self.stopping else self.validate()
-                if scores is None:
-                    self.log.say(f"step {done}: not measured, as the run is to stop")
-                else:
-                    self.log.evaluation(done, scores)
+            scores = self._measure(done) if self._is_measured_at(done) else None
             ends = done == self.max_steps or self.stopping
             best = scores is not None and scores["accuracy"] > self.best_accuracy
             if ends or best or done % recipe.save_every_steps == 0 or done == self.retry_at:
                 last = done if self.save(done, scores, insist=ends) else last
-            if ends:
-                break
         return last
+
+    def _is_measured_at(self, done: int) -> bool:
+        every = self.recipe.eval.every_steps
+        return self.validation is not None and every is not None and done % every == 0
+
+    def _measure(self, done: int) -> dict[str, float] | None:
+        """Validate after `done` steps and say so; None where the run is to stop instead."""
+        scores = None if self.stopping else self.validate()
+        if scores is None:
+            self.log.say(f"step {done}: not measured, as the run is to stop")
+        else:
+            self.log.evaluation(done, scores)
+        return scores
+
+    def _make_up_for(self, resumed: checkpoint.Checkpoint) -> None:
+        """Measure what the run resumed from, where it was to stop before it could be."""
+        scores = self._measure(resumed.step)
+        if scores is None:
+            return
+        self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
+        if self.world.is_main:
+            try:
+                checkpoint.add_validation(resumed, scores)
+            except CheckpointError as error:
+                self.log.say(f"step {resumed.step}: {error}; it does not count as the best")
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""

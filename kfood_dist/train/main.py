@@ -120,7 +120,8 @@ def train_in_order(args: argparse.Namespace, world: World) -> int:
 
     overrides = [word for text in args.set for word in ("--set", text)]
     staging = ["--stage", str(args.stage)] if args.stage else []
-    return launch.main(["train", *map(str, args.config), *overrides, *staging])
+    trial = ["--limit", str(args.limit)] if args.limit is not None else []
+    return launch.main(["train", *map(str, args.config), *overrides, *staging, *trial])
 
 
 def train(

@@ -11,7 +11,7 @@ from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.data.manifest import Manifest
 from kfood_dist.data.mix import build_data_order, open_mixture
 from kfood_dist.data.patches import grid_of
-from kfood_dist.data.plan import Plan, accumulation_for
+from kfood_dist.data.plan import Plan, accumulation_for, cut_anew
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import CheckpointError, RecipeError
@@ -50,18 +50,16 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     for folder in (recipe.run.dir, recipe.run.dir / "checkpoints"):
         require_folder_possible(folder, "run.dir")
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
-    if newest:
-        if look_at_files:
-            newest.require_whole()
-        _require_same_recipe(recipe)
-    accumulation = _accumulation(recipe, world_size, newest)
+    if newest and look_at_files:
+        newest.require_whole()
+    micro_batch, accumulation = _resumed_cut(recipe, world_size, newest) if newest else _first_cut(recipe, world_size)
     if train.zero_stage:
-        deepspeed_config(recipe, accumulation, world_size)
+        deepspeed_config(recipe, accumulation, world_size, micro_batch)
     data = open_mixture(recipe.data, "train")
     require_image_size(data.manifest, recipe.data.image_size)
     if look_at_files:
         data.require_files()
-    plan = Plan(build_data_order(data, recipe.data), train.seed, world_size, train.micro_batch_size, accumulation)
+    plan = Plan(build_data_order(data, recipe.data), train.seed, world_size, micro_batch, accumulation)
     if recipe.eval.every_steps:
         measured = open_split(recipe.data.shards, recipe.eval.split)
         if look_at_files:
@@ -76,18 +74,29 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     return plan
 
 
-def _accumulation(recipe: Recipe, world_size: int, newest: checkpoint.Checkpoint | None) -> int:
-    """Micro-steps per step: as the recipe says, and on another number of ranks so that the global batch stays.
-
-    Raises RecipeError if the global batch cannot be cut so.
-    """
+def _first_cut(recipe: Recipe, world_size: int) -> tuple[int, int]:
+    """Micro-batch and micro-steps per step of a run that begins. Raises RecipeError if they cannot make its batch."""
     train = recipe.train
-    global_batch = train.global_batch_size
-    if global_batch is None and newest and newest.record().world_size != world_size:
-        global_batch = newest.record().data.get("global_batch")
+    if train.global_batch_size is None:
+        return train.micro_batch_size, train.gradient_accumulation_steps
+    return train.micro_batch_size, accumulation_for(train.global_batch_size, train.micro_batch_size, world_size)
+
+
+def _resumed_cut(recipe: Recipe, world_size: int, newest: checkpoint.Checkpoint) -> tuple[int, int]:
+    """Micro-batch and micro-steps per step that keep a run's global batch, however many ranks it has had since.
+
+    Where the same ranks are told to cut otherwise, that is what is returned; the plan will tell if it does not fit.
+    Raises RecipeError if the number of ranks does not divide the global batch.
+    """
+    before, record = _require_same_recipe(recipe), newest.record()
+    told = recipe.train.micro_batch_size, recipe.train.gradient_accumulation_steps
+    told_before = before.train.micro_batch_size, before.train.gradient_accumulation_steps
+    global_batch = recipe.train.global_batch_size
+    if global_batch is None and (told == told_before or record.world_size != world_size):
+        global_batch = record.data.get("global_batch")
     if not isinstance(global_batch, int):  # or malformed, which the plan will tell
-        return train.gradient_accumulation_steps
-    return accumulation_for(global_batch, train.micro_batch_size, world_size)
+        return told
+    return cut_anew(global_batch, recipe.train.micro_batch_size, world_size)
 
 
 def num_steps(recipe: Recipe, plan: Plan) -> int:
@@ -122,16 +131,16 @@ def require_image_size(manifest: Manifest, image_size: int) -> None:
         )
 
 
-def _require_same_recipe(recipe: Recipe) -> None:
-    """A run directory with a checkpoint goes on with the recipe it began with, but for the CHANGEABLE keys."""
+def _require_same_recipe(recipe: Recipe) -> Recipe:
+    """The recipe a run directory with a checkpoint was last started with: the same, but for the CHANGEABLE keys."""
     try:
-        before = _flat(load_recipe(recipe.run.dir / "recipe.yaml"))
+        last = load_recipe(recipe.run.dir / "recipe.yaml")
     except RecipeError as error:
         raise CheckpointError(
             f"{recipe.run.dir} has a checkpoint, but the recipe it was made with cannot be used ({error.what})",
             "put its recipe.yaml back, or set another run.dir",
         ) from None
-    now = _flat(recipe)
+    before, now = _flat(last), _flat(recipe)
     changed = [
         f"{key} was {before[key]} and is now {now[key]}"
         for key in now
@@ -142,6 +151,7 @@ def _require_same_recipe(recipe: Recipe) -> None:
             f"{recipe.run.dir} holds a run of another recipe: {'; '.join(changed)}",
             "restore these settings to resume it, or set another run.dir",
         )
+    return last
 
 
 def require_same_base(newest: checkpoint.Checkpoint, found: str, base: str) -> None:

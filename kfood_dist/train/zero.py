@@ -26,13 +26,19 @@ def config_path(recipe: Recipe) -> Path:
     return recipe.train.deepspeed_config or SHIPPED / f"zero{recipe.train.zero_stage}.json"
 
 
-def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration. Raises RecipeError for an unreadable JSON or a conflict with the recipe."""
+def deepspeed_config(
+    recipe: Recipe, accumulation: int, world_size: int, micro_batch: int | None = None
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration; `micro_batch` is the plan's, or else the recipe's.
+
+    Raises RecipeError for an unreadable JSON or a conflict with the recipe.
+    """
     path = config_path(recipe)
+    micro_batch = micro_batch or recipe.train.micro_batch_size
     strategy = _read(path)
     owned = {
-        "train_batch_size": recipe.train.micro_batch_size * accumulation * world_size,
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": _bf16_section(recipe.model.precision),

@@ -91,3 +91,37 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused(tmp_path: Path, whole
     assert process.returncode == 2
     assert "a global batch of 12 cannot be cut into micro-batches of 1 on 5 ranks" in output
     assert "use one of [1, 2, 3, 4, 6, 12] ranks" in output
+
+
+def test_a_run_goes_on_again_and_again_on_whatever_ranks_there_are(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    """As a job that is preempted more than once; at the last the ranks are as many as the samples of a step."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train={"save_every_steps": 1})
+    cuts = []
+    for step, ranks in enumerate((1, 2, 2, 4), start=1):
+        output = train(recipe, ranks, [f"train.max_steps={step}", f"train.zero_stage={2 if ranks > 1 else 0}"])
+        assert step == 1 or f"resumed after step {step - 1}" in output
+        facts = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert facts["global_batch"] == 4
+        cuts.append((facts["world_size"], facts["gradient_accumulation_steps"]))
+    assert cuts == [(1, 2), (2, 1), (2, 1), (4, 1)]
+    assert [row["samples"] for row in metrics(tmp_path / "run")] == [4, 8, 12, 16]
+
+
+def test_ranks_that_see_different_checkpoints_are_told_at_once(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where each node has a run directory of its own: here rank 1 is blind to them."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train={"max_steps": 1, "zero_stage": 0})
+    train(recipe, 2)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    from kfood_dist.train import checkpoint\n    checkpoint.newest = lambda folder: None\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(recipe, 2, ["train.max_steps=2"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "rank 1 sees another run than rank 0: newest checkpoint none there, step 1 here" in output
+    assert len(metrics(tmp_path / "run")) == 1

@@ -1,5 +1,6 @@
 """Checkpoints: only complete ones count, whatever a kill left behind."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,60 @@ def test_the_best_by_validation_is_never_pruned_and_nor_is_the_newest(tmp_path: 
         assert best is not None and best[0].step == {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5, 7: 5}[step]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005", "step-00000007"]
     assert checkpoint.best(tmp_path / "none") is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def remount(disk: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+
+def test_a_read_only_disk_is_an_error_of_ours_that_costs_no_checkpoint(small_disk: Path) -> None:
+    for step in (1, 2, 3):
+        save(small_disk, step, keep=3)
+    remount(small_disk, "ro")
+    with pytest.raises(CheckpointError, match=r"rank 0: .*Read-only file system.* → make room there, or make it"):
+        save(small_disk, 4, keep=3)
+    checkpoint.prune(small_disk, keep=1)
+    assert [c.name for c in sorted(small_disk.iterdir())] == [f"step-{step:08d}" for step in (1, 2, 3)]
+    remount(small_disk, "rw")
+    assert save(small_disk, 4, keep=3).step == 4
+
+
+def test_only_a_disk_that_is_full_costs_older_checkpoints(small_disk: Path) -> None:
+    def fill(target: checkpoint.Checkpoint) -> None:
+        (target.engine / "weights").write_bytes(bytes(300_000))
+
+    def broken(target: checkpoint.Checkpoint) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for step in (1, 2, 3):
+        checkpoint.save(small_disk, step, FACTS, World(), fill, keep=5)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        checkpoint.save(small_disk, 4, FACTS, World(), broken, keep=5)
+    assert len(list(small_disk.iterdir())) == 3
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.save(small_disk, 4, FACTS, World(), fill, keep=5)
+    assert [c.name for c in small_disk.iterdir()] == ["step-00000003"]
+    assert checkpoint.save(small_disk, 4, FACTS, World(), fill, keep=5).step == 4
+
+
+def test_what_was_measured_later_counts(tmp_path: Path) -> None:
+    save(tmp_path, 1, accuracy=0.5)
+    later = save(tmp_path, 2)
+    checkpoint.add_validation(later, {"accuracy": 0.75, "loss": 1.0, "samples": 8})
+    later.require_whole()
+    best = checkpoint.best(tmp_path)
+    assert best is not None and (best[0].step, best[1]) == (2, 0.75)
 
 
 def test_a_full_disk_frees_what_may_go_and_keeps_newest_and_best(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfood_dist.data.plan import EMPTY, Plan, accumulation_for, deal
+from kfood_dist.data.plan import EMPTY, Plan, accumulation_for, cut_anew, deal
 from kfood_dist.data.sampling import Order, _balanced_draws, _times_drawn, build_order, plain_order
 from kfood_dist.data.shuffle import RUNS_PER_WINDOW, Shuffle
 from kfood_dist.errors import CheckpointError, RecipeError
@@ -144,14 +144,15 @@ def test_samples_before_counts_short_steps_as_they_are(plan: Plan, data: st.Data
 def test_resuming_at_any_step_of_any_epoch_on_any_ranks_reads_what_was_left(
     plan: Plan, epoch: int, data: st.DataObject
 ) -> None:
-    """On every number of ranks, and every micro-batch, that divides the global batch."""
+    """On every number of ranks that divides the global batch, whatever the micro-batch."""
     start = epoch * plan.steps_per_epoch
     step = data.draw(st.integers(start, start + plan.steps_per_epoch))
     stop = start + 2 * plan.steps_per_epoch
     cuts = [n for n in range(1, 17) if plan.global_batch % n == 0]
     ranks = data.draw(st.sampled_from(cuts))
-    micro_batch = data.draw(st.sampled_from([m for m in range(1, 26) if plan.global_batch % (ranks * m) == 0]))
-    accumulation = accumulation_for(plan.global_batch, micro_batch, ranks)
+    asked = data.draw(st.integers(1, 25))
+    micro_batch, accumulation = cut_anew(plan.global_batch, asked, ranks)
+    assert micro_batch <= asked and micro_batch * accumulation * ranks == plan.global_batch
     other = Plan(plan.order, plan.seed, ranks, micro_batch, accumulation)
     resumed = other.resume(plan.state(step))
     assert resumed == step
@@ -199,6 +200,8 @@ def test_a_world_that_does_not_divide_the_global_batch_is_refused_with_those_tha
         accumulation_for(32, 4, 3)
     with pytest.raises(RecipeError, match=r"let train\.micro_batch_size divide 32"):
         accumulation_for(32, 5, 1)
+    with pytest.raises(RecipeError, match=r"use one of \[1, 2, 4, 8, 16, 32\] ranks"):
+        cut_anew(32, 4, 3)
 
 
 # The shuffle and its window
