@@ -67,6 +67,7 @@ def build_trainer(
         stop=stop,
         best_accuracy=best[1] if best else -1.0,
         unmeasured=newest if newest and newest.record().validation is None else None,
+        bad=dict(newest.record().bad) if newest else {},
         skips=SkipWatch(
             limit=recipe.train.max_skipped_steps,
             start=start,

@@ -53,6 +53,7 @@ class Record(BaseModel):
     distributed_type: str
     zero_stage: int
     validation: Validation | None = None
+    bad: dict[str, str] = {}  # samples that could not be read so far, and why
     files: dict[str, FileFacts]
 
 

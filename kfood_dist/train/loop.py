@@ -230,7 +230,7 @@ class Trainer:
             if self.world.is_main:
                 save_adapter(self.module.model, target.adapter, {**self.adapter_facts, "step": done}, weights)
 
-        state = {"data": self.plan.state(done), "validation": scores, **self.checkpoint_facts}
+        state = {"data": self.plan.state(done), "validation": scores, "bad": self.bad, **self.checkpoint_facts}
         try:
             checkpoint.save(self.checkpoints, done, state, self.world, write, self.recipe.train.keep_checkpoints)
         except CheckpointError as error:

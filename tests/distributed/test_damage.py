@@ -1,5 +1,6 @@
 """Pictures that rot after packing: replaced by the same others on any number of ranks, counted, named; or the end."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -62,6 +63,10 @@ def test_damaged_pictures_are_replaced_counted_and_named_alike_on_one_rank_and_o
     assert [line.split()[2] for line in sorted(named[1], key=lambda line: line.split()[2])] == keys
     assert named[1] == named[2]
     assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+    train(recipe, 2, ["train.max_steps=4"])
+    for step in (3, 4):  # a run that is stopped often counts on
+        record = json.loads((recipe.parent / f"run/checkpoints/step-{step:08d}/state.json").read_text())
+        assert sorted(record["bad"]) == keys
 
 
 def test_more_than_the_configured_share_stops_the_run_with_the_list(

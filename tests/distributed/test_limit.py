@@ -1,9 +1,11 @@
 """`--limit` tries a recipe in minutes: it really runs, says what the whole would take, and leaves nothing."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from running import ROOT, environment, write_recipe
 
 
@@ -46,3 +48,17 @@ def test_a_dry_run_finds_a_damaged_shard(tmp_path: Path, tiny_model: Path, tiny_
     (shards / "train-000000.tar").write_bytes(data)
     status, said = run(write_recipe(tmp_path / "recipe.yaml", tiny_model, shards), "--processes", "1", "--limit")
     assert status == 2 and "is damaged: train-000000.tar: has not the SHA-256" in said and "kfood verify" in said
+
+
+def test_one_process_needs_no_deepspeed_and_several_say_that_they_do(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None  # as if not installed\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train={"max_steps": 1, "zero_stage": 2})
+    status, said = run(recipe, "--processes", "1")
+    assert status == 0, said
+    assert "deepspeed is not installed, and one process does without" in said and "step 1/1 " in said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["zero_stage"] == 0
+    status, said = run(recipe, "--processes", "2", "--set", f"run.dir={tmp_path / 'other'}")
+    assert (status, said.count("\n")) == (2, 1) and "deepspeed is not installed → pip install deepspeed" in said

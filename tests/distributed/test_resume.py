@@ -8,6 +8,9 @@ import psutil
 import pytest
 from running import adapter_bytes, metrics, start, train, write_recipe
 
+from kfood_dist.cli import main
+from kfood_dist.practice.tiny_model import write_model
+
 STEPS = 8
 EXACT = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
 
@@ -99,3 +102,21 @@ def test_a_run_directory_of_another_recipe_is_refused(tmp_path: Path, tiny_model
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "global_batch was 4 and is now 8" in output
+
+
+def test_another_base_model_and_another_data_set_are_refused_before_anything_starts(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, pictures: Path
+) -> None:
+    recipe = write(tmp_path, tiny_model, tiny_shards, max_steps=1, zero_stage=0)
+    train(recipe, 1)
+    (tmp_path / "base").mkdir()
+    write_model(tmp_path / "base", seed=1)
+    assert main(["pack", str(pictures), str(tmp_path / "shards"), "--split", "0.6,0.2,0.2"]) == 0
+    for changed, told in (
+        (f"model.base={tmp_path / 'base'}", "was trained on another base model: its fingerprint was "),
+        (f"data.shards={tmp_path / 'shards'}", "the checkpoint reads other data: "),
+    ):
+        output, _ = (process := start(recipe, 1, [changed, "train.max_steps=2"])).communicate(timeout=120)
+        assert process.returncode == 2, output
+        assert told in output and "Traceback" not in output and output.startswith("launch train: ")
+    assert len(metrics(tmp_path / "run")) == 1
