@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     except KfoodError as error:
         if World.from_environment().is_main:  # each rank finds the same mistake; one says it
             print(f"kfood {args.verb}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print(f"kfood {args.verb}: interrupted", file=sys.stderr)
         return 130

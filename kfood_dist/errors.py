@@ -1,12 +1,15 @@
 """The project's own family of errors: a user's mistake, said once, with its remedy.
 
-Everything a user can get wrong raises one of these; `cli.main` prints it and exits with status 2.
+Everything a user can get wrong raises one of these; `cli.main` prints it and exits with status 2, or with 1 where a
+run was under way and may do better the next time.
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
 
 class KfoodError(Exception):
     """A fault the user can mend: `what` is wrong, and `remedy` mends it."""
+
+    exit_status = 2
 
     def __init__(self, what: str, remedy: str):
         super().__init__(what, remedy)

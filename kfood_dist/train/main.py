@@ -154,7 +154,11 @@ def train(
         trainer, start = build_trainer(read_here, plan, world, newest, stop)
         if world.is_main:
             save_recipe(recipe, recipe.run.dir / "recipe.yaml")
-        done = trainer.train(start)
+        try:
+            done = trainer.train(start)
+        except KfoodError as error:
+            error.exit_status = 1  # a disk or a server, say: what was wrong from the start was told before
+            raise
     if world.is_main:
         (conclude or publish)(trainer, done)
     world.barrier()  # so that every node's ranks end together, and none is taken for one that was left behind
