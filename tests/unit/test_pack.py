@@ -13,6 +13,7 @@ import tarfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -447,6 +448,25 @@ def test_other_options_use_what_still_fits(source, tmp_path, monkeypatch):
     assert len(made) == 4
     pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2, image_size=48))
     assert len(made) == 8
+
+
+@pytest.mark.parametrize("other", ["pillow", "simplejpeg", "numpy", "algorithm"])
+def test_what_another_version_prepared_is_made_anew(source, tmp_path, monkeypatch, other):
+    pack(source, tmp_path / "undisturbed", SMALL)
+    with monkeypatch.context() as patch:
+        if other == "algorithm":
+            patch.setattr("kfood_dist.data.packing.prepare.ALGORITHM", -1)
+        else:
+            patch.setattr(
+                "kfood_dist.data.packing.prepare.version", lambda name: "0" if name == other else version(name)
+            )
+        patch.setattr("kfood_dist.data.packing.prepare.perceptual_hash", lambda jpeg: 0)  # as it was made then
+        patch.setattr("kfood_dist.data.packing.job._merge", lambda *inputs: sys.exit("stopped"))
+        with pytest.raises(SystemExit, match="stopped"):
+            pack(source, tmp_path / "out", SMALL)
+    assert len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 1
+    pack(source, tmp_path / "out", SMALL)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
 
 
 def test_an_interrupt_is_the_parents_to_act_on(slow, tmp_path):
