@@ -19,6 +19,7 @@ from typing import Any
 from kfood_dist import __version__
 from kfood_dist.data.packing.prepare import PictureSettings, Prepared, Refusal, made_by, prepare_one
 from kfood_dist.data.packing.sources import Record
+from kfood_dist.data.packing.workspace import process_name
 from kfood_dist.data.tars import flush_to_disk
 
 # About half a second of work: little is lost by a kill, and few files are made of 150,000 pictures.
@@ -66,7 +67,7 @@ def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None
         offset += len(outcome.jpeg)
     footer = json.dumps(outcomes).encode("ascii")
     data = b"".join([*jpegs, footer, len(footer).to_bytes(_LENGTH_BYTES, "little")])
-    temporary = folder / f".{chunk.name}.{os.getpid()}"
+    temporary = folder / f".{chunk.name}.{process_name()}"
     with open(temporary, "wb") as file:
         file.write(data + hashlib.sha256(data).digest())
         flush_to_disk(file)
