@@ -13,6 +13,7 @@ import tarfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -449,6 +450,25 @@ def test_other_options_use_what_still_fits(source, tmp_path, monkeypatch):
     assert len(made) == 8
 
 
+@pytest.mark.parametrize("other", ["pillow", "simplejpeg", "numpy", "algorithm"])
+def test_what_another_version_prepared_is_made_anew(source, tmp_path, monkeypatch, other):
+    pack(source, tmp_path / "undisturbed", SMALL)
+    with monkeypatch.context() as patch:
+        if other == "algorithm":
+            patch.setattr("kfood_dist.data.packing.prepare.ALGORITHM", -1)
+        else:
+            patch.setattr(
+                "kfood_dist.data.packing.prepare.version", lambda name: "0" if name == other else version(name)
+            )
+        patch.setattr("kfood_dist.data.packing.prepare.perceptual_hash", lambda jpeg: 0)  # as it was made then
+        patch.setattr("kfood_dist.data.packing.job._merge", lambda *inputs: sys.exit("stopped"))
+        with pytest.raises(SystemExit, match="stopped"):
+            pack(source, tmp_path / "out", SMALL)
+    assert len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 1
+    pack(source, tmp_path / "out", SMALL)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+
+
 def test_an_interrupt_is_the_parents_to_act_on(slow, tmp_path):
     process, children = start_and_wait_for_a_chunk(slow[0], tmp_path / "out")
     for child in children:
@@ -577,6 +597,20 @@ def test_a_subset_reads_its_own_pictures_only(source, tmp_path, capsys):
     assert "short    3 classes have fewer than 20: 만두 15, 불고기 15, 약과 15" in capsys.readouterr().out
 
 
+def test_a_class_that_unusable_pictures_leave_short_is_named(source, tmp_path, capsys):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    chosen = [record for record in choose(scan(copy), 4, 1, SMALL.seed)[0] if record.label != "만두"]
+    lost = [next(r for r in chosen if r.label == "불고기"), *(r for r in chosen if r.label == "약과")]
+    for record in lost:
+        record.path.write_bytes(b"j" * record.num_bytes)
+    words = ["--per-class", "4", "--image-size", "32", "--workers", "1", "--max-rejected", "0.5"]
+    assert main(["pack", str(copy), str(tmp_path / "out"), *words]) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.raw["rejected"]["by_reason"] == {"unreadable": 5}
+    assert manifest.raw["chosen"] == {"per_class": 4, "subset": 1, "short": {"불고기": 3, "약과": 0}}
+    assert "short    2 classes have fewer than 4: 불고기 3, 약과 0" in capsys.readouterr().out
+
+
 # --- crop boxes
 
 
@@ -695,6 +729,25 @@ def test_an_out_that_is_a_link_to_itself_is_refused_before_any_work(source, tmp_
     assert main(["pack", str(source), str(tmp_path / "out")]) == 2
     assert "is a link to itself → choose another OUT" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_out_that_is_a_mount_point_is_refused_before_any_work(source, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "disk"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    assert main(["pack", str(source), str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"{out} is a mount point" in said
+    assert f"→ name a folder inside it, such as {out / 'kfood'}" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    pack(source, out / "kfood", SMALL)
+    assert [path.name for path in out.iterdir()] == ["kfood"]
+
+
+def test_a_complete_out_is_reused_though_it_is_a_mount_point(source, tmp_path, monkeypatch):
+    pack(source, tmp_path / "out", SMALL)
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    assert pack(source, tmp_path / "out", SMALL).reused
 
 
 def test_a_missing_source_is_one_line_and_leaves_nothing(tmp_path, capsys):

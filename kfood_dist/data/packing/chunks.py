@@ -2,8 +2,8 @@
 
     records ──► cut into chunks ──► prepared by worker processes ──► CHUNKS/<hash>.chunk, one file each
 
-A chunk's name says what it was made from and how: a picture, an option or a version that differs gives another
-name, and what still fits is used again. Always holds: a chunk that is there is whole, or it is prepared anew.
+A chunk's name says what it was made from, how and by what: a picture, an option or a version that differs gives
+another name, and what still fits is used again. Always holds: a chunk that is there is whole, or it is prepared anew.
 
     file: the JPEGs end to end, a JSON list of outcomes, its length (8 bytes), SHA-256 of all that (32 bytes)
 """
@@ -11,14 +11,15 @@ name, and what still fits is used again. Always holds: a chunk that is there is 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kfood_dist import __version__
-from kfood_dist.data.packing.prepare import PictureSettings, Prepared, Refusal, prepare_one
+from kfood_dist.data.packing.prepare import PictureSettings, Prepared, Refusal, made_by, prepare_one
 from kfood_dist.data.packing.sources import Record
+from kfood_dist.data.packing.workspace import process_name
 from kfood_dist.data.tars import flush_to_disk
 
 # About half a second of work: little is lost by a kill, and few files are made of 150,000 pictures.
@@ -37,13 +38,14 @@ class Chunk:
 
 def cut(records: Sequence[Record], settings: PictureSettings) -> list[Chunk]:
     """Cut records into chunks, named by what decides about their content."""
+    how = {"version": __version__, **made_by(), **vars(settings)}
     pieces = (tuple(records[start : start + CHUNK_RECORDS]) for start in range(0, len(records), CHUNK_RECORDS))
-    return [Chunk(piece, f"{_fingerprint(piece, settings)}.chunk") for piece in pieces]
+    return [Chunk(piece, f"{_fingerprint(piece, settings, how)}.chunk") for piece in pieces]
 
 
-def _fingerprint(records: Sequence[Record], settings: PictureSettings) -> str:
+def _fingerprint(records: Sequence[Record], settings: PictureSettings, how: Mapping[str, Any]) -> str:
     inputs = [[r.source, r.num_bytes, r.crc32, r.box if settings.crop_boxes else None] for r in records]
-    text = json.dumps([__version__, vars(settings), inputs], sort_keys=True)
+    text = json.dumps([how, inputs], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -65,7 +67,7 @@ def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None
         offset += len(outcome.jpeg)
     footer = json.dumps(outcomes).encode("ascii")
     data = b"".join([*jpegs, footer, len(footer).to_bytes(_LENGTH_BYTES, "little")])
-    temporary = folder / f".{chunk.name}.{os.getpid()}"
+    temporary = folder / f".{chunk.name}.{process_name()}"
     with open(temporary, "wb") as file:
         file.write(data + hashlib.sha256(data).digest())
         flush_to_disk(file)

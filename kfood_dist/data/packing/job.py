@@ -13,10 +13,10 @@ import csv
 import hashlib
 import io
 import os
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kfood_dist import __version__
-from kfood_dist.data.labels import load_classes
+from kfood_dist.data.labels import DishClass, load_classes
 from kfood_dist.data.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -35,14 +35,24 @@ from kfood_dist.data.manifest import (
     load_manifest,
     seal,
 )
-from kfood_dist.data.packing.choose import choose
+from kfood_dist.data.packing.choose import choose, count_short
 from kfood_dist.data.packing.chunks import Chunk, cut, is_there, load_chunk, prepare_chunk
 from kfood_dist.data.packing.groups import group_pictures
 from kfood_dist.data.packing.options import PackOptions, fingerprint
 from kfood_dist.data.packing.place import classes_of, leaked_at_random, part_ambiguous, place
 from kfood_dist.data.packing.prepare import Prepared, Refusal, in_processes
 from kfood_dist.data.packing.sources import Record, scan_source
-from kfood_dist.data.packing.workspace import merging, publish, require_space, work_folder, writing
+from kfood_dist.data.packing.workspace import (
+    discard,
+    merging,
+    publish,
+    remove_work,
+    require_place,
+    require_space,
+    shard_folder,
+    work_folder,
+    writing,
+)
 from kfood_dist.data.packing.write import ShardWriter
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.storage import open_storage
@@ -56,11 +66,14 @@ _OVERHEAD_BYTES = 2600
 
 @dataclass(frozen=True)
 class Packed:
-    """What a packing came to: the manifest, and whether it was there already; or None while chunks are missing."""
+    """What a packing came to: the manifest, whether it was there already, and whether another packer made it while this
+    one worked; or None while chunks are missing.
+    """
 
     manifest: Manifest | None
     reused: bool = False
     missing_chunks: int = 0
+    by_another: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class _Job:
     options: PackOptions
     records: list[Record]
     source: dict[str, Any]
-    chosen: dict[str, Any] | None
+    chosen_from: frozenset[str]
 
 
 def pack(source: Path, out: Path, options: PackOptions) -> Packed:
@@ -83,43 +96,67 @@ def pack(source: Path, out: Path, options: PackOptions) -> Packed:
     """
     options.check()
     out = Path(os.path.realpath(out))
-    if os.path.islink(out):
-        raise SourceError(f"{out} is a link to itself", "choose another OUT")
+    require_place(out)
     job = _settle(source, out, options)
     refused = [Refusal(r.source, r.label, r.problem, r.detail) for r in job.records if r.problem is not None]
     with writing(job.out):
         if (existing := _existing(job)) is not None:
+            remove_work(job.out)  # of one that was killed just after it had published
             return Packed(existing, reused=True)
         _require_enough(job, refused)
-    settings = options.picture_settings()
-    chunks = cut([record for record in job.records if record.problem is None], settings)
+    try:
+        return _pack_part(job, refused)
+    except KfoodError:
+        # Where another packer was quicker OUT is taken, and what this one needed is gone.
+        finished = None
+        with suppress(KfoodError, OSError):
+            finished = _by_another(job)
+        if finished is None:
+            raise
+        return finished
+
+
+def _pack_part(job: _Job, refused: list[Refusal]) -> Packed:
+    """Prepare this packer's chunks, and put the shards together if no chunk is missing then."""
+    options = job.options
+    chunks = cut([record for record in job.records if record.problem is None], options.picture_settings())
     with work_folder(job.out, options.part, options.parts) as work:
+        if (finished := _by_another(job)) is not None:
+            return finished
         _prepare(job, chunks[options.part - 1 :: options.parts], work / "chunks")
-        missing = sum(not is_there(chunk, work / "chunks") for chunk in chunks)
-        if missing:
-            return Packed(None, missing_chunks=missing)
+        if missing := sum(not is_there(chunk, work / "chunks") for chunk in chunks):
+            return _by_another(job) or Packed(None, missing_chunks=missing)
         with merging(work) as mine:
             if not mine:
                 return Packed(None)
-            if (existing := _existing(job)) is not None:  # by another packer, a moment ago
-                return Packed(existing, reused=True)
+            if (finished := _by_another(job)) is not None:
+                return finished
             _merge(job, chunks, refused, work)
     _kept_list(job.out).unlink(missing_ok=True)
     return Packed(load_manifest(job.out))
 
 
+def _by_another(job: _Job) -> Packed | None:
+    """What another packer made of OUT while this one worked; None while there is nothing."""
+    # NFS remembers for a while that a name was not there; opening the folder makes it ask again.
+    os.scandir(job.out.parent).close()
+    if (existing := _existing(job)) is None:
+        return None
+    remove_work(job.out)
+    return Packed(existing, reused=True, by_another=True)
+
+
 def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
     listed = None if options.classes is None else load_classes(options.classes)
     found = scan_source(source, options.image_root, listed)
-    records, short = choose(found.records, options.per_class, options.subset, options.seed)
+    records, chosen_from = choose(found.records, options.per_class, options.subset, options.seed)
     origin = {
         "kind": found.kind,
         "name": unicodedata.normalize("NFC", source.resolve().name),
         "fingerprint": fingerprint(found.kind, records, listed, options),
         "crop_lists": asdict(found.boxes),
     }
-    chosen = None if options.per_class is None else {"per_class": options.per_class, "subset": options.subset}
-    return _Job(out, options, records, origin, chosen and chosen | {"short": short})
+    return _Job(out, options, records, origin, chosen_from)
 
 
 def _existing(job: _Job) -> Manifest | None:
@@ -165,9 +202,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
     classes = classes_of(pictures) if options.classes is None else load_classes(options.classes)
     groups = group_pictures(pictures)
 
-    # Shards that were finished before are kept: their place in the data set follows from the fingerprint.
-    result = work / hashlib.sha256(f"{__version__} {job.source['fingerprint']}".encode()).hexdigest()[:16]
-    result.mkdir(exist_ok=True)
+    result = shard_folder(work, _shards_name(job, pictures))
     written = sum(path.stat().st_size for path in result.iterdir())
     require_space(result, sum(p.num_bytes + _OVERHEAD_BYTES for p in pictures) - written)
     storage = open_storage(work / "chunks")
@@ -184,7 +219,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         "jpeg_quality": options.quality,
         "seed": options.seed,
         "source": job.source,
-        "chosen": job.chosen,
+        "chosen": _chosen(job, pictures, classes),
         "crop_boxes": _count_boxes(pictures) if options.crop_boxes else None,
         "classes": [{"name": c.name, "category": c.category, "aliases": c.aliases} for c in classes],
         "splits": writer.splits,
@@ -198,12 +233,29 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         "shards": writer.shards,
     }
     for name, data in ((REJECTED_NAME, rejected_csv), (MANIFEST_NAME, seal(manifest))):
-        (result / name).unlink(missing_ok=True)
         write_file(result / name, data)
     if faults := verify(result):
-        shutil.rmtree(result)
+        discard(result)
         raise KfoodError(f"what was written to {job.out} reads back damaged ({faults[0]})", "check that disk")
-    publish(work, result, job.out)
+    publish(result, job.out)
+
+
+def _shards_name(job: _Job, pictures: Sequence[Prepared]) -> str:
+    """A name for the shards that are to be written: finished ones of that name, by whomever, have the same bytes."""
+    digest = hashlib.sha256(f"{__version__} {job.source['fingerprint']}\n".encode())
+    for p in pictures:
+        digest.update(f"{p.file} {p.offset} {p.num_bytes} {p.sha256} {p.perceptual_hash}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _chosen(job: _Job, pictures: Sequence[Prepared], classes: Sequence[DishClass]) -> dict[str, Any] | None:
+    """Which part of the source this is, and the classes short of pictures now that all are read."""
+    per_class, subset = job.options.per_class, job.options.subset
+    if per_class is None:
+        return None
+    names = {*job.chosen_from, *(dish.name for dish in classes)}
+    short = count_short(per_class, names, (picture.record.label for picture in pictures))
+    return {"per_class": per_class, "subset": subset, "short": short}
 
 
 def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prepared], list[Refusal]]:

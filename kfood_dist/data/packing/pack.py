@@ -119,7 +119,8 @@ def _summary(packed: Packed, out: Path, options: PackOptions, seconds: float) ->
         )
         return
     if packed.reused:
-        yield f"reused   {out}: complete, and made from this source with these options"
+        how = "another packer finished it" if packed.by_another else "complete, and made"
+        yield f"reused   {out}: {how}, from this source with these options"
     yield from _describe(packed.manifest, out)
     num_packed = sum(shard.samples for shard in packed.manifest.shards)
     pace = "" if packed.reused else f", {seconds:.1f} s, {num_packed / seconds:,.0f} pictures/s"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,22 @@ from kfood_dist.errors import SourceError
 from kfood_dist.runtime import keep_freed_memory
 
 T = TypeVar("T")
+
+# Which way of making a packed picture this is. Raise it with every change, here or in images.py and resample.py, after
+# which a picture comes out with other bytes, another hash or another refusal: what the older way prepared and left
+# beside OUT is then made anew.
+ALGORITHM = 1
+
+# The same pictures come out with other bytes, or other hashes, under another version of one of these.
+_LIBRARIES = ("pillow", "simplejpeg", "numpy", "ImageHash", "scipy")
+
+
+def made_by() -> dict[str, str | int | None]:
+    """What decides about a packed picture besides its source and the settings: the algorithm and the libraries."""
+    from PIL import features
+
+    libraries = {name: version(name) for name in _LIBRARIES}
+    return {"algorithm": ALGORITHM, "libjpeg_turbo": features.version("libjpeg_turbo"), **libraries}
 
 
 @dataclass(frozen=True)
