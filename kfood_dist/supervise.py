@@ -9,6 +9,7 @@ rank nor torchrun's agent dies of a warning; a launcher that is killed takes all
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -70,7 +71,10 @@ class Supervisor:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         assert self._run_dir is not None
-        (self._run_dir / STOP_FILE).touch()
+        try:
+            (self._run_dir / STOP_FILE).touch()
+        except OSError as error:  # nor could a checkpoint be written there now
+            print(f"the run cannot be asked to stop, and goes on: {self._run_dir}: {error.strerror}", file=sys.stderr)
 
 
 def _deaf(launcher_pid: int) -> None:

@@ -163,7 +163,7 @@ class ZeroEngine:
     def step(self, learning_rate: float) -> Update:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss_scale = self.scale_state.get("cur_scale")
+        loss_scale = self.scale_state.get("scale")
         self.engine.step()
         return Update(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied(), loss_scale)
 

@@ -20,6 +20,9 @@ from typing import Any
 
 from kfood_dist.runtime import World
 
+# A watcher that itself was away for so many of its pauses knows nothing of the others, and begins anew.
+_STOOD_STILL = 3
+
 
 @dataclass
 class Seen:
@@ -82,9 +85,14 @@ class Watch:
         self._ended.set()
 
     def _run(self) -> None:
-        tick = 0
+        tick, looked = 0, time.monotonic()
         while not self._ended.wait(self._pause_s):
             tick += 1
+            now = time.monotonic()
+            if now - looked > _STOOD_STILL * self._pause_s:  # as a whole job does that the scheduler suspended
+                for rank in self._ranks:
+                    rank.moved = rank.answered = now
+            looked = now
             self._ranks[self.world.rank].update(*self._beat, tick)
             if stalled := blame(self._ranks, self.timeout_s, time.monotonic()):
                 self._end_job(stalled)

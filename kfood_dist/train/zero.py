@@ -21,6 +21,20 @@ INITIAL_SCALE_POWER = 16
 SCALE_WINDOW = 2000
 
 
+# What a JSON may say, of DeepSpeed's runtime/config.py: its strategy, and what is measured or told of it.
+_HARMLESS = {
+    "zero_optimization", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger",
+}  # fmt: skip
+# And of its section `zero_optimization`, runtime/zero/config.py: where things lie and in what portions they travel.
+_MEMORY = {
+    "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "allgather_bucket_size", "round_robin_gradients", "sub_group_size", "memory_efficient_linear",
+    "offload_optimizer", "offload_param", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+    "stage3_gather_16bit_weights_on_model_save",
+}  # fmt: skip
+
+
 def config_path(recipe: Recipe) -> Path:
     """The JSON a recipe means: its own, or the one shipped for its ZeRO stage."""
     return recipe.train.deepspeed_config or SHIPPED / f"zero{recipe.train.zero_stage}.json"
@@ -43,6 +57,9 @@ def deepspeed_config(
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": _bf16_section(recipe.model.precision),
         "fp16": _fp16_section(recipe.model.precision),
+        # Accumulate and sum over ranks in float32: gradients summed in bf16 lose their last bits to the running total.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
     }
     _require_possible(recipe)
     faults = [
@@ -51,7 +68,8 @@ def deepspeed_config(
         if key in strategy and strategy[key] != "auto" and strategy[key] != value
     ]
     faults += [
-        f"{key} stands there, and belongs to the recipe" for key in ("optimizer", "scheduler") if key in strategy
+        f"{key} stands there, which says more than how memory is used"
+        for key in (*(set(strategy) - set(owned) - _HARMLESS), *(set(strategy["zero_optimization"]) - _MEMORY))
     ]
     stage = strategy.get("zero_optimization", {}).get("stage")
     if stage != recipe.train.zero_stage:
@@ -62,10 +80,7 @@ def deepspeed_config(
             f"{path} cannot be used with this recipe: {'; '.join(faults)}",
             "take these keys out of the JSON; what the recipe says belongs to it alone",
         )
-    # Accumulate and sum over ranks in float32: gradients summed in bf16 lose their last bits to the running total.
     return {
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
         **strategy,
         **owned,
         # AdamW8bit is not on DeepSpeed's list, and with offload it would insist on its own Adam; our tests cover both.

@@ -1,12 +1,14 @@
 """The engine without DeepSpeed on a module of one weight: what is not finite is left out, and what fp16 remembers."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from kfood_dist.train.engine import PlainEngine
+from kfood_dist.train.engine import PlainEngine, Update, ZeroEngine
 
 
 class Slope(torch.nn.Module):
@@ -66,3 +68,42 @@ def test_only_fp16_scales_the_loss(precision: str) -> None:
     assert engine.scale_state == {}
     engine.micro_step((1.0, 0.0), 1.0, last=True)
     assert engine.step(0.25).loss_scale is None
+
+
+def test_zero_tells_the_loss_scale_that_an_update_was_made_with() -> None:
+    """DeepSpeed's own scaler in an engine that only says what fp16 on a GPU would: an overflow, and no update."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler(
+        init_scale=2**16, scale_window=2000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False
+    )
+
+    class Overflowing:
+        optimizer = SimpleNamespace(loss_scaler=scaler, param_groups=[{}])
+
+        def zero_optimization_stage(self) -> int:
+            return 2
+
+        def fp16_enabled(self) -> bool:
+            return True
+
+        def step(self) -> None:
+            scaler.cur_scale /= 2  # as update_scale does, which wants a process group to say so
+
+        def was_step_applied(self) -> bool:
+            return False
+
+        def get_global_grad_norm(self) -> float:
+            return float("inf")
+
+    accelerator: Any = SimpleNamespace(
+        mixed_precision="fp16", process_index=0, prepare=lambda module, optimizer: (Overflowing(), optimizer)
+    )
+    module = torch.nn.Linear(1, 1)
+    engine = ZeroEngine(accelerator, module, torch.optim.AdamW(module.parameters()))
+    assert engine.step(1e-3) == Update(float("inf"), applied=False, loss_scale=2.0**16)
+    assert engine.step(1e-3).loss_scale == 2.0**15
+    state = engine.scale_state
+    scaler.cur_scale = 1.0
+    engine.scale_state = state
+    assert scaler.cur_scale == state["scale"] == 2.0**14

@@ -39,6 +39,14 @@ def test_each_shipped_json_holds_memory_strategy_only(path: Path) -> None:
         ({"gradient_clipping": 5}, "gradient_clipping is 5 there and 1.0 in the recipe"),
         ({"fp16": {"enabled": True}}, "fp16 is"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer stands there"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler stands there"),
+        ({"amp": {"enabled": True}}, "amp stands there"),
+        ({"bfloat16": {"enabled": False}}, "bfloat16 stands there"),
+        ({"communication_data_type": "fp16"}, "communication_data_type is fp16 there and fp32 in the recipe"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types is"),
+        ({"progressive_layer_drop": {"enabled": True}}, "progressive_layer_drop stands there"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload stands there"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload_param": True}}, "cpu_offload_param stands there"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer to nvme"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "to cpu at stage 1"),
@@ -55,7 +63,15 @@ def test_a_conflict_with_the_recipe_is_refused(tmp_path: Path, extra: dict[str, 
 def test_auto_and_agreement_are_no_conflict(tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     path.write_text(
-        json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": "auto", "gradient_accumulation_steps": 8})
+        json.dumps(
+            {
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": 10**6, "round_robin_gradients": True},
+                "train_batch_size": "auto",
+                "gradient_accumulation_steps": 8,
+                "communication_data_type": "fp32",
+                "wall_clock_breakdown": True,
+            }
+        )
     )
     assert deepspeed_config(build(path), accumulation=8, world_size=1)["train_batch_size"] == 32
 

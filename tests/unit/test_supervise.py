@@ -1,0 +1,34 @@
+"""The launcher's watch over a run: what becomes of a request that cannot be passed on."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from running import ROOT, environment
+
+SUPERVISED = """
+import os, sys
+from pathlib import Path
+from kfood_dist.supervise import Supervisor
+
+supervisor = Supervisor()
+child = "import time; print('running', flush=True); time.sleep(2); print('done', flush=True)"
+status = supervisor.run([sys.executable, "-c", child], os.environ, Path(sys.argv[1]))
+print(supervisor.asked, status)
+"""
+
+
+def test_a_request_that_cannot_be_passed_on_is_said_and_ends_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISED, str(run)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "running\n"
+    run.rmdir()
+    process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=60)
+    assert output == "done\nTrue 75\n" and process.returncode == 0
+    assert errors == f"the run cannot be asked to stop, and goes on: {run}: No such file or directory\n"
