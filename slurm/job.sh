@@ -1,12 +1,7 @@
 # Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; in_step and put_back are for them.
 [ -f slurm/job.sh ] || { echo "slurm: start sbatch from the checkout's own folder, not from $PWD" >&2; exit 2; }
-site="${KFOOD_SITE:-slurm/site.env}"
-[ -f "$site" ] || { echo "slurm: no $site → cp slurm/site.env.example slurm/site.env, and edit it" >&2; exit 2; }
-source "$site"
-if [ -n "$KFOOD_MODULES" ]; then module load $KFOOD_MODULES || exit 2; fi
-if [ -n "$KFOOD_VENV" ]; then source "$KFOOD_VENV/bin/activate" || exit 2; fi
+source slurm/site.sh
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over itself
-source launch/python.sh
 trap '' TERM  # meant for the training, which answers by ending; this shell has to be there then
 
 # in_step COMMAND…: one task of it on each node. When the first has ended, the others get KFOOD_END_TOGETHER seconds.

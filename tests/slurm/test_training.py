@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from mini_slurm import SITE, MiniSlurm
+from mini_slurm import MiniSlurm
 from running import adapter_bytes, metrics, write_recipe
 
 STEPS = 24
@@ -147,10 +147,8 @@ def test_a_mistake_is_told_and_not_tried_again(slurm: MiniSlurm, make) -> None:
     assert "lora.ranks: no such key" in slurm.log(job)
 
 
-def test_a_job_that_is_stopped_too_often_is_given_up(slurm: MiniSlurm, make, monkeypatch, tmp_path: Path) -> None:
-    site = tmp_path / "site.env"
-    site.write_text(SITE.replace("KFOOD_MAX_STARTS=3", "KFOOD_MAX_STARTS=1"))
-    monkeypatch.setitem(slurm.environment, "KFOOD_SITE", str(site))
+def test_a_job_that_is_stopped_too_often_is_given_up(slurm: MiniSlurm, make, set_site) -> None:
+    set_site(KFOOD_MAX_STARTS=1)
     recipe = make(train={"max_steps": 400, "zero_stage": 0})
     job = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, recipe.parent / "run", 1)
