@@ -17,15 +17,17 @@ all_answer() {
 
 # put_back STATUS: end the script with STATUS, after the job went back to the queue if it may still do so.
 put_back() {
-  local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) state
-  state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"
+  local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) job="$SLURM_JOB_ID" state
+  # One task of an array has the number of all as its own.
+  [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  state="$(squeue --noheader --jobs="$job" --format=%T)"
   if [ "$state" != RUNNING ]; then
     echo "slurm: stopped, and not requeued: the job is $state"
   elif [ "$starts" -ge "$KFOOD_MAX_STARTS" ]; then
     echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
   else
     echo "slurm: stopped, requeued; the next start is number $((starts + 1))"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
   fi
   exit "$1"
 }
