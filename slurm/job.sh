@@ -17,17 +17,21 @@ all_answer() {
 
 # put_back STATUS: end the script with STATUS, after the job went back to the queue if it may still do so.
 put_back() {
-  local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) job="$SLURM_JOB_ID" state
+  local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) job="$SLURM_JOB_ID" until=$((SECONDS + 60)) answer state may
   # One task of an array has the number of all as its own.
   [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-  state="$(squeue --noheader --jobs="$job" --format=%T)"
-  if [ "$state" != RUNNING ]; then
-    echo "slurm: stopped, and not requeued: the job is $state"
-  elif [ "$starts" -ge "$KFOOD_MAX_STARTS" ]; then
-    echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
-  else
-    echo "slurm: stopped, requeued; the next start is number $((starts + 1))"
-    scontrol requeue "$job"
-  fi
+  while [ "$SECONDS" -lt "$until" ]; do  # the controller may be busy, or just restarting
+    if answer="$(squeue --noheader --jobs="$job" --Format=State,Requeue)"; then
+      read -r state may <<<"$answer"
+      [ "$state $may" = "RUNNING 1" ] || { echo "slurm: stopped, and not requeued: the job is $state, Requeue=$may"; exit "$1"; }
+      [ "$starts" -lt "$KFOOD_MAX_STARTS" ] || {
+        echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
+        exit "$1"
+      }
+      scontrol requeue "$job" && { echo "slurm: stopped, requeued; the next start is number $((starts + 1))"; exit "$1"; }
+    fi
+    sleep 5
+  done
+  echo "slurm: stopped, and not requeued: Slurm did not do so for a minute. A new sbatch goes on."
   exit "$1"
 }
