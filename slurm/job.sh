@@ -15,7 +15,7 @@ all_answer() {
   timeout "$KFOOD_NODE_TIMEOUT" srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --quiet true
 }
 
-# put_back STATUS: end the script with STATUS, after the job went back to the queue if it may still do so.
+# put_back: end the script with status 75, back in the queue, or with 76 where that may or can not be.
 put_back() {
   local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) job="$SLURM_JOB_ID" until=$((SECONDS + 60)) answer state may
   # One task of an array has the number of all as its own.
@@ -23,15 +23,15 @@ put_back() {
   while [ "$SECONDS" -lt "$until" ]; do  # the controller may be busy, or just restarting
     if answer="$(squeue --noheader --jobs="$job" --Format=State,Requeue)"; then
       read -r state may <<<"$answer"
-      [ "$state $may" = "RUNNING 1" ] || { echo "slurm: stopped, and not requeued: the job is $state, Requeue=$may"; exit "$1"; }
+      [ "$state $may" = "RUNNING 1" ] || { echo "slurm: stopped, and not requeued: the job is $state, Requeue=$may"; exit 76; }
       [ "$starts" -lt "$KFOOD_MAX_STARTS" ] || {
         echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
-        exit "$1"
+        exit 76
       }
-      scontrol requeue "$job" && { echo "slurm: stopped, requeued; the next start is number $((starts + 1))"; exit "$1"; }
+      scontrol requeue "$job" && { echo "slurm: stopped, requeued; the next start is number $((starts + 1))"; exit 75; }
     fi
     sleep 5
   done
   echo "slurm: stopped, and not requeued: Slurm did not do so for a minute. A new sbatch goes on."
-  exit "$1"
+  exit 76
 }

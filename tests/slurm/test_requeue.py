@@ -80,5 +80,5 @@ def test_a_job_that_may_not_be_requeued_ends(slurm: MiniSlurm, gate: Path, pictu
     wait_for_start(slurm, job, gate, "1-0")
     slurm.run("scancel", "--signal=USR1", f"{job}_1")
     facts = slurm.wait(f"{job}_1", 30)
-    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "76:0", "0")
     assert "slurm: stopped, and not requeued: the job is RUNNING, Requeue=0" in slurm.log(f"{job}_1")
