@@ -1,6 +1,10 @@
 # Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; in_step and put_back are for them.
 [ -f slurm/job.sh ] || { echo "slurm: start sbatch from the checkout's own folder, not from $PWD" >&2; exit 2; }
+at_submission="$(compgen -v SBATCH_ | sort)"  # a job inherits what sbatch saw
 source slurm/site.sh
+missed="$(comm -13 <(echo "$at_submission") <(compgen -v SBATCH_ | sort) | xargs)"
+[ -z "$missed" ] || echo "slurm: sbatch did not see $missed of $site; where its command line did not say as much," \
+  "this job runs without: \`source $site\` before sbatch" >&2
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over itself
 trap '' TERM  # meant for the training, which answers by ending; this shell has to be there then
 

@@ -108,11 +108,15 @@ class MiniSlurm:
         assert not check or done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout.strip()
 
-    def sbatch(self, *words: str | Path) -> str:
-        """Submit from the checkout; returns the job's id. Its log goes to the folder."""
+    def sbatch(self, *words: str | Path, sourced: bool = True) -> str:
+        """Submit from the checkout as a user does, by default after `source site.env`; returns the job's id.
+
+        Its log goes to the folder.
+        """
         log = f"--output={self.folder}/%A_%a.log" if any("array" in str(w) for w in words) else self._log("%j")
+        source = 'source "$KFOOD_SITE" && ' if sourced else ""
         done = subprocess.run(
-            ["sbatch", "--parsable", log, *map(str, words)],
+            ["bash", "-c", f'{source}sbatch "$@"', "bash", "--parsable", log, *map(str, words)],
             capture_output=True, text=True, env=self.environment, cwd=ROOT, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

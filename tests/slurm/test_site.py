@@ -84,3 +84,18 @@ def test_an_environment_that_is_not_there_is_told(slurm: MiniSlurm, set_site, pi
     facts = slurm.wait(f"{job}_1")
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0")
     assert f"{tmp_path}/nowhere/bin/activate" in slurm.log(f"{job}_1")
+
+
+def test_what_sbatch_did_not_see_is_told(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+    set_site(SBATCH_TIMELIMIT=2, SBATCH_SIGNAL="USR1@20")
+    words = ("--array=1", "--partition=gpu", "slurm/pack.sbatch", pictures, tmp_path / "shards")
+    limits, logs = [], []
+    for sourced in (True, False):
+        job = slurm.sbatch(*words, sourced=sourced)
+        limits.append(slurm.facts(f"{job}_1")["TimeLimit"])
+        assert slurm.wait(f"{job}_1")["JobState"] == "COMPLETED"
+        logs.append(slurm.log(f"{job}_1"))
+    assert limits == ["00:02:00", "01:00:00"]
+    assert "did not see" not in logs[0]
+    (line,) = (line for line in logs[1].splitlines() if "did not see" in line)
+    assert line.startswith("slurm: sbatch did not see SBATCH_SIGNAL SBATCH_TIMELIMIT of ") and "`source " in line

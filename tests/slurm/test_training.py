@@ -65,10 +65,11 @@ def test_two_nodes_train_one_run(whole: Path) -> None:
     assert [row["step"] for row in metrics(whole)] == list(range(1, STEPS + 1))
 
 
-def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm, make, whole: Path) -> None:
+def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm, make, set_site, whole: Path) -> None:
+    set_site(SBATCH_TIMELIMIT=1, SBATCH_SIGNAL="USR1@20")
     recipe = make()
     run = recipe.parent / "run"
-    job = slurm.sbatch(*JOB, "--time=1", "--signal=USR1@20", SCRIPT, recipe, "--processes", "1")
+    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 1)
     slurm.pause(job)  # so that the run is not done before the warning, which may come any time in half a minute
     slurm.until(lambda: was_warned(run) or started_again(slurm, job), 60, "the warning", job)
@@ -81,6 +82,7 @@ def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm
     stopped = re.search(rf"stopped after step (\d+) of {STEPS}", log)
     assert stopped and f"resumed after step {stopped[1]}" in log, log
     assert "slurm: start 1 of" in log and "slurm: start 2 of" in log  # the second appended to the first
+    assert "sbatch did not see" not in log
     assert same(run, whole)
 
 
