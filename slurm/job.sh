@@ -6,6 +6,7 @@ missed="$(comm -13 <(echo "$at_submission") <(compgen -v SBATCH_ | sort) | xargs
 [ -z "$missed" ] || echo "slurm: sbatch did not see $missed of $site; where its command line did not say as much," \
   "this job runs without: \`source $site\` before sbatch" >&2
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over itself
+[ -n "${SLURM_GPUS_ON_NODE:-}" ] || unset SLURM_CPUS_PER_GPU  # with --gres=none srun would refuse it
 trap '' TERM  # meant for the training, which answers by ending; this shell has to be there then
 
 # in_step COMMAND…: one task of it on each node. When the first has ended, the others get KFOOD_END_TOGETHER seconds.

@@ -99,3 +99,13 @@ def test_what_sbatch_did_not_see_is_told(slurm: MiniSlurm, set_site, pictures: P
     assert "did not see" not in logs[0]
     (line,) = (line for line in logs[1].splitlines() if "did not see" in line)
     assert line.startswith("slurm: sbatch did not see SBATCH_SIGNAL SBATCH_TIMELIMIT of ") and "`source " in line
+
+
+def test_cores_come_with_the_gpus(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+    """A job that asks for no GPU after all, as a packer does, runs with one core."""
+    set_site(SBATCH_GRES="gpu:2", SBATCH_CPUS_PER_GPU=1)
+    words = ("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")
+    for more, cores in ((), "2"), (("--gres=none",), "1"):
+        job = slurm.sbatch(*more, *words)
+        facts = slurm.wait(f"{job}_1")
+        assert (facts["JobState"], facts["NumCPUs"]) == ("COMPLETED", cores), slurm.log(f"{job}_1")
