@@ -95,6 +95,14 @@ class MiniSlurm:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def kill(self, job: str) -> None:
+        """Let all processes of a job die before one of them can answer to it."""
+        here = [process for process, its in self._processes() if its["SLURM_JOB_ID"] == job]
+        for do in (psutil.Process.suspend, psutil.Process.kill):
+            for process in here:
+                with suppress(psutil.NoSuchProcess):
+                    do(process)
+
     def _processes(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
         """All processes of this Slurm's jobs, with their environment."""
         for process in psutil.process_iter():

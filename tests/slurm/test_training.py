@@ -3,6 +3,7 @@
 Every run that was stopped must end with the adapter of the one that was not, to the byte.
 """
 
+import getpass
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from mini_slurm import MiniSlurm
 from running import adapter_bytes, metrics, write_recipe
+
+from kfood_dist.cli import main
 
 STEPS = 24
 JOB = ("--nodes=2", "--exclusive")
@@ -158,3 +161,23 @@ def test_a_job_that_is_stopped_too_often_is_given_up(slurm: MiniSlurm, make, set
     facts = slurm.wait(job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "76:0", "0"), slurm.log(job)
     assert "stopped at start 1 of KFOOD_MAX_STARTS=1; given up" in slurm.log(job)
+
+
+def test_a_killed_jobs_copy_is_removed_by_another_job(
+    slurm: MiniSlurm, make, set_site, tmp_path: Path, pictures: Path
+) -> None:
+    assert main(["pack", str(pictures), str(tmp_path / "other"), "--split", "0.6,0.2,0.2"]) == 0
+    set_site(KFOOD_SCRATCH=tmp_path)
+    scratch = tmp_path / f"kfood-{getpass.getuser()}"
+    recipe = make(data={"shards": str(tmp_path / "other")}, train={"max_steps": 400, "zero_stage": 0})
+    killed = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
+    wait_for_step(slurm, killed, recipe.parent / "run", 1)
+    assert [path.name.rsplit("-", 1)[0] for path in scratch.glob("*.lock")] == ["other"]
+    slurm.kill(killed)
+    slurm.wait(killed)
+    assert len(list(scratch.glob("other-*"))) == 2
+
+    recipe = make(train={"max_steps": 1, "zero_stage": 0})
+    job = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
+    assert slurm.wait(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert list(scratch.iterdir()) == []
