@@ -1,13 +1,16 @@
-# Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; in_step and put_back are for them.
+# Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; staging, in_step and put_back are for them.
 [ -f slurm/job.sh ] || { echo "slurm: start sbatch from the checkout's own folder, not from $PWD" >&2; exit 2; }
-site="${KFOOD_SITE:-slurm/site.env}"
-[ -f "$site" ] || { echo "slurm: no $site → cp slurm/site.env.example slurm/site.env, and edit it" >&2; exit 2; }
-source "$site"
-if [ -n "$KFOOD_MODULES" ]; then module load $KFOOD_MODULES || exit 2; fi
-if [ -n "$KFOOD_VENV" ]; then source "$KFOOD_VENV/bin/activate" || exit 2; fi
+at_submission="$(compgen -v SBATCH_ | sort)"  # a job inherits what sbatch saw
+source slurm/site.sh
+missed="$(comm -13 <(echo "$at_submission") <(compgen -v SBATCH_ | sort) | xargs)"
+[ -z "$missed" ] || echo "slurm: sbatch did not see $missed of $site; where its command line did not say as much," \
+  "this job runs without: \`source $site\` before sbatch" >&2
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it over itself
-source launch/python.sh
+[ -n "${SLURM_GPUS_ON_NODE:-}" ] || unset SLURM_CPUS_PER_GPU  # with --gres=none srun would refuse it
 trap '' TERM  # meant for the training, which answers by ending; this shell has to be there then
+
+# One folder for all jobs of a user, in which staging shares copies and removes those of killed jobs.
+staging=(); [ -z "$KFOOD_SCRATCH" ] || staging=(--stage "$KFOOD_SCRATCH/kfood-$(id -un)")
 
 # in_step COMMAND…: one task of it on each node. When the first has ended, the others get KFOOD_END_TOGETHER seconds.
 in_step() {
@@ -20,17 +23,23 @@ all_answer() {
   timeout "$KFOOD_NODE_TIMEOUT" srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --quiet true
 }
 
-# put_back STATUS: end the script with STATUS, after the job went back to the queue if it may still do so.
+# put_back: end the script with status 75, back in the queue, or with 76 where that may or can not be.
 put_back() {
-  local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) state
-  state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"
-  if [ "$state" != RUNNING ]; then
-    echo "slurm: stopped, and not requeued: the job is $state"
-  elif [ "$starts" -ge "$KFOOD_MAX_STARTS" ]; then
-    echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
-  else
-    echo "slurm: stopped, requeued; the next start is number $((starts + 1))"
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
-  exit "$1"
+  local starts=$((${SLURM_RESTART_COUNT:-0} + 1)) job="$SLURM_JOB_ID" until=$((SECONDS + 60)) answer state may
+  # One task of an array has the number of all as its own.
+  [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  while [ "$SECONDS" -lt "$until" ]; do  # the controller may be busy, or just restarting
+    if answer="$(squeue --noheader --jobs="$job" --Format=State,Requeue)"; then
+      read -r state may <<<"$answer"
+      [ "$state $may" = "RUNNING 1" ] || { echo "slurm: stopped, and not requeued: the job is $state, Requeue=$may"; exit 76; }
+      [ "$starts" -lt "$KFOOD_MAX_STARTS" ] || {
+        echo "slurm: stopped at start $starts of KFOOD_MAX_STARTS=$KFOOD_MAX_STARTS; given up. A new sbatch goes on."
+        exit 76
+      }
+      scontrol requeue "$job" && { echo "slurm: stopped, requeued; the next start is number $((starts + 1))"; exit 75; }
+    fi
+    sleep 5
+  done
+  echo "slurm: stopped, and not requeued: Slurm did not do so for a minute. A new sbatch goes on."
+  exit 76
 }

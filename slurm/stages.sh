@@ -11,22 +11,32 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
 [ $# -gt 0 ] || set -- launch/recipes/stages/*.yaml
 command -v sbatch >/dev/null || exec bash launch/train.sh "$@"
 
-source launch/python.sh
-site="${KFOOD_SITE:-slurm/site.env}"
-[ ! -f "$site" ] || source "$site"
+source slurm/site.sh
+# Shards, base model and run of each, one to a line; all of them before the first is queued.
+found="$($KFOOD_CONTAINER bash launch/python.sh - "$@" <<'PY'
+import sys
+from pathlib import Path
+try:
+    from kfood_dist.config import load_recipe
+    from kfood_dist.errors import KfoodError
+except ImportError as error:
+    sys.exit(f"stages: {sys.executable}: {error} → bash launch/venv.sh, or name the jobs' Python in site.env")
+try:
+    for recipe in map(load_recipe, map(Path, sys.argv[1:])):
+        print(recipe.data.shards, recipe.model.base, recipe.run.dir, sep="\n")
+except KfoodError as error:
+    sys.exit(f"stages: {error}")
+PY
+)" || { echo "stages: nothing was queued" >&2; exit 2; }
+mapfile -t at <<<"$found"
+
+queue() { sbatch --parsable --kill-on-invalid-dep=yes "${after[@]}" "${options[@]}" "$@" | cut -d';' -f1; }
 after=()
 for recipe in "$@"; do
-  mapfile -t at < <("$PYTHON" - "$recipe" <<'PY'
-import sys, pathlib
-from kfood_dist.config import load_recipe
-recipe = load_recipe(pathlib.Path(sys.argv[1]))
-print(recipe.data.shards, recipe.model.base, recipe.run.dir, sep="\n")
-PY
-  )
-  queue() { sbatch --parsable --kill-on-invalid-dep=yes "${after[@]}" "${options[@]}" "$@" | cut -d';' -f1; }
   trained=$(queue slurm/train.sbatch "$recipe")
   after=(--dependency="afterok:$trained")
   measured=$(queue --nodes=1 slurm/evaluate.sbatch --shards "${at[0]}" --model "${at[1]}" --adapter "${at[2]}/adapter" \
     --out "${at[2]}/tuned" --tensorboard "${at[2]}/tensorboard")
+  at=("${at[@]:3}")
   echo "$recipe: training is job $trained, measuring job $measured"
 done

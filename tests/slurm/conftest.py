@@ -1,9 +1,10 @@
 """One Slurm for all tests of this folder; skipped with the reason where the packages are missing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from mini_slurm import MiniSlurm, missing
+from mini_slurm import SITE, MiniSlurm, missing
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +24,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture
+def set_site(slurm: MiniSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets values of the site.env that the jobs of this test read."""
+
+    def write(**values: object) -> None:
+        lines = [f'{"export " if name.startswith("SBATCH_") else ""}{name}="{value}"' for name, value in values.items()]
+        path = tmp_path / "site.env"
+        path.write_text(SITE + "\n".join(lines) + "\n")
+        monkeypatch.setitem(slurm.environment, "KFOOD_SITE", str(path))
+
+    return write

@@ -95,6 +95,14 @@ class MiniSlurm:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def kill(self, job: str) -> None:
+        """Let all processes of a job die before one of them can answer to it."""
+        here = [process for process, its in self._processes() if its["SLURM_JOB_ID"] == job]
+        for do in (psutil.Process.suspend, psutil.Process.kill):
+            for process in here:
+                with suppress(psutil.NoSuchProcess):
+                    do(process)
+
     def _processes(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
         """All processes of this Slurm's jobs, with their environment."""
         for process in psutil.process_iter():
@@ -108,11 +116,15 @@ class MiniSlurm:
         assert not check or done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout.strip()
 
-    def sbatch(self, *words: str | Path) -> str:
-        """Submit from the checkout; returns the job's id. Its log goes to the folder."""
+    def sbatch(self, *words: str | Path, sourced: bool = True) -> str:
+        """Submit from the checkout as a user does, by default after `source site.env`; returns the job's id.
+
+        Its log goes to the folder.
+        """
         log = f"--output={self.folder}/%A_%a.log" if any("array" in str(w) for w in words) else self._log("%j")
+        source = 'source "$KFOOD_SITE" && ' if sourced else ""
         done = subprocess.run(
-            ["sbatch", "--parsable", log, *map(str, words)],
+            ["bash", "-c", f'{source}sbatch "$@"', "bash", "--parsable", log, *map(str, words)],
             capture_output=True, text=True, env=self.environment, cwd=ROOT, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -167,11 +179,12 @@ class MiniSlurm:
 SITE = """
 KFOOD_MODULES=""
 KFOOD_VENV=""
-KFOOD_CONTAINER="env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1"
+KFOOD_CONTAINER=""
 KFOOD_SCRATCH=""
 KFOOD_MAX_STARTS=3
 KFOOD_END_TOGETHER=15
 KFOOD_NODE_TIMEOUT=10
+export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 """
 
 

@@ -1,0 +1,7 @@
+# Sourced in the checkout by job.sh and stages.sh: reads slurm/site.env, and loads what it names.
+site="${KFOOD_SITE:-slurm/site.env}"
+[ -f "$site" ] || { echo "slurm: no $site → cp slurm/site.env.example slurm/site.env, and edit it" >&2; exit 2; }
+source "$site"
+export KFOOD_CONTAINER KFOOD_VENV  # for launch/python.sh, which picks the Python where it runs
+if [ -n "$KFOOD_MODULES" ]; then module load $KFOOD_MODULES || exit 2; fi
+if [ -n "$KFOOD_VENV" ] && [ -z "$KFOOD_CONTAINER" ]; then source "$KFOOD_VENV/bin/activate" || exit 2; fi

@@ -1,0 +1,84 @@
+"""How a stopped job goes back to the queue, under a real Slurm. Packers that wait before they begin stand for all."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from mini_slurm import MiniSlurm
+
+from kfood_dist.cli import main
+
+
+@pytest.fixture
+def gate(set_site, tmp_path: Path) -> Path:
+    """A folder: each start of a packer leaves `TASK-RESTARTS` there, and waits for `open`."""
+    folder = tmp_path / "gate"
+    folder.mkdir()
+    script = folder / "wait"
+    script.write_text(
+        "#!/bin/bash\n"
+        f"touch {folder}/$SLURM_ARRAY_TASK_ID-${{SLURM_RESTART_COUNT:-0}}\n"
+        f"until [ -e {folder}/open ]; do sleep 0.1; done\n"
+        f'PATH={Path(sys.executable).parent}:$PATH exec "$@"\n'
+    )
+    script.chmod(0o755)
+    set_site(KFOOD_CONTAINER=script)
+    return folder
+
+
+def wait_for_start(slurm: MiniSlurm, job: str, gate: Path, name: str) -> None:
+    slurm.until(lambda: (gate / name).exists(), 60, f"start {name}", f"{job}_{name.split('-')[0]}")
+
+
+def test_a_stopped_packer_leaves_the_others_of_its_array_alone(
+    slurm: MiniSlurm, gate: Path, pictures: Path, tmp_path: Path
+) -> None:
+    job = slurm.sbatch("--array=1-3", "slurm/pack.sbatch", pictures, tmp_path / "array")
+    for task in (1, 2, 3):
+        wait_for_start(slurm, job, gate, f"{task}-0")
+    (stopped,) = (task for task in (1, 2, 3) if slurm.facts(f"{job}_{task}")["JobId"] == job)  # as all together
+    slurm.run("scancel", "--signal=USR1", f"{job}_{stopped}")
+    wait_for_start(slurm, job, gate, f"{stopped}-1")
+    (gate / "open").touch()
+    for task in (1, 2, 3):
+        facts = slurm.wait(f"{job}_{task}")
+        assert facts["JobState"] == "COMPLETED", slurm.log(f"{job}_{task}")
+        assert facts["Restarts"] == str(int(task == stopped))
+    assert main(["pack", str(pictures), str(tmp_path / "one")]) == 0
+    whole, parts = ({p.name: p.read_bytes() for p in (tmp_path / n).glob("*.tar")} for n in ("one", "array"))
+    assert whole and whole == parts
+
+
+def test_an_unanswered_request_is_made_again(
+    slurm: MiniSlurm, gate: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the controller restarts. Only what has happened is said."""
+    for command in ("squeue", "scontrol"):
+        path, once = tmp_path / "bin" / command, tmp_path / f"{command} has failed"
+        path.parent.mkdir(exist_ok=True)
+        real = shutil.which(command)
+        path.write_text(
+            f'#!/bin/sh\n[ -e "{once}" ] && exec {real} "$@"\ntouch "{once}"; echo {command}: away; exit 1\n'
+        )
+        path.chmod(0o755)
+    monkeypatch.setitem(slurm.environment, "PATH", f"{tmp_path}/bin:{slurm.environment['PATH']}")
+    job = slurm.sbatch("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "array")
+    wait_for_start(slurm, job, gate, "1-0")
+    slurm.run("scancel", "--signal=USR1", f"{job}_1")
+    slurm.until(lambda: "scontrol: away" in slurm.log(f"{job}_1"), 30, "the second failure")
+    assert "requeued" not in slurm.log(f"{job}_1")
+    (gate / "open").touch()
+    facts = slurm.wait(f"{job}_1")
+    log = slurm.log(f"{job}_1")
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count("requeued") == log.count("slurm: stopped, requeued; the next start is number 2") == 1
+
+
+def test_a_job_that_may_not_be_requeued_ends(slurm: MiniSlurm, gate: Path, pictures: Path, tmp_path: Path) -> None:
+    job = slurm.sbatch("--array=1", "--no-requeue", "slurm/pack.sbatch", pictures, tmp_path / "array")
+    wait_for_start(slurm, job, gate, "1-0")
+    slurm.run("scancel", "--signal=USR1", f"{job}_1")
+    facts = slurm.wait(f"{job}_1", 30)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "76:0", "0")
+    assert "slurm: stopped, and not requeued: the job is RUNNING, Requeue=0" in slurm.log(f"{job}_1")

@@ -1,0 +1,111 @@
+"""What site.env says about Python, under a real Slurm. Packing stands for all that a job runs."""
+
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from mini_slurm import MiniSlurm
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A virtual environment with this one's packages; each Python started from it adds a line to its `started`."""
+    folder = tmp_path / "env"
+    venv.create(folder, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    note = f"import sys; open({str(folder / 'started')!r}, 'a').write(' '.join(sys.orig_argv) + chr(10))"
+    (packages / "this.pth").write_text(f"{sysconfig.get_path('purelib')}\n{note}\n")
+    return folder
+
+
+@pytest.fixture
+def container(tmp_path: Path, environment: Path) -> Path:
+    """Stands for `apptainer exec`: inside, the image's Python is on the PATH, and there is none of the host's."""
+    path = tmp_path / "container"
+    path.write_text(
+        "#!/bin/bash\n"
+        f'echo "$@" >> {tmp_path}/inside\n'
+        'for word in "$@"; do case $word in */bin/python*) echo "no $word in this image"; exit 127 ;; esac; done\n'
+        f'PATH={environment}/bin:/usr/bin:/bin exec "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def pack(slurm: MiniSlurm, pictures: Path, tmp_path: Path) -> str:
+    """Pack in a job; returns its log."""
+    job = slurm.sbatch("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")
+    facts = slurm.wait(f"{job}_1")
+    log = slurm.log(f"{job}_1")
+    assert facts["JobState"] == "COMPLETED", log
+    assert (tmp_path / "shards" / "manifest.json").is_file()
+    return log
+
+
+def starts(environment: Path) -> list[str]:
+    """Command lines of the Pythons started from a virtual environment."""
+    path = environment / "started"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_the_named_environment_comes_before_the_checkouts(
+    slurm: MiniSlurm, set_site, environment: Path, pictures: Path, tmp_path: Path
+) -> None:
+    set_site(KFOOD_VENV=environment)
+    pack(slurm, pictures, tmp_path)
+    assert any("-m kfood_dist pack" in line for line in starts(environment))
+
+
+def test_a_container_brings_its_own_python(
+    slurm: MiniSlurm, set_site, container: Path, environment: Path, pictures: Path, tmp_path: Path
+) -> None:
+    set_site(KFOOD_CONTAINER=container)
+    pack(slurm, pictures, tmp_path)
+    assert "kfood_dist pack" in (tmp_path / "inside").read_text()
+    assert any("-m kfood_dist pack" in line for line in starts(environment))
+
+
+def test_an_environment_named_with_a_container_is_one_inside(
+    slurm: MiniSlurm, set_site, container: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Nothing on the host is at its path until the container, which mounts it, has started."""
+    (tmp_path / "env").rename(tmp_path / "image")
+    text = container.read_text().replace("PATH=", f"[ -e {tmp_path}/env ] || ln -s image {tmp_path}/env; PATH=")
+    container.write_text(text.replace(f"PATH={tmp_path}/env/bin:", "PATH="))
+    set_site(KFOOD_CONTAINER=container, KFOOD_VENV=tmp_path / "env")
+    pack(slurm, pictures, tmp_path)
+    assert any("-m kfood_dist pack" in line for line in starts(tmp_path / "env"))
+
+
+def test_an_environment_that_is_not_there_is_told(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+    set_site(KFOOD_VENV=tmp_path / "nowhere")
+    job = slurm.sbatch("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")
+    facts = slurm.wait(f"{job}_1")
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0")
+    assert f"{tmp_path}/nowhere/bin/activate" in slurm.log(f"{job}_1")
+
+
+def test_what_sbatch_did_not_see_is_told(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+    set_site(SBATCH_TIMELIMIT=2, SBATCH_SIGNAL="USR1@20")
+    words = ("--array=1", "--partition=gpu", "slurm/pack.sbatch", pictures, tmp_path / "shards")
+    limits, logs = [], []
+    for sourced in (True, False):
+        job = slurm.sbatch(*words, sourced=sourced)
+        limits.append(slurm.facts(f"{job}_1")["TimeLimit"])
+        assert slurm.wait(f"{job}_1")["JobState"] == "COMPLETED"
+        logs.append(slurm.log(f"{job}_1"))
+    assert limits == ["00:02:00", "01:00:00"]
+    assert "did not see" not in logs[0]
+    (line,) = (line for line in logs[1].splitlines() if "did not see" in line)
+    assert line.startswith("slurm: sbatch did not see SBATCH_SIGNAL SBATCH_TIMELIMIT of ") and "`source " in line
+
+
+def test_cores_come_with_the_gpus(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+    """A job that asks for no GPU after all, as a packer does, runs with one core."""
+    set_site(SBATCH_GRES="gpu:2", SBATCH_CPUS_PER_GPU=1)
+    words = ("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")
+    for more, cores in ((), "2"), (("--gres=none",), "1"):
+        job = slurm.sbatch(*more, *words)
+        facts = slurm.wait(f"{job}_1")
+        assert (facts["JobState"], facts["NumCPUs"]) == ("COMPLETED", cores), slurm.log(f"{job}_1")

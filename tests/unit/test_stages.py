@@ -1,0 +1,84 @@
+"""slurm/stages.sh queues all or nothing. An sbatch that only writes down what it was given stands for Slurm."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = sorted((ROOT / "launch/recipes/stages").glob("*.yaml"))
+SITE = 'KFOOD_MODULES="{modules}"\nKFOOD_VENV="{venv}"\nKFOOD_CONTAINER=""\n'
+
+
+@pytest.fixture
+def login(tmp_path: Path):
+    """Runs stages.sh on a login node; gives what it printed and what was queued, one job to a line."""
+    queued = tmp_path / "queued"
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {queued}\nwc -l < {queued}\n')
+    sbatch.chmod(0o755)
+
+    def run(*recipes: Path, modules: str = "", venv: str | Path = "", **variables: str) -> tuple[str, int, list[str]]:
+        (tmp_path / "site.env").write_text(SITE.format(modules=modules, venv=venv))
+        path = f"{sbatch.parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", str(ROOT / "slurm/stages.sh"), "--nodes=2", "--", *map(str, recipes)],
+            env=dict(os.environ) | {"PATH": path, "KFOOD_SITE": str(tmp_path / "site.env")} | variables,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        jobs = queued.read_text().splitlines() if queued.exists() else []
+        return done.stdout + done.stderr, done.returncode, jobs
+
+    return run
+
+
+def python(folder: Path, *lines: str) -> Path:
+    """A virtual environment whose Python runs these lines of shell."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/activate").touch()
+    (folder / "bin/python").write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
+    (folder / "bin/python").chmod(0o755)
+    return folder
+
+
+def test_each_stage_is_trained_after_the_one_before_and_measured(login) -> None:
+    said, status, jobs = login(*STAGES)
+    assert status == 0, said
+    assert len(STAGES) == 3 and len(jobs) == 6
+    for at, recipe in enumerate(STAGES):
+        trained, measured = jobs[2 * at], jobs[2 * at + 1]
+        assert trained.endswith(f"--nodes=2 slurm/train.sbatch {recipe}")
+        assert ("afterok" not in trained) if at == 0 else (f"--dependency=afterok:{2 * at - 1} " in trained)
+        assert f"--dependency=afterok:{2 * at + 1} --nodes=2 --nodes=1 slurm/evaluate.sbatch" in measured
+        run = yaml.safe_load(recipe.read_text())["run"]["dir"]
+        assert f"--adapter {run}/adapter --out {run}/tuned" in measured
+
+
+def test_a_recipe_with_a_mistake_keeps_all_from_being_queued(login, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump({"extends": str(STAGES[1]), "lora": {"ranks": 4}}))
+    said, status, jobs = login(STAGES[0], bad, STAGES[2])
+    assert (status, jobs) == (2, [])
+    assert "lora.ranks: no such key" in said and "stages: nothing was queued" in said
+    assert "Traceback" not in said and "unbound" not in said
+
+
+def test_a_python_without_the_packages_keeps_all_from_being_queued(login, tmp_path: Path) -> None:
+    bare = python(tmp_path / "bare", f'exec {sys.executable} -S "$@"')
+    said, status, jobs = login(*STAGES, venv=bare)
+    assert (status, jobs) == (2, [])
+    assert "No module named" in said and "name the jobs' Python in site.env" in said
+    assert "stages: nothing was queued" in said and "Traceback" not in said
+
+
+def test_modules_and_environment_are_those_of_the_jobs(login, tmp_path: Path) -> None:
+    """On a login node they may be all there is to read a recipe with."""
+    named = python(tmp_path / "named", f'echo "$LOADED" > {tmp_path}/asked', f'exec {sys.executable} "$@"')
+    module = {"BASH_FUNC_module%%": '() { export LOADED="$*"; }'}
+    said, status, jobs = login(*STAGES, modules="python/3.12", venv=named, **module)
+    assert (status, len(jobs)) == (0, 6), said
+    assert (tmp_path / "asked").read_text() == "load python/3.12\n"
