@@ -104,14 +104,14 @@ def test_a_rank_that_stalls_ends_the_job_and_is_named(
 def test_a_job_that_was_suspended_for_longer_than_a_rank_may_stall_goes_on(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Path
 ) -> None:
-    recipe = write(tmp_path / "suspended", tiny_model, tiny_shards, stall_timeout_s=8)
+    recipe = write(tmp_path / "suspended", tiny_model, tiny_shards, stall_timeout_s=10)
     run = tmp_path / "suspended" / "run"
     process = start(recipe, 2)
     wait_until(process, lambda: num_steps(run) >= 2)
     everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in everything:
         one.suspend()
-    time.sleep(12)
+    time.sleep(14)
     for one in everything:
         one.resume()
     output, _ = process.communicate(timeout=120)
