@@ -142,6 +142,14 @@ assert not {{"fsspec", "aiohttp", "torch"}} & set(sys.modules)
 # --- http
 
 
+@pytest.mark.parametrize("rest", ["?X-Signature=s3cr3t", "/?a=1", "#s3cr3t", "?", "?x#y"])
+def test_a_url_with_more_than_a_folder_is_refused_without_repeating_it(rest):
+    told = r"https://host/set/? is followed by a query or fragment .* → give the folder's address alone; .* s3://"
+    with pytest.raises(ShardError, match=told) as error:
+        open_storage("https://host/set" + rest)
+    assert "s3cr3t" not in str(error.value)
+
+
 def test_a_url_gives_what_the_folder_gives(packed, server, local):
     split = open_split(server.url + "/", "train")
     assert split.read_many(range(18)) == local
