@@ -12,6 +12,7 @@ credentials come from where fsspec and the service's own library look for them: 
 import asyncio
 import os
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -58,6 +59,7 @@ class RemoteStorage(Storage):
     def __init__(
         self, url: str, num_tries: int = 5, timeout_s: float = 60.0, pause_s: float = 0.5, num_in_flight: int = 16
     ):
+        _require_no_query(url)
         self.where = url.rstrip("/")
         self.num_tries = num_tries
         self.timeout_s = timeout_s
@@ -181,6 +183,15 @@ class RemoteStorage(Storage):
 
 # Not the generator that training seeds.
 _CHANCE = random.SystemRandom()
+
+
+def _require_no_query(url: str) -> None:
+    # What follows is not repeated: it may be a signature.
+    if place := re.match(r"([^?#]*)[?#]", url):
+        raise ShardError(
+            f"{place[1]} is followed by a query or fragment (? or #), and file names could not be added to it",
+            "give the folder's address alone; for a private bucket use s3:// with keys, as shards/README.md says",
+        )
 
 
 def _require_protocol(protocol: str) -> None:

@@ -46,7 +46,7 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
-# Reading ahead is only advice, and coarse: few calls matter more than the bytes between.
+# Reading ahead is only advice, and coarse: long runs matter more than the bytes between.
 _AHEAD_GAP_BYTES = 256 << 10
 # Indexes that a process keeps: of some 1,900 shards of 2,000 samples.
 _KEPT_INDEX_BYTES = 256 << 20

@@ -1,11 +1,14 @@
 """Copying the wanted splits of a data set to a disk of this node, once for all its processes.
 
-    data set ──► STAGE/<name>-<hash>.lock    shared by all who use the copy; the last one out removes both
-             ──► STAGE/<name>-<hash>/        one process copies, the others wait
+    data set ──► HOME/<name>-<hash>.lock    shared by all who use the copy; the last one out removes both
+             ──► HOME/<name>-<hash>/        one process copies, the others wait
                    NAME.partial ──► size, SHA-256 ──► NAME
 
+HOME is STAGE/kfood-stage-<user id>, this user's alone, and goes when it is empty.
+
 The hash is the manifest's, so a file under its final name is a verified copy of just this data set: what a killed
-job left there is used again by the next that wants it, and removed by the next that stages something else.
+job left there is used again by the next that wants it, and removed by the next that stages something else. Nothing
+else is ever removed: no lock without our mark, no file of another name, nothing beside that folder.
 """
 
 import fcntl
@@ -13,9 +16,10 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +36,10 @@ _BATCH_BYTES = 32 << 20
 _BATCH_PIECES = 64
 _PARTIAL = ".partial"
 _COPY_LOCK = ".copying"
-_STAGED = re.compile(r".+-[0-9a-f]{12}\.lock")
+# What stands in a lock of ours; one that anybody else made is left alone, with the folder beside it.
+_MARK = b"kfood: held by who uses the copy beside this file\n"
+# What is written into a copy, and no more is removed from it.
+_COPIED = re.compile(rf"{re.escape(_COPY_LOCK)}|({re.escape(MANIFEST_NAME)}|.+\.tar|.+\.index\.npy)(\{_PARTIAL})?")
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ def stage(
     """Copy the manifest and the shards of `splits` into a folder under `stage_dir`; gives the folder.
 
     Any number of processes of a node may do so at once: one copies, all may read until they leave the block, and
-    the last one to leave removes the copy. Keep `stage_dir` on a disk of the node.
+    the last one to leave removes the copy. Keep `stage_dir` on a disk of the node; several users may name the same,
+    each has copies of their own there.
 
     Raises ShardError where the data set is missing, damaged or out of reach, and LaunchError where `stage_dir` has
     no room for it or cannot be written.
@@ -62,15 +70,16 @@ def stage(
     storage = open_storage(where)
     manifest = load_manifest(storage)
     raw = storage.read(MANIFEST_NAME)
-    folder = stage_dir / f"{_plain(manifest.where)}-{hashlib.sha256(raw).hexdigest()[:12]}"
+    folder = _home(stage_dir) / f"{_plain(manifest.where)}-{hashlib.sha256(raw).hexdigest()[:12]}"
     with _told(stage_dir):
         stage_dir.mkdir(parents=True, exist_ok=True)
         lock = _enter(folder)
     try:
         with _told(stage_dir):
+            os.pwrite(lock, _MARK, 0)
             folder.mkdir(exist_ok=True)
             with _copying(folder, manifest.where):
-                _sweep(stage_dir, folder)
+                _sweep(folder)
                 _copy(manifest, _files(manifest, set(splits)), folder, show_progress)
                 _write(folder, _File(MANIFEST_NAME, len(raw), hashlib.sha256(raw).hexdigest()), [raw], storage)
         yield folder
@@ -81,6 +90,10 @@ def stage(
 def _plain(where: str) -> str:
     """The last part of a path or URL, fit to name a folder."""
     return re.sub(r"[^\w.-]", "_", Path(where).absolute().name) or "shards"
+
+
+def _home(stage_dir: Path) -> Path:
+    return stage_dir / f"kfood-stage-{os.geteuid()}"
 
 
 @contextmanager
@@ -111,11 +124,24 @@ def _lock_path(folder: Path) -> Path:
 def _enter(folder: Path) -> int:
     """Share the folder's lock; returns its descriptor. Waits while another process removes the folder."""
     while True:
-        lock = os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(FileExistsError):
+            folder.parent.mkdir(0o700)
+        try:
+            _require_own(folder.parent)
+            lock = os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue  # the last one out has just removed the empty home
         fcntl.flock(lock, fcntl.LOCK_SH)
         if _is_at(lock, _lock_path(folder)):
             return lock
         os.close(lock)  # removed with the folder while this process waited for it
+
+
+def _require_own(home: Path) -> None:
+    # In a place like /tmp anybody could have made it, and would choose what is read from it.
+    status = home.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise LaunchError(f"{home} is no folder of this user", "name another --stage DIR, or read without --stage")
 
 
 def _is_at(lock: int, path: Path) -> bool:
@@ -126,11 +152,13 @@ def _is_at(lock: int, path: Path) -> bool:
 
 
 def _leave(folder: Path, lock: int) -> None:
-    """Give the lock back, and remove the folder if nobody else shares it."""
+    """Give the lock back, and remove the folder if nobody else shares it; the home too when nothing is left there."""
     _remove_unless_used(folder, lock)
     # Loader processes may have inherited the descriptor: closing it here alone would not free the lock.
     fcntl.flock(lock, fcntl.LOCK_UN)
     os.close(lock)
+    with suppress(OSError):  # others use it, or keep something there
+        folder.parent.rmdir()
 
 
 def _remove_unless_used(folder: Path, lock: int) -> None:
@@ -139,7 +167,7 @@ def _remove_unless_used(folder: Path, lock: int) -> None:
     except BlockingIOError:
         return
     if _is_at(lock, _lock_path(folder)):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_copy(folder)
         # The lock last: until then, who comes anew waits for it.
         if folder.exists():
             print(f"{folder} could not be removed whole; remove it by hand", flush=True)
@@ -147,16 +175,35 @@ def _remove_unless_used(folder: Path, lock: int) -> None:
             _lock_path(folder).unlink()
 
 
-def _sweep(stage_dir: Path, kept: Path) -> None:
-    """Remove what killed jobs left here of other data sets."""
-    for path in sorted(stage_dir.iterdir()):
-        if not _STAGED.fullmatch(path.name) or path == _lock_path(kept):
+def _remove_copy(folder: Path) -> None:
+    """Remove the files of a copy, and the folder unless something else is in it."""
+    with suppress(OSError):  # what stays is told by the caller
+        if not folder.is_symlink():
+            for path in folder.iterdir():
+                if _COPIED.fullmatch(path.name):
+                    path.unlink()
+            folder.rmdir()
+
+
+def _sweep(kept: Path) -> None:
+    """Remove what killed jobs of this user left of other data sets."""
+    for path in sorted(kept.parent.glob("*.lock")):
+        if path == _lock_path(kept):
             continue
         try:
-            lock = os.open(path, os.O_RDWR)
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
-            continue  # another user's, or just removed by the one who used it
-        _leave(path.with_suffix(""), lock)
+            continue  # just removed by the one who used it, or no file
+        if _is_marked(lock):
+            _leave(path.with_suffix(""), lock)
+        else:
+            os.close(lock)
+
+
+def _is_marked(lock: int) -> bool:
+    with suppress(OSError):
+        return os.pread(lock, len(_MARK) + 1, 0) == _MARK
+    return False
 
 
 @contextmanager
@@ -177,7 +224,8 @@ def _copying(folder: Path, where: str) -> Iterator[None]:
 def _copy(manifest: Manifest, files: Sequence[_File], folder: Path, show_progress: bool) -> None:
     """Copy the files that are not there whole; raises before the first where they do not fit."""
     for path in folder.glob(f"*{_PARTIAL}"):
-        path.unlink()  # of a process that was killed: nobody else copies here
+        if _COPIED.fullmatch(path.name):
+            path.unlink()  # of a process that was killed: nobody else copies here
     present = LocalStorage(folder).sizes(file.name for file in files)
     missing = [file for file in files if present[file.name] != file.bytes]
     num_bytes = sum(file.bytes for file in missing)

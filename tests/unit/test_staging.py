@@ -1,12 +1,15 @@
 """Staging: once per node, verified, cleaned; whatever is killed or broken."""
 
+import hashlib
 import math
 import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from faulty_server import FAULTS, serving
@@ -49,16 +52,22 @@ def quick(url, **options):
     return RemoteStorage(url, **{"num_tries": 3, "timeout_s": 0.3, "pause_s": 0.01} | options)
 
 
+def home(place):
+    """Where this user's copies lie."""
+    return place / f"kfood-stage-{os.geteuid()}"
+
+
 def copied(place):
     """The files under their final names, of the one data set that is staged."""
-    [folder] = [path for path in place.iterdir() if path.is_dir()]
+    [folder] = [path for path in home(place).iterdir() if path.is_dir()]
     return sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".npy"))
 
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_a_split_is_copied_used_and_removed(packed, server, place, remote):
     with stage(quick(server.url) if remote else packed, ["train"], place) as folder:
-        assert folder.parent == place
+        assert folder.parent == home(place)
+        assert home(place).stat().st_mode & 0o777 == 0o700
         assert sorted(p.name for p in folder.iterdir()) == sorted([".copying", "manifest.json", *FILES])
         split = open_split(folder, "train")
         split.require_files()
@@ -163,7 +172,7 @@ def kill_while_copying(server, place, monkeypatch):
 
 def test_what_a_killed_job_left_is_used_by_the_next(server, packed, place, monkeypatch):
     kill_while_copying(server, place, monkeypatch)
-    [folder] = [path for path in place.iterdir() if path.is_dir()]
+    [folder] = [path for path in home(place).iterdir() if path.is_dir()]
     (folder / "train-000002.tar.partial").write_bytes(b"half")
     (folder / "train-000000.tar").write_bytes(b"cut by a full disk")
     server.gets.clear()
@@ -175,21 +184,107 @@ def test_what_a_killed_job_left_is_used_by_the_next(server, packed, place, monke
     assert list(place.iterdir()) == []
 
 
-def test_what_a_killed_job_left_is_swept_when_another_set_comes(server, packed, place, tmp_path, monkeypatch):
+@pytest.fixture
+def other(tmp_path):
+    """Another data set."""
+    pack(write_folder(tmp_path / "source", {"한과/약과": 4}, first_seed=100), tmp_path / "other", OPTIONS)
+    return tmp_path / "other"
+
+
+def test_what_a_killed_job_left_is_swept_when_another_set_comes(server, packed, place, other, monkeypatch):
     kill_while_copying(server, place, monkeypatch)
-    (place / "not-ours").mkdir()
-    (place / "notes.lock").touch()
-    other = tmp_path / "other"
-    pack(write_folder(tmp_path / "source", {"한과/약과": 4}, first_seed=100), other, OPTIONS)
-    with stage(packed, ["test"], place / "elsewhere"), stage(other, ["train"], place) as folder:
-        assert sorted(path.name for path in place.iterdir()) == sorted(
-            [folder.name, f"{folder.name}.lock", "elsewhere", "not-ours", "notes.lock"]
-        )
+    with stage(other, ["train"], place) as folder:
+        assert sorted(home(place).iterdir()) == [folder, folder.with_name(f"{folder.name}.lock")]
         # What is in use stays.
         with stage(packed, ["test"], place):
             assert folder.exists()
             assert open_split(folder, "train").read(0)
-    assert sorted(path.name for path in place.iterdir()) == ["elsewhere", "not-ours", "notes.lock"]
+    assert list(place.iterdir()) == []
+
+
+def write_foreign(parent):
+    """A folder and a lock of somebody else, called as a copy of ours might be; and a lock alone."""
+    (parent / "experiment-3f2a9c1b7d4e").mkdir(parents=True)
+    (parent / "experiment-3f2a9c1b7d4e" / "train-000000.tar").write_bytes(b"months of work")
+    (parent / "experiment-3f2a9c1b7d4e.lock").touch()
+    (parent / "paper-0123456789ab.lock").write_text("1234\n")
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_what_others_keep_beside_the_copies_stays(packed, place):
+    write_foreign(place)
+    write_foreign(home(place))
+    before = everything(place)
+    with stage(packed, ["train"], place):
+        pass
+    assert everything(place) == before
+
+
+def test_what_somebody_put_into_a_copy_stays_and_is_told(packed, place, capsys):
+    with stage(packed, ["train"], place) as folder:
+        (folder / "notes.txt").write_text("mine")
+        (folder / "results.partial").touch()
+        (folder / "results").mkdir()
+        with stage(packed, ["test"], place):
+            pass
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "results", "results.partial"]
+    assert f"{folder} could not be removed whole; remove it by hand" in capsys.readouterr().out
+
+
+def test_a_copy_that_leads_elsewhere_is_not_followed(server, packed, place, other, tmp_path, monkeypatch):
+    kill_while_copying(server, place, monkeypatch)
+    [folder] = [path for path in home(place).iterdir() if path.is_dir()]
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    before = everything(tmp_path / "moved")
+    with stage(other, ["train"], place):
+        pass
+    assert everything(tmp_path / "moved") == before
+
+
+def stage_as(user, url, place, results):
+    os.setgid(user)
+    os.setuid(user)
+    with stage(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
+        results.put((folder, sum(isinstance(data, bytes) for data in open_split(folder, "train").read_many(range(18)))))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
+def test_users_who_share_a_place_do_not_meet(server, packed):
+    with tempfile.TemporaryDirectory() as shared:
+        place = Path(shared)
+        place.chmod(0o1777)
+        with stage(packed, ["train"], place) as ours:
+            results = FORK.Queue()
+            process = FORK.Process(target=stage_as, args=(12345, server.url, place, results))
+            process.start()
+            assert results.get(timeout=60) == (place / "kfood-stage-12345" / theirs_name(server), 18)
+            process.join(60)
+            assert process.exitcode == 0
+            assert len(open_split(ours, "train").read_many(range(18))) == 18
+        assert list(place.iterdir()) == []
+
+
+def theirs_name(server):
+    digest = hashlib.sha256(load_manifest(server.url).storage.read("manifest.json")).hexdigest()
+    return f"{server.url.rpartition('/')[2].replace(':', '_')}-{digest[:12]}"
+
+
+def test_a_folder_that_another_user_made_in_our_name_is_refused(packed, place, tmp_path, monkeypatch):
+    home(place).parent.mkdir(parents=True)
+    home(place).symlink_to(tmp_path)
+    with pytest.raises(LaunchError, match=r"kfood-stage-\d+ is no folder of this user → name another --stage DIR"):
+        stage(packed, ["train"], place).__enter__()
+    home(place).unlink()
+    home(place).mkdir()
+    theirs = os.stat_result((0o40777, *[0] * 3, os.geteuid() + 1, *[0] * 5))
+    monkeypatch.setattr("pathlib.Path.lstat", lambda path: theirs)
+    with pytest.raises(LaunchError, match=r"is no folder of this user"):
+        stage(packed, ["train"], place).__enter__()
+    assert list(home(place).iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", FAULTS)

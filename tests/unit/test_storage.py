@@ -14,6 +14,7 @@ import weakref
 
 import pytest
 from faulty_server import FAULTS, serving
+from page_cache import drop_pages, resident_share, settled
 from pictures import write_folder
 
 from kfood_dist.data.manifest import load_manifest
@@ -109,6 +110,27 @@ def test_a_disk_that_is_slow_is_read_by_several_threads_together(packed, monkeyp
     assert storage.read_ranges([(TAR, 100 * n, 10) for n in range(8)])
 
 
+def test_a_long_range_that_will_be_needed_comes_into_the_page_cache_whole(tmp_path):
+    """Longer than any usual read-ahead of a disk, which is all that the kernel reads at one word of advice."""
+    path = tmp_path / "long.tar"
+    path.write_bytes(os.urandom(1 << 20) * 64)
+    drop_pages(path)
+    at, size = (5 << 20) + 777, 48 << 20
+    LocalStorage(tmp_path).will_need([("none.tar", 0, 9), ("long.tar", at, size)])
+    assert settled(lambda: resident_share(path, at, size), 0.99) >= 0.99
+    assert resident_share(path, 0, 4 << 20) < 0.1, "and no more than was asked for"
+
+
+def test_who_says_what_will_be_needed_does_not_wait_for_the_disk(packed, monkeypatch):
+    """The kernel takes no further advice before the test has gone on."""
+    gone_on, advised = threading.Event(), threading.Event()
+    monkeypatch.setattr("os.posix_fadvise", lambda *words: gone_on.wait(20) and advised.set())
+    LocalStorage(packed).will_need([(TAR, 0, 10)])
+    assert not advised.is_set()
+    gone_on.set()
+    assert advised.wait(20)
+
+
 def test_what_is_not_there_or_not_installed_is_said_with_the_remedy(monkeypatch):
     with pytest.raises(ShardError, match="gopher:// is no protocol that fsspec knows → use a path"):
         open_storage("gopher://host/x")
@@ -140,6 +162,14 @@ assert not {{"fsspec", "aiohttp", "torch"}} & set(sys.modules)
 
 
 # --- http
+
+
+@pytest.mark.parametrize("rest", ["?X-Signature=s3cr3t", "/?a=1", "#s3cr3t", "?", "?x#y"])
+def test_a_url_with_more_than_a_folder_is_refused_without_repeating_it(rest):
+    told = r"https://host/set/? is followed by a query or fragment .* → give the folder's address alone; .* s3://"
+    with pytest.raises(ShardError, match=told) as error:
+        open_storage("https://host/set" + rest)
+    assert "s3cr3t" not in str(error.value)
 
 
 def test_a_url_gives_what_the_folder_gives(packed, server, local):
