@@ -1,4 +1,5 @@
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -302,6 +303,16 @@ def test_every_colour_becomes_the_jfif_standards():
     brightness = 0.299 * red + 0.587 * green + 0.114 * blue
     exact = np.stack([128 + 0.5 * (blue - brightness) / (1 - 0.114), 128 + 0.5 * (red - brightness) / (1 - 0.299)])
     assert np.abs(_colour(rgb) - exact.clip(0, 255)).max() <= 0.52
+
+
+def test_colour_takes_little_more_memory_than_its_result():
+    """A small box of a picture of 100 million pixels is decoded unscaled: in float32 that would be gigabytes."""
+    rgb = np.zeros((2000, 3000, 3), dtype=np.uint8)
+    tracemalloc.start()
+    result = _colour(rgb)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < result.nbytes + 2 * 2**20
 
 
 # --- brightness and colour by themselves
