@@ -33,6 +33,8 @@ _MEMORY = {
     "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
     "stage3_gather_16bit_weights_on_model_save",
 }  # fmt: skip
+# And of `offload_optimizer`: others of its keys split the state or bring an optimiser of DeepSpeed's own.
+_OFFLOAD = {"device", "pin_memory"}
 
 
 def config_path(recipe: Recipe) -> Path:
@@ -69,7 +71,7 @@ def deepspeed_config(
     ]
     faults += [
         f"{key} stands there, which says more than how memory is used"
-        for key in (*(set(strategy) - set(owned) - _HARMLESS), *(set(strategy["zero_optimization"]) - _MEMORY))
+        for key in sorted((set(strategy) - set(owned) - _HARMLESS) | (set(strategy["zero_optimization"]) - _MEMORY))
     ]
     stage = strategy.get("zero_optimization", {}).get("stage")
     if stage != recipe.train.zero_stage:
@@ -93,9 +95,13 @@ def deepspeed_config(
 def _offload_faults(section: dict[str, Any]) -> list[str]:
     """What may not be offloaded: all but optimiser state to the CPU at stages 2 and 3, seen to train alike."""
     tested = "our tests hold only optimiser state on the CPU at stages 2 and 3 to the losses without offload"
-    state = (section.get("offload_optimizer") or {}).get("device", "none")
-    weights = (section.get("offload_param") or {}).get("device", "none")
-    faults = []
+    offload = {name: section.get(name) or {} for name in ("offload_optimizer", "offload_param")}
+    if faults := [f"{name} is {said!r}, not a section" for name, said in offload.items() if not isinstance(said, dict)]:
+        return faults
+    state = offload["offload_optimizer"].get("device", "none")
+    weights = offload["offload_param"].get("device", "none")
+    untested = sorted(set(offload["offload_optimizer"]) - _OFFLOAD)
+    faults = [f"offload_optimizer.{key} stands there, and {tested}" for key in untested]
     if state not in ("none", "cpu") or (state == "cpu" and section.get("stage") == 1):
         faults.append(f"offload_optimizer to {state} at stage {section.get('stage')} stands there, and {tested}")
     if weights != "none":

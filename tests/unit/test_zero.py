@@ -50,6 +50,9 @@ def test_each_shipped_json_holds_memory_strategy_only(path: Path) -> None:
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer to nvme"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "to cpu at stage 1"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"super_offload": True}}}, "super_offload stands"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, "ratio stands"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu', not a section"),
         ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage is 3 there and train\.zero_stage is 2"),
     ],
 )
