@@ -8,6 +8,7 @@ ranks that way, is the one to hear a batch system that signals every process of 
 """
 
 import json
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,7 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def asked(self) -> bool:
-        return self._signalled or (self.is_main and self.file.exists())
+        return self._signalled or (self.is_main and os.path.exists(self.file))  # which never raises
 
     def obeyed(self) -> None:
         """Forget the request, so that the next start goes on."""
