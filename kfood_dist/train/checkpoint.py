@@ -174,7 +174,7 @@ def save(
 
 def add_validation(checkpoint: Checkpoint, scores: dict[str, float]) -> None:
     """Put what was measured later into a checkpoint's record. Raises CheckpointError if that cannot be written."""
-    record = checkpoint.record().model_copy(update={"validation": scores})
+    record = checkpoint.record().model_copy(update={"validation": Validation.model_validate(scores)})
     partial = checkpoint.folder / f".{STATE_FILE}.partial"
     try:
         partial.write_text(json.dumps(record.model_dump(), indent=2) + "\n", encoding="utf-8")
