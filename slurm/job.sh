@@ -10,7 +10,7 @@ missed="$(comm -13 <(echo "$at_submission") <(compgen -v SBATCH_ | sort) | xargs
 trap '' TERM  # meant for the training, which answers by ending; this shell has to be there then
 
 # One folder for all jobs of a user, in which staging shares copies and removes those of killed jobs.
-staging=(); [ -z "$KFOOD_SCRATCH" ] || staging=(--stage "$KFOOD_SCRATCH/kfood-$(id -un)")
+staging=(); [ -z "$KFOOD_SCRATCH" ] || staging=(--stage "$KFOOD_SCRATCH")
 
 # in_step COMMAND…: one task of it on each node. When the first has ended, the others get KFOOD_END_TOGETHER seconds.
 in_step() {
