@@ -36,7 +36,10 @@ CHANGEABLE = {
     "train.micro_batch_size", "train.gradient_accumulation_steps",
     "train.global_batch_size", "train.gradient_checkpointing", "train.zero_stage", "train.deepspeed_config",
     "train.stall_timeout_s", "train.max_skipped_steps", "run.dir", "run.log_every_steps",
+    "eval.every_steps", "eval.batch_size", "eval.max_new_tokens",
 }  # fmt: skip
+# What is measured is free until the first measurement: the best checkpoint is the best of one and the same.
+CHANGEABLE_UNMEASURED = {"eval.split", "eval.max_samples"}
 
 
 def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Plan:
@@ -140,18 +143,27 @@ def _require_same_recipe(recipe: Recipe) -> Recipe:
             f"{recipe.run.dir} has a checkpoint, but the recipe it was made with cannot be used ({error.what})",
             "put its recipe.yaml back, or set another run.dir",
         ) from None
-    before, now = _flat(last), _flat(recipe)
-    changed = [
-        f"{key} was {before[key]} and is now {now[key]}"
-        for key in now
-        if now[key] != before[key] and key not in CHANGEABLE and not key.startswith("eval.")
-    ]
-    if changed:
+    measured = checkpoint.best(recipe.run.dir / "checkpoints") is not None
+    if changed := forbidden_changes(last, recipe, measured):
         raise CheckpointError(
             f"{recipe.run.dir} holds a run of another recipe: {'; '.join(changed)}",
             "restore these settings to resume it, or set another run.dir",
         )
     return last
+
+
+def forbidden_changes(last: Recipe, recipe: Recipe, measured: bool) -> list[str]:
+    """What keeps `recipe` from going on with a run that was last started with `last`, in words.
+
+    `measured` tells whether a checkpoint of the run has a validation accuracy.
+    """
+    may_change = CHANGEABLE if measured else CHANGEABLE | CHANGEABLE_UNMEASURED
+    before, now = _flat(last), _flat(recipe)
+    return [
+        f"{key} was {before[key]} and is now {now[key]}"
+        for key in now
+        if now[key] != before[key] and key not in may_change
+    ]
 
 
 def require_same_base(newest: checkpoint.Checkpoint, found: str, base: str) -> None:
