@@ -31,12 +31,18 @@ PY
 mapfile -t at <<<"$found"
 
 queue() { sbatch --parsable --kill-on-invalid-dep=yes "${after[@]}" "${options[@]}" "$@" | cut -d';' -f1; }
-after=()
+after=() queued=()
+take_back() {
+  echo "stages: not all jobs could be queued; cancelling ${queued[*]:-none}" >&2
+  [ ${#queued[@]} -eq 0 ] || scancel "${queued[@]}"
+  exit 1
+}
+trap take_back ERR INT TERM
 for recipe in "$@"; do
-  trained=$(queue slurm/train.sbatch "$recipe")
+  trained=$(queue slurm/train.sbatch "$recipe"); queued+=("$trained")
   after=(--dependency="afterok:$trained")
   measured=$(queue --nodes=1 slurm/evaluate.sbatch --shards "${at[0]}" --model "${at[1]}" --adapter "${at[2]}/adapter" \
     --out "${at[2]}/tuned" --tensorboard "${at[2]}/tensorboard")
-  at=("${at[@]:3}")
+  queued+=("$measured") at=("${at[@]:3}")
   echo "$recipe: training is job $trained, measuring job $measured"
 done

@@ -19,8 +19,15 @@ def login(tmp_path: Path):
     queued = tmp_path / "queued"
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {queued}\nwc -l < {queued}\n')
-    sbatch.chmod(0o755)
+    queued.touch()
+    sbatch.write_text(
+        f'#!/bin/sh\n[ "$(wc -l < {queued})" != "$REFUSED_AFTER" ] || {{ echo no such partition >&2; exit 1; }}\n'
+        f'echo "$@" >> {queued}\nwc -l < {queued}\n'
+    )
+    scancel = tmp_path / "bin/scancel"
+    scancel.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/cancelled\n')
+    for command in (sbatch, scancel):
+        command.chmod(0o755)
 
     def run(*recipes: Path, modules: str = "", venv: str | Path = "", **variables: str) -> tuple[str, int, list[str]]:
         (tmp_path / "site.env").write_text(SITE.format(modules=modules, venv=venv))
@@ -30,8 +37,7 @@ def login(tmp_path: Path):
             env=dict(os.environ) | {"PATH": path, "KFOOD_SITE": str(tmp_path / "site.env")} | variables,
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
-        jobs = queued.read_text().splitlines() if queued.exists() else []
-        return done.stdout + done.stderr, done.returncode, jobs
+        return done.stdout + done.stderr, done.returncode, queued.read_text().splitlines()
 
     return run
 
@@ -65,6 +71,17 @@ def test_a_recipe_with_a_mistake_keeps_all_from_being_queued(login, tmp_path: Pa
     assert (status, jobs) == (2, [])
     assert "lora.ranks: no such key" in said and "stages: nothing was queued" in said
     assert "Traceback" not in said and "unbound" not in said
+
+
+@pytest.mark.parametrize(("taken", "cancelled"), [(0, None), (1, "1"), (4, "1 2 3 4")])
+def test_a_job_that_is_refused_takes_those_before_it_along(
+    login, tmp_path: Path, taken: int, cancelled: str | None
+) -> None:
+    said, status, jobs = login(*STAGES, REFUSED_AFTER=str(taken))
+    assert (status, len(jobs)) == (1, taken)
+    assert "no such partition" in said and f"not all jobs could be queued; cancelling {cancelled or 'none'}" in said
+    told = tmp_path / "cancelled"
+    assert (told.read_text().strip() if told.exists() else None) == cancelled
 
 
 def test_a_python_without_the_packages_keeps_all_from_being_queued(login, tmp_path: Path) -> None:
