@@ -18,13 +18,17 @@ _FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below Linux's ephemeral ports, which
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of a run. `address` and `port` are None for a single one, which finds a free port itself."""
+    """The machines of a run. `address` and `port` are None for a single one, which finds a free port itself.
+
+    `restarts` is how often the job went back to the queue.
+    """
 
     num_machines: int = 1
     machine_rank: int = 0
     address: str | None = None
     port: int | None = None
     why: str = ""
+    restarts: int = 0
 
     @property
     def is_head(self) -> bool:
@@ -44,6 +48,7 @@ class Cluster:
         """
         if "SLURM_JOB_ID" not in environment:
             return cls()
+        restarts = _number(environment, "SLURM_RESTART_COUNT", 0)
         if "SLURM_STEP_ID" not in environment:
             nodes = _number(environment, "SLURM_JOB_NUM_NODES", 1)
             if nodes > 1:
@@ -51,7 +56,7 @@ class Cluster:
                     f"this job has {nodes} nodes, but was started on this one alone",
                     "start it with `sbatch slurm/train.sbatch`, or put `srun --ntasks-per-node=1` in front",
                 )
-            return cls()
+            return cls(restarts=restarts)
         nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
         tasks = _number(environment, "SLURM_STEP_NUM_TASKS", nodes)
         if tasks != nodes:
@@ -60,7 +65,7 @@ class Cluster:
                 "use --ntasks-per-node=1: the launcher starts a process for each GPU itself",
             )
         if nodes == 1:
-            return cls()
+            return cls(restarts=restarts)
         name = first_host(environment.get("SLURM_STEP_NODELIST", ""))
         if name and resolves(name):
             address, why = name, "the job's first node"
@@ -72,7 +77,7 @@ class Cluster:
                 "make the node names resolve on all nodes, or start with `sbatch slurm/train.sbatch`",
             )
         port = _FIRST_PORT + _number(environment, "SLURM_JOB_ID", 0) % _NUM_PORTS
-        return cls(nodes, _number(environment, "SLURM_NODEID", 0), address, port, why)
+        return cls(nodes, _number(environment, "SLURM_NODEID", 0), address, port, why, restarts)
 
     @classmethod
     def here(cls) -> "Cluster":

@@ -1,11 +1,13 @@
 """One training process group per run directory.
 
-A POSIX record lock, because it ends with the process however that ends, and loader processes do not inherit it.
+A POSIX record lock, because it ends with the process however that ends, and loader processes do not inherit it. Where
+the process was on a node that was lost, a file server keeps it until it gives that node up.
 """
 
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 from kfood_dist.errors import LaunchError
 
 _NAME = ".lock"
+_AGAIN_S = 10
 
 
 @contextmanager
@@ -30,8 +33,15 @@ def hold(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def require_free(run_dir: Path) -> None:
-    """Raise LaunchError if another process trains in `run_dir`; take nothing."""
-    if os.path.exists(run_dir / _NAME):
-        with hold(run_dir):
-            pass
+def require_free(run_dir: Path, patience_s: float = 0) -> None:
+    """Raise LaunchError if another process trains in `run_dir`, and goes on to for `patience_s`; take nothing."""
+    until = time.monotonic() + patience_s
+    while os.path.exists(run_dir / _NAME):
+        try:
+            with hold(run_dir):
+                return
+        except LaunchError as error:
+            if time.monotonic() >= until:
+                raise
+            print(f"{error.what}; waiting", flush=True)
+            time.sleep(min(_AGAIN_S, patience_s))

@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, tiny_model: Path, tiny_sh
 
 
 def test_a_second_start_in_the_same_run_directory_is_refused(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(tmp_path, tiny_model, tiny_shards, zero_stage=0, max_steps=500)
     first = start(recipe, 1)
@@ -88,7 +88,17 @@ def test_a_second_start_in_the_same_run_directory_is_refused(
         time.sleep(0.05)
     output, _ = start(recipe, 1).communicate(timeout=120)
     assert "another process is training in" in output and "Traceback" not in output
+
+    # A job that Slurm started again may be kept out by its own last start, on a node that was lost.
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = start(recipe, 1)
+    assert again.stdout is not None
+    assert again.stdout.readline() == f"another process is training in {tmp_path / 'run'}; waiting\n"
     kill_after_step(first, tmp_path / "run", step=1)
+    assert again.stdout.readline().startswith("launch train: ")
+    again.kill()
+    again.communicate()
 
 
 def test_a_run_directory_of_another_recipe_is_refused(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:

@@ -53,6 +53,12 @@ def test_one_machine_is_a_cluster_of_one(changed: dict[str, str | None]) -> None
     assert read(**changed) == Cluster()
 
 
+@pytest.mark.parametrize("changed", [{}, {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_job_that_went_back_to_the_queue_knows_it(changed: dict[str, str | None]) -> None:
+    assert read(**changed).restarts == 0
+    assert read(SLURM_RESTART_COUNT="2", **changed).restarts == 2
+
+
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [

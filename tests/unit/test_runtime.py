@@ -12,7 +12,6 @@ from running import environment
 
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.runtime import World, require_folder_possible
-from kfood_dist.train.lock import require_free
 
 
 def test_a_process_started_alone_is_rank_0_of_1() -> None:
@@ -87,7 +86,3 @@ def test_an_output_folder_that_cannot_be_is_refused_with_the_remedy(tmp_path: Pa
     for folder, fault in ((tmp_path / "file" / "a", "is not a folder"), (tmp_path / ("x" * 300), "name too long")):
         with pytest.raises(KfoodError, match=f"--out .*(?i:{fault}).* → name another folder"):
             require_folder_possible(folder, "--out")
-
-
-def test_a_run_folder_that_cannot_be_is_not_in_use(tmp_path: Path) -> None:
-    require_free(tmp_path / ("x" * 300))
