@@ -89,10 +89,16 @@ def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm
     assert same(run, whole)
 
 
-def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make, whole: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [("--partition=low", "--signal=USR1@20"), ("--partition=cancel",)],
+    ids=["requeued, told by SIGUSR1", "cancelled, told by SIGTERM"],
+)
+def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make, whole: Path, how) -> None:
+    """Slurm tells a job that names no signal by SIGTERM, as it does all jobs without preempt_send_user_signal."""
     recipe = make()
     run = recipe.parent / "run"
-    job = slurm.sbatch(*JOB, "--partition=low", "--signal=USR1@20", SCRIPT, recipe, "--processes", "1")
+    job = slurm.sbatch(*JOB, *how, SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 2)
     slurm.pause(job)
     other = slurm.sbatch(*JOB, "--partition=high", "--wrap", "sleep 1")
