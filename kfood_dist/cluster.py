@@ -8,27 +8,28 @@ The only reader of Slurm's variables.
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kfood_dist.errors import LaunchError
 
+# By default an NFSv4 server of Linux gives up a client after 90 s, Lustre's after some 100 s; and torchrun on the job's
+# other nodes waits ten minutes for this one.
+RESTART_PATIENCE_S = 300
+_AGAIN_S = 10
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below Linux's ephemeral ports, which start at 32768
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of a run. `address` and `port` are None for a single one, which finds a free port itself.
-
-    `restarts` is how often the job went back to the queue.
-    """
+    """The machines of a run. `address` and `port` are None for a single one, which finds a free port itself."""
 
     num_machines: int = 1
     machine_rank: int = 0
     address: str | None = None
     port: int | None = None
     why: str = ""
-    restarts: int = 0
 
     @property
     def is_head(self) -> bool:
@@ -48,7 +49,6 @@ class Cluster:
         """
         if "SLURM_JOB_ID" not in environment:
             return cls()
-        restarts = _number(environment, "SLURM_RESTART_COUNT", 0)
         if "SLURM_STEP_ID" not in environment:
             nodes = _number(environment, "SLURM_JOB_NUM_NODES", 1)
             if nodes > 1:
@@ -56,7 +56,7 @@ class Cluster:
                     f"this job has {nodes} nodes, but was started on this one alone",
                     "start it with `sbatch slurm/train.sbatch`, or put `srun --ntasks-per-node=1` in front",
                 )
-            return cls(restarts=restarts)
+            return cls()
         nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
         tasks = _number(environment, "SLURM_STEP_NUM_TASKS", nodes)
         if tasks != nodes:
@@ -65,7 +65,7 @@ class Cluster:
                 "use --ntasks-per-node=1: the launcher starts a process for each GPU itself",
             )
         if nodes == 1:
-            return cls(restarts=restarts)
+            return cls()
         name = first_host(environment.get("SLURM_STEP_NODELIST", ""))
         if name and resolves(name):
             address, why = name, "the job's first node"
@@ -77,12 +77,28 @@ class Cluster:
                 "make the node names resolve on all nodes, or start with `sbatch slurm/train.sbatch`",
             )
         port = _FIRST_PORT + _number(environment, "SLURM_JOB_ID", 0) % _NUM_PORTS
-        return cls(nodes, _number(environment, "SLURM_NODEID", 0), address, port, why, restarts)
+        return cls(nodes, _number(environment, "SLURM_NODEID", 0), address, port, why)
 
     @classmethod
     def here(cls) -> "Cluster":
         """The cluster this process is part of. Raises LaunchError."""
         return cls.from_environment(os.environ, expand_first, can_resolve)
+
+
+def outlast(take: Callable[[], bool], what: str) -> bool:
+    """Whether `take` has got a lock. In a job that was started again it is tried for RESTART_PATIENCE_S, else once.
+
+    Such a job may be kept out by its own last start: on a node that was lost, whose locks a file server keeps until it
+    gives the node up. `what` is said meanwhile.
+    """
+    patience_s = RESTART_PATIENCE_S if _number(os.environ, "SLURM_RESTART_COUNT", 0) else 0
+    until = time.monotonic() + patience_s
+    while not take():
+        if time.monotonic() >= until:
+            return False
+        print(f"{what}; waiting", flush=True)
+        time.sleep(_AGAIN_S)
+    return True
 
 
 def expand_first(node_list: str) -> str | None:

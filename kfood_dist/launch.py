@@ -30,9 +30,6 @@ from kfood_dist.train.preflight import preflight
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "accelerate"
 DEFAULT_CPU_PROCESSES = 2
-# How long a job that is started again waits for the lock of a node it lost. By default Linux gives up an NFSv4 client
-# after 90 s and Lustre one after some 100 s; torchrun on the job's other nodes waits ten minutes.
-RESTART_PATIENCE_S = 300
 ALONE = Cluster()
 
 
@@ -175,7 +172,7 @@ def train(args: argparse.Namespace) -> int:
         if not newest(start.recipe.run.dir / "checkpoints"):
             require_adapter(start.recipe)  # now, as the recipe before this one may have made it
         if cluster.is_head:
-            require_free(start.recipe.run.dir, RESTART_PATIENCE_S if cluster.restarts else 0)
+            require_free(start.recipe.run.dir)
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
         command = accelerate_command(start.launch, start.verb, cluster)

@@ -1,8 +1,11 @@
 """What a Slurm job's variables say about its machines; a pure function, so every layout can be tried."""
 
+from collections.abc import Callable
+
 import pytest
 
-from kfood_dist.cluster import Cluster
+from kfood_dist import cluster
+from kfood_dist.cluster import RESTART_PATIENCE_S, Cluster, outlast
 from kfood_dist.errors import LaunchError
 
 STEP = {
@@ -53,12 +56,6 @@ def test_one_machine_is_a_cluster_of_one(changed: dict[str, str | None]) -> None
     assert read(**changed) == Cluster()
 
 
-@pytest.mark.parametrize("changed", [{}, {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}])
-def test_a_job_that_went_back_to_the_queue_knows_it(changed: dict[str, str | None]) -> None:
-    assert read(**changed).restarts == 0
-    assert read(SLURM_RESTART_COUNT="2", **changed).restarts == 2
-
-
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
@@ -70,3 +67,33 @@ def test_a_job_that_went_back_to_the_queue_knows_it(changed: dict[str, str | Non
 def test_a_wrong_layout_is_refused(changed: dict[str, str | None], complaint: str) -> None:
     with pytest.raises(LaunchError, match=complaint):
         read(**changed)
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds slept so far, none of which pass."""
+    slept: list[float] = []
+    clock = type("Clock", (), {"sleep": slept.append, "monotonic": lambda: sum(slept)})
+    monkeypatch.setattr(cluster, "time", clock)
+    return slept
+
+
+def succeeds_at(turn: int) -> Callable[[], bool]:
+    turns = iter(range(1, turn + 1))
+    return lambda: next(turns) == turn
+
+
+def test_a_lock_is_tried_once(waited: list[float]) -> None:
+    assert outlast(succeeds_at(1), "held") and not outlast(succeeds_at(2), "held")
+    assert waited == []
+
+
+def test_a_job_that_was_started_again_outlasts_the_lock_of_a_lost_node(
+    waited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert outlast(succeeds_at(4), "it is held")
+    assert waited == [10, 10, 10]
+    assert capsys.readouterr().out == "it is held; waiting\n" * 3
+    assert not outlast(lambda: False, "it is held")
+    assert sum(waited) - 30 == RESTART_PATIENCE_S == 300

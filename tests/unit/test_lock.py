@@ -1,15 +1,13 @@
-"""One run to a directory, and how long a job waits for it."""
+"""One run to a directory."""
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kfood_dist.errors import LaunchError
-from kfood_dist.train import lock
 from kfood_dist.train.lock import hold, require_free
 
 HOLD = """
@@ -38,30 +36,6 @@ def test_a_directory_in_use_is_refused_at_once(other: subprocess.Popen[str], tmp
             take(tmp_path)
     other.communicate("")
     require_free(tmp_path)
-
-
-def test_who_has_patience_goes_on_when_the_other_has_ended(
-    other: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    waited: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        waited.append(seconds)
-        if len(waited) == 3:
-            other.kill()
-            other.wait()
-
-    monkeypatch.setattr(lock, "time", type("Clock", (), {"sleep": sleep, "monotonic": lambda: sum(waited)}))
-    require_free(tmp_path, patience_s=300)
-    assert waited == [10, 10, 10]
-    assert f"another process is training in {tmp_path}; waiting" in capsys.readouterr().out
-
-
-def test_patience_ends(other: subprocess.Popen[str], tmp_path: Path) -> None:
-    began = time.monotonic()
-    with pytest.raises(LaunchError, match="another process is training"):
-        require_free(tmp_path, patience_s=0.5)
-    assert time.monotonic() - began >= 0.5
 
 
 def test_a_directory_that_cannot_be_is_not_in_use(tmp_path: Path) -> None:

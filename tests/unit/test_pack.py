@@ -412,6 +412,16 @@ def test_the_same_part_is_not_packed_twice_at_a_time(source, tmp_path, part, par
     assert pack(source, tmp_path / "out", SMALL).manifest
 
 
+def test_a_packer_that_slurm_started_again_waits_for_the_lock_of_a_lost_node(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (tmp_path / ".out.partial").mkdir()
+    with open(tmp_path / ".out.partial" / "part-1-of-1.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr("kfood_dist.cluster.time.sleep", lambda seconds: fcntl.flock(lock, fcntl.LOCK_UN))
+        assert pack(source, tmp_path / "out", SMALL).manifest
+    assert f"another process is writing {tmp_path / 'out'}; waiting" in capsys.readouterr().out
+
+
 def test_only_one_packer_puts_the_shards_together(source, tmp_path, capsys):
     (tmp_path / ".out.partial").mkdir()
     with open(tmp_path / ".out.partial" / "merge.lock", "w") as lock:

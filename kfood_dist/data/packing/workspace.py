@@ -19,9 +19,10 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+from kfood_dist.cluster import outlast
 from kfood_dist.data.manifest import MANIFEST_NAME
 from kfood_dist.errors import KfoodError, SourceError
 
@@ -64,10 +65,10 @@ def work_folder(out: Path, part: int, parts: int) -> Iterator[Path]:
     work = _work_of(out)
     with writing(out):
         (work / "chunks").mkdir(parents=True, exist_ok=True)
-        with _locked(work / f"part-{part}-of-{parts}.lock") as mine:
-            if not mine:
-                what = f"part {part} of {parts} of {out}" if parts > 1 else f"{out}"
-                raise SourceError(f"another process is writing {what}", "wait for it, or choose another OUT")
+        with _lockable(work / f"part-{part}-of-{parts}.lock") as lock:
+            what = f"another process is writing {f'part {part} of {parts} of {out}' if parts > 1 else out}"
+            if not outlast(lock, what):
+                raise SourceError(what, "wait for it, or choose another OUT")
             try:
                 yield work
             finally:
@@ -78,8 +79,8 @@ def work_folder(out: Path, part: int, parts: int) -> Iterator[Path]:
 @contextmanager
 def merging(work: Path) -> Iterator[bool]:
     """Whether this process is the one that may put the shards together, for as long as the block lasts."""
-    with _locked(work / "merge.lock") as mine:
-        yield mine
+    with _lockable(work / "merge.lock") as lock:
+        yield lock()
 
 
 def shard_folder(work: Path, shards: str) -> Path:
@@ -171,10 +172,11 @@ def _take_over(other: Path, mine: Path, take: Callable[[Path, Path], None]) -> N
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _lockable(path: Path) -> Iterator[Callable[[], bool]]:
+    """What tries to lock a file, which is then held for as long as the block lasts."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        yield _lock(descriptor, path)
+        yield partial(_lock, descriptor, path)
     finally:
         os.close(descriptor)
 
