@@ -1,4 +1,4 @@
-"""The real 3B shape with random weights on one card: it trains in 4 bits, resumes, and what it costs is recorded.
+"""The real 3B shape with random weights on one card: it trains and resumes at every stage, and what it costs is kept.
 
 Skipped where there is no GPU. `KFOOD_GPU_REPORT=FILE` keeps the figures, one JSON line per variant. On a machine
 without a GPU the same code runs on a model of tiny sizes with `KFOOD_GPU_REHEARSAL=1`, to know that it would work.
@@ -15,12 +15,17 @@ import pytest
 import torch
 from running import metrics, train, write_recipe
 
+from kfood_dist.config import load_recipe
 from kfood_dist.practice.tiny_model import build_config, preprocessor_settings, train_tokenizer
 
 REHEARSAL = os.environ.get("KFOOD_GPU_REHEARSAL") == "1"
 SHAPE = Path(__file__).resolve().parents[1] / "unit" / "qwen2_5_vl_3b.json"
 STEPS = 20
-VARIANTS = [(0, True), (0, False), (2, True), (2, False)]  # ZeRO stage (0: without DeepSpeed), recomputation
+# ZeRO stage (0: without DeepSpeed), the base's weights, whether activations are recomputed.
+VARIANTS = [
+    *((stage, weights, True) for weights in ("nf4", "none") for stage in range(4)),
+    *((stage, "nf4", False) for stage in (0, 2)),
+]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,10 +61,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: f"zero{v[0]}-{'recompute' if v[1] else 'keep'}")
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: f"zero{v[0]}-{v[1]}-{'recompute' if v[2] else 'keep'}")
 def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Iterator[Path]:
     """Twenty steps of 32 samples with one variant; its checkpoint at step 10 is kept."""
-    stage, recompute = request.param
+    stage, weights, recompute = request.param
     folder = tmp_path_factory.mktemp("variant")
     section = {
         "micro_batch_size": 4 if REHEARSAL else 16,
@@ -69,17 +74,19 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shar
         "zero_stage": stage,
         "gradient_checkpointing": recompute,
     }
-    recipe = write_recipe(folder / "recipe.yaml", base, tiny_shards, optim={"learning_rate": 1e-4}, train=section)
+    sections = {"model": {"quantization": weights}, "optim": {"learning_rate": 1e-4}}
+    recipe = write_recipe(folder / "recipe.yaml", base, tiny_shards, **sections, train=section)
     train(recipe, 1, gpu=True)
     yield folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_it_trains_in_4_bits_and_says_what_it_cost(run: Path) -> None:
+def test_it_trains_and_says_what_it_cost(run: Path) -> None:
     facts, rows = json.loads((run / "run.json").read_text()), metrics(run)
+    weights = load_recipe(run / "recipe.yaml").model.quantization
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert set(facts["linear_layers"]["model.language_model"]) == {"Linear4bit"}
+    assert set(facts["linear_layers"]["model.language_model"]) == {"Linear4bit" if weights == "nf4" else "Linear"}
     assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
     assert facts["parameter_dtypes"]["model.visual"] == ["bfloat16"]
     if not REHEARSAL:  # the tiny model's smallest adapters keep 32-bit moments
