@@ -1,5 +1,4 @@
 # Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; staging, in_step and put_back are for them.
-[ -f slurm/job.sh ] || { echo "slurm: start sbatch from the checkout's own folder, not from $PWD" >&2; exit 2; }
 at_submission="$(compgen -v SBATCH_ | sort)"  # a job inherits what sbatch saw
 source slurm/site.sh
 missed="$(comm -13 <(echo "$at_submission") <(compgen -v SBATCH_ | sort) | xargs)"

@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,6 +49,10 @@ class MiniSlurm:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "KFOOD_SITE": str(folder / "site.env"),
         }
+
+    def version(self) -> tuple[int, ...]:
+        """Slurm's own, such as (22, 5)."""
+        return tuple(map(int, self.run("sbatch", "--version").split()[1].split(".")[:2]))
 
     def start(self) -> None:
         self._start("slurmctld", "slurmctld", "-D")
@@ -116,15 +120,16 @@ class MiniSlurm:
         assert not check or done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout.strip()
 
-    def sbatch(self, *words: str | Path, sourced: bool = True) -> str:
+    def sbatch(self, *words: str | Path, sourced: bool = True, unset: Sequence[str] = ()) -> str:
         """Submit from the checkout as a user does, by default after `source site.env`; returns the job's id.
 
-        Its log goes to the folder.
+        Without the variables `unset`. Its log goes to the folder.
         """
         log = f"--output={self.folder}/%A_%a.log" if any("array" in str(w) for w in words) else self._log("%j")
         source = 'source "$KFOOD_SITE" && ' if sourced else ""
+        without = " ".join(f"-u {name}" for name in unset)
         done = subprocess.run(
-            ["bash", "-c", f'{source}sbatch "$@"', "bash", "--parsable", log, *map(str, words)],
+            ["bash", "-c", f'{source}env {without} sbatch "$@"', "bash", "--parsable", log, *map(str, words)],
             capture_output=True, text=True, env=self.environment, cwd=ROOT, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -102,10 +102,14 @@ def test_what_sbatch_did_not_see_is_told(slurm: MiniSlurm, set_site, pictures: P
 
 
 def test_cores_come_with_the_gpus(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
-    """A job that asks for no GPU after all, as a packer does, runs with one core."""
+    """A packer asks for no GPU, and for its cores by itself; where it does not, it has one if Slurm takes it at all."""
+    per_gpu = ("SBATCH_CPUS_PER_GPU", "SBATCH_MEM_PER_GPU")
     set_site(SBATCH_GRES="gpu:2", SBATCH_CPUS_PER_GPU=1)
     words = ("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")
-    for more, cores in ((), "2"), (("--gres=none",), "1"):
-        job = slurm.sbatch(*more, *words)
+    cases = [((), (), "2"), (("--gres=none", "--cpus-per-task=2"), per_gpu, "2")]
+    if slurm.version() < (23, 2):
+        cases.append((("--gres=none",), (), "1"))
+    for more, unset, cores in cases:
+        job = slurm.sbatch(*more, *words, unset=unset)
         facts = slurm.wait(f"{job}_1")
         assert (facts["JobState"], facts["NumCPUs"]) == ("COMPLETED", cores), slurm.log(f"{job}_1")

@@ -1,4 +1,7 @@
-"""slurm/stages.sh queues all or nothing. An sbatch that only writes down what it was given stands for Slurm."""
+"""slurm/stages.sh queues all or nothing. An sbatch that only writes down what it was given stands for Slurm.
+
+And what the scripts of the jobs say where they cannot begin.
+"""
 
 import os
 import subprocess
@@ -10,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = sorted((ROOT / "launch/recipes/stages").glob("*.yaml"))
-SITE = 'KFOOD_MODULES="{modules}"\nKFOOD_VENV="{venv}"\nKFOOD_CONTAINER=""\n'
+SITE = [line for line in (ROOT / "slurm/site.env.example").read_text().splitlines() if line.startswith("KFOOD_")]
 
 
 @pytest.fixture
@@ -29,8 +32,11 @@ def login(tmp_path: Path):
     for command in (sbatch, scancel):
         command.chmod(0o755)
 
-    def run(*recipes: Path, modules: str = "", venv: str | Path = "", **variables: str) -> tuple[str, int, list[str]]:
-        (tmp_path / "site.env").write_text(SITE.format(modules=modules, venv=venv))
+    def run(
+        *recipes: Path, modules: str = "", venv: str | Path = "", lacks: str = "none", **variables: str
+    ) -> tuple[str, int, list[str]]:
+        site = [*SITE, f'KFOOD_MODULES="{modules}"', f'KFOOD_VENV="{venv}"']
+        (tmp_path / "site.env").write_text("\n".join(line for line in site if not line.startswith(lacks)) + "\n")
         path = f"{sbatch.parent}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", str(ROOT / "slurm/stages.sh"), "--nodes=2", "--", *map(str, recipes)],
@@ -99,3 +105,19 @@ def test_modules_and_environment_are_those_of_the_jobs(login, tmp_path: Path) ->
     said, status, jobs = login(*STAGES, modules="python/3.12", venv=named, **module)
     assert (status, len(jobs)) == (0, 6), said
     assert (tmp_path / "asked").read_text() == "load python/3.12\n"
+
+
+def test_a_site_that_lacks_a_line_is_told_which(login, tmp_path: Path) -> None:
+    said, status, jobs = login(*STAGES, lacks="KFOOD_NODE_TIMEOUT")
+    assert (status, jobs) == (2, [])
+    assert f"{tmp_path}/site.env does not set KFOOD_NODE_TIMEOUT → copy its line from slurm/site.env.example" in said
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_a_job_submitted_from_elsewhere_says_so(script: Path, tmp_path: Path) -> None:
+    """Slurm runs a copy of the script, in the folder that sbatch was called from."""
+    copy = tmp_path / "slurm_script"
+    copy.write_text(script.read_text())
+    done = subprocess.run(["bash", str(copy)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"start sbatch from the checkout's own folder, not from {tmp_path}" in done.stderr
