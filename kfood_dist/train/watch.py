@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kfood_dist.runtime import World
 
 # A watcher that itself was away for so many of its pauses knows nothing of the others, and begins anew.
 _STOOD_STILL = 3
+_DUMP_TIMEOUT_S = 5
 
 
 @dataclass
@@ -97,23 +99,26 @@ class Watch:
             if stalled := blame(self._ranks, self.timeout_s, time.monotonic()):
                 self._end_job(stalled)
 
-    def _exchange(self, store: Any) -> None:
+    def _exchange(self, opened: Any) -> None:
         """Tell and hear beats for ever; a thread of its own, since a rank 0 that froze answers no call to its store."""
-        keys, tick = [str(rank) for rank in range(self.world.size)], 0
+        keys, tick, store = [str(rank) for rank in range(self.world.size)], 0, opened
         while not self._ended.wait(self._pause_s):
             tick += 1
             try:
+                store = store or _connect(opened.host, opened.port)
                 store.set(str(self.world.rank), json.dumps([*self._beat, tick]))
                 said = store.multi_get(keys) if store.check(keys) else []  # [] until all have been there once
-            except RuntimeError:  # rank 0 has gone; the next collective, or the watch, will tell
-                return
+            except RuntimeError:  # a connection broke; or rank 0 has gone, and the next collective will tell
+                store = None
+                continue
             for i, words in enumerate(said):
                 if i != self.world.rank:
                     self._ranks[i].update(*json.loads(words))
 
     def _end_job(self, stalled: list[str]) -> None:
-        with open(self.run_dir / f"stalled-rank-{self.world.rank:05d}.txt", "w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        # In a thread, since the disk may be what everything waits for.
+        dumping = threading.Thread(target=self._dump_stacks, daemon=True)
+        dumping.start()
         answering = [i for i, rank in enumerate(self._ranks) if time.monotonic() - rank.answered < self.timeout_s / 2]
         if self.world.rank == min(answering):
             what = f"no progress for {self.timeout_s:g} s: {'; '.join(stalled)}"
@@ -121,7 +126,15 @@ class Watch:
             print(f"{what} → {remedy}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # let that rank speak before the launcher ends it for this one's sake
+        dumping.join(_DUMP_TIMEOUT_S)
         os._exit(1)  # the main thread waits in a collective, where no exception reaches it
+
+    def _dump_stacks(self) -> None:
+        with (
+            suppress(OSError),
+            open(self.run_dir / f"stalled-rank-{self.world.rank:05d}.txt", "w", encoding="utf-8") as file,
+        ):
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _open_store(world: World) -> Any:
@@ -131,4 +144,10 @@ def _open_store(world: World) -> Any:
     host = os.environ["MASTER_ADDR"]
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.is_main else None
     port = world.share(store.port if store else None)[0]
-    return store or TCPStore(host, port, is_master=False, wait_for_workers=False)
+    return store or _connect(host, port)
+
+
+def _connect(host: str, port: int) -> Any:
+    from torch.distributed import TCPStore
+
+    return TCPStore(host, port, is_master=False, wait_for_workers=False)

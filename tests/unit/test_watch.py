@@ -1,10 +1,18 @@
 """Who is to blame when nothing moves, and that a single process is watched too."""
 
+import json
+import os
 import subprocess
 import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
-from kfood_dist.train.watch import Seen, blame
+import pytest
+from torch.distributed import TCPStore
+
+from kfood_dist.runtime import World
+from kfood_dist.train.watch import Seen, Watch, blame
 
 NOW = 1000.0
 
@@ -36,8 +44,8 @@ def test_when_all_wait_at_the_same_place_that_is_said() -> None:
     assert blame([seen(12, 61), seen(12, 61)], 60, NOW) == ["all ranks wait at step 7"]
 
 
-def test_a_single_process_that_stalls_is_ended_with_its_stack(tmp_path: Path) -> None:
-    code = f"""
+STALLS = """
+import sys
 import time
 from pathlib import Path
 from kfood_dist.runtime import World
@@ -46,7 +54,7 @@ from kfood_dist.train.watch import Watch
 def stuck():
     time.sleep(60)
 
-watch = Watch(World(), 1.0, Path({str(tmp_path)!r}))
+watch = Watch(World(), 1.0, Path(sys.argv[1]))
 watch.start()
 for _ in range(15):
     watch.beat("the small steps")
@@ -54,7 +62,41 @@ for _ in range(15):
 watch.beat("the long one")
 stuck()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize("disk", ["sound", "gone", "hanging"])
+def test_a_single_process_that_stalls_is_ended_with_its_stack_where_that_can_be_written(
+    tmp_path: Path, disk: str
+) -> None:
+    run_dir = tmp_path / "gone" if disk == "gone" else tmp_path
+    stacks = tmp_path / "stalled-rank-00000.txt"
+    if disk == "hanging":
+        os.mkfifo(stacks)  # opening it waits for a reader, as a file system that went away does
+    done = subprocess.run(
+        [sys.executable, "-c", STALLS, str(run_dir)], capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 1
     assert "no progress for 1 s: rank 0 stays at the long one → look at" in done.stderr
-    assert " in stuck" in (tmp_path / "stalled-rank-00000.txt").read_text()
+    assert disk != "sound" or " in stuck" in stacks.read_text()
+
+
+def test_a_connection_that_breaks_is_made_again(tmp_path: Path) -> None:
+    """Or the other ranks would take this one for silent, and end a run in which all is well."""
+    hosted = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    hosted.set("0", '[5, "step 5", 5]')
+    watch = Watch(World(rank=1, size=2, local_rank=1), 0.5, tmp_path)
+    watch.beat("step 1")
+
+    class Broken:
+        host, port = hosted.host, hosted.port
+
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+    exchange = threading.Thread(target=watch._exchange, args=(Broken(),), daemon=True)
+    exchange.start()
+    hosted.wait(["1"], timedelta(seconds=20))
+    watch.stop()
+    exchange.join(20)
+    assert not exchange.is_alive()
+    assert json.loads(hosted.get("1"))[:2] == [1, "step 1"]
