@@ -8,6 +8,7 @@ holds a number of its own: image size, lengths, prompt and model name all come f
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -16,11 +17,15 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kfood_dist.errors import RecipeError
+from kfood_dist.runtime import write_whole
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+# With a leading `~` expanded, which a shell does not do after `=`; one of an unknown user stays, as in a shell.
+Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+FolderOrName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
@@ -30,14 +35,14 @@ class Section(BaseModel):
 
 
 class MixedIn(Section):
-    shards: str = Field(min_length=1, description="folder or URL of a further packed data set")
+    shards: FolderOrName = Field(description="folder or URL of a further packed data set")
     weight: float = Field(
         1.0, gt=0, le=1000, description="how often its pictures are drawn for each time one of data.shards is"
     )
 
 
 class Data(Section):
-    shards: str = Field(min_length=1, description="folder or URL that `kfood pack` wrote")
+    shards: FolderOrName = Field(description="folder or URL that `kfood pack` wrote")
     mix: tuple[MixedIn, ...] = Field((), description="further data sets to train on: `- {shards: DIR, weight: 0.5}`")
     class_balance: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="0 draws every picture alike, 1 every class; between, a class of n in proportion to n^(1 - it)"
@@ -65,7 +70,7 @@ class Data(Section):
 
 
 class Model(Section):
-    base: str = Field(min_length=1, description="local folder or hub name of a Qwen2.5-VL")
+    base: FolderOrName = Field(description="local folder or hub name of a Qwen2.5-VL")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NF4 with double quantisation, or none")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16",
@@ -73,7 +78,7 @@ class Model(Section):
         "keeps the vision tower in float32",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
-    adapter: Path | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
+    adapter: Folder | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
 
 
 class Lora(Section):
@@ -116,7 +121,7 @@ class Train(Section):
         600.0, description="a rank that makes no progress for so long ends the run and is named"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage; 0 trains without DeepSpeed")
-    deepspeed_config: Path | None = Field(None, description="memory strategy; default ds_configs/zero<stage>.json")
+    deepspeed_config: Folder | None = Field(None, description="memory strategy; default ds_configs/zero<stage>.json")
     max_skipped_steps: int = Field(
         10, ge=0, description="steps in a row whose loss or gradient may fail to be finite before the run stops"
     )
@@ -132,9 +137,7 @@ class Eval(Section):
 
 
 class Run(Section):
-    dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
-        description="run directory: recipe, metrics, TensorBoard, checkpoints, adapter"
-    )
+    dir: Folder = Field(description="run directory: recipe, metrics, TensorBoard, checkpoints, adapter")
     log_every_steps: Count = Field(1, description="steps between console lines")
 
 
@@ -192,10 +195,11 @@ def _checked(model: type[_Section], tree: dict[str, Any], faults: list[str], tit
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe, every default included, as YAML that `load_recipe` reads back."""
-    path.write_text(
-        yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False), encoding="utf-8"
-    )
+    """Write the resolved recipe, every default included, as YAML that `load_recipe` reads back.
+
+    Raises CheckpointError where it cannot be written; what was there before is whole then.
+    """
+    write_whole(path, yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False))
 
 
 def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
 
 # Where our launcher puts its process id, for the ranks it starts.
 LAUNCHER_PID = "KFOOD_LAUNCHER_PID"
@@ -101,6 +101,24 @@ def lost_a_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank ended, as gloo and NCCL put it."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
     return any(word in str(error) for word in words)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put `text` in the place of a file of the run directory, so that a kill leaves the old one or the new one.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror})", "make room there, or make it writable"
+        ) from None
 
 
 def require_folder_possible(folder: Path | None, option: str) -> None:

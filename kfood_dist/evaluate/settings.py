@@ -20,6 +20,7 @@ from kfood_dist import config
 from kfood_dist.config import Data, Eval, Model, Recipe
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.errors import ModelError, RecipeError
+from kfood_dist.model.base import base_folder
 
 DATA_KEYS = ("system", "prompt", "image_size", "max_length")
 MODEL_KEYS = ("quantization", "precision", "attention")
@@ -122,17 +123,9 @@ def _require_no_contradiction(recipe: Recipe, facts: dict[str, Any], chosen: set
 
 def base_fingerprint(base: str) -> str | None:
     """What identifies a base model's files, as a SHA-256 in hex; None if they are not on this machine."""
-    folder = Path(base).expanduser()
-    if not folder.is_dir():
-        import huggingface_hub
-
-        try:
-            cached = huggingface_hub.try_to_load_from_cache(base, "config.json")
-        except ValueError:  # not a hub name; `require_base` says so
-            return None
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
+    folder = base_folder(base)
+    if folder is None:
+        return None
     return _fingerprint(sorted(file for pattern in _BASE_FILES for file in folder.glob(pattern)))
 
 

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import math
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ HUB_TIMEOUT_S = 5.0
 
 def require_base(base: str) -> None:
     """Raise ModelError, within seconds, unless `base` is a complete local folder or a reachable hub name."""
-    folder = Path(base).expanduser()
+    folder = Path(base)
     if folder.is_dir():
         _require_files(folder)
     elif folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
@@ -67,12 +68,14 @@ def _require_on_hub(name: str) -> None:
 
 def base_folder(base: str) -> Path | None:
     """Where the files of `base` lie on this machine: its folder, or that of the hub's cache; None if not here yet."""
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        return folder
+    if os.path.isdir(base):
+        return Path(base)
     import huggingface_hub
 
-    cached = huggingface_hub.try_to_load_from_cache(base, "config.json")
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(base, "config.json")
+    except ValueError:  # not a hub name; `require_base` says so
+        return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 

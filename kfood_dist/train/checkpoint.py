@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from kfood_dist.data.tars import file_sha256
 from kfood_dist.errors import CheckpointError
-from kfood_dist.runtime import World
+from kfood_dist.runtime import World, write_whole
 
 FORMAT_VERSION = 2
 MARKER = "COMPLETE"
@@ -131,14 +131,15 @@ def save(
     `state` is what `Record` holds besides format version, step and files.
     `write` puts the tensors into the folders of the Checkpoint it is given; every rank calls it, and it may hold no
     collective after its first write. Kept are the `keep` newest and the best by `state["validation"]["accuracy"]`.
-    Raises CheckpointError on every rank if any of them could not write; the checkpoints before are untouched then,
-    but for those that were due to be pruned if the disk is full.
+    Raises CheckpointError on every rank if any of them could not write; the checkpoints before are untouched then.
+    But where that was for want of room, the newest and the best of them alone are kept.
     """
     partial = Checkpoint(folder / f".step-{step:08d}.partial", step)
     final = Checkpoint(folder / f"step-{step:08d}", step)
 
     def begin() -> None:
-        for leftover in (*folder.glob(".step-*.partial"), final.folder):
+        unmarked = [found.folder for found in _named(folder) if not _is_complete(found)]
+        for leftover in (*folder.glob(".step-*.partial"), *unmarked, final.folder):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.engine.mkdir(parents=True)
 
@@ -175,15 +176,7 @@ def save(
 def add_validation(checkpoint: Checkpoint, scores: dict[str, float]) -> None:
     """Put what was measured later into a checkpoint's record. Raises CheckpointError if that cannot be written."""
     record = checkpoint.record().model_copy(update={"validation": Validation.model_validate(scores)})
-    partial = checkpoint.folder / f".{STATE_FILE}.partial"
-    try:
-        partial.write_text(json.dumps(record.model_dump(), indent=2) + "\n", encoding="utf-8")
-        _sync_one(partial)
-        partial.replace(checkpoint.folder / STATE_FILE)
-    except OSError as error:
-        raise CheckpointError(
-            f"{checkpoint.folder / STATE_FILE} cannot be written ({error.strerror})", "make room there"
-        ) from None
+    write_whole(checkpoint.folder / STATE_FILE, json.dumps(record.model_dump(), indent=2) + "\n")
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -233,10 +226,17 @@ def _accuracy(checkpoint: Checkpoint) -> float | None:
 
 
 def _complete(folder: Path) -> list[Checkpoint]:
-    names = (
-        (marker.parent, re.fullmatch(r"step-(\d{8,})", marker.parent.name)) for marker in folder.glob(f"*/{MARKER}")
-    )
-    return sorted((Checkpoint(path, int(name[1])) for path, name in names if name), key=lambda c: c.step)
+    return sorted(filter(_is_complete, _named(folder)), key=lambda checkpoint: checkpoint.step)
+
+
+def _named(folder: Path) -> list[Checkpoint]:
+    """The folders that are called like a checkpoint."""
+    names = ((path, re.fullmatch(r"step-(\d{8,})", path.name)) for path in folder.glob("step-*"))
+    return [Checkpoint(path, int(name[1])) for path, name in names if name]
+
+
+def _is_complete(checkpoint: Checkpoint) -> bool:
+    return (checkpoint.folder / MARKER).exists()
 
 
 def _remove(checkpoint: Checkpoint) -> None:

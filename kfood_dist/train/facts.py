@@ -14,6 +14,7 @@ from kfood_dist import __version__
 from kfood_dist.model.adapters import adapted_modules
 from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
 from kfood_dist.model.load import count_parameters, linear_types
+from kfood_dist.runtime import write_whole
 from kfood_dist.train.optim import state_dtypes
 
 _PACKAGES = (
@@ -81,7 +82,5 @@ def machine_facts() -> dict[str, Any]:
 
 
 def write_run_json(folder: Path, facts: dict[str, Any]) -> None:
-    """Write `run.json` whole or not at all."""
-    temporary = folder / "run.json.partial"
-    temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / "run.json")
+    """Write `run.json`. Raises CheckpointError where it cannot."""
+    write_whole(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

@@ -85,7 +85,7 @@ class Trainer:
                 break
             self.log.step(self.train_step(step, batches))
             if step == start and self.world.is_main:
-                write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
+                self._write_run_json(step + 1)
             done = step + 1
             scores = self._measure(done) if self._is_measured_at(done) else None
             ends = done == self.max_steps or self.stopping
@@ -93,6 +93,12 @@ class Trainer:
             if ends or best or done % recipe.save_every_steps == 0 or done == self.retry_at:
                 last = done if self.save(done, scores, insist=ends) else last
         return last
+
+    def _write_run_json(self, done: int) -> None:
+        try:
+            write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
+        except CheckpointError as error:
+            self.log.say(f"step {done}: {error}; the run goes on")
 
     def _is_measured_at(self, done: int) -> bool:
         every = self.recipe.eval.every_steps

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from kfood_dist.errors import CheckpointError
+from kfood_dist.runtime import write_whole
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 STOP_FILE = "STOP"
@@ -51,14 +51,7 @@ class StopRequest:
 
 def write_status(run_dir: Path, state: State, step: int) -> None:
     """Say how the run stands: `step` optimiser steps are in a checkpoint. Raises CheckpointError where it cannot."""
-    partial = run_dir / f".{STATUS_FILE}.partial"
-    try:
-        partial.write_text(json.dumps({"state": state, "step": step}) + "\n", encoding="utf-8")
-        partial.replace(run_dir / STATUS_FILE)
-    except OSError as error:
-        raise CheckpointError(
-            f"{run_dir / STATUS_FILE} cannot be written ({error.strerror})", "make room there"
-        ) from None
+    write_whole(run_dir / STATUS_FILE, json.dumps({"state": state, "step": step}) + "\n")
 
 
 def read_state(run_dir: Path) -> str | None:

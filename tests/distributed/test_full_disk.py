@@ -14,6 +14,7 @@ def test_training_goes_on_and_saves_when_it_can_again(tmp_path: Path, tiny_model
     train(whole, 2)
     hindered = write_recipe(tmp_path / "hindered" / "recipe.yaml", tiny_model, tiny_shards, train=section)
     run = tmp_path / "hindered" / "run"
+    (run / "run.json").mkdir(parents=True)  # nor can this be written
     process = start(hindered, 2)
     deadline = time.monotonic() + 240
     while not ((run / "metrics.jsonl").is_file() and metrics(run)):
@@ -32,5 +33,6 @@ def test_training_goes_on_and_saves_when_it_can_again(tmp_path: Path, tiny_model
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "tried again in 1 s" in output and "step 8: checkpoint written" in output and "Traceback" not in output
+    assert f"step 1: {run / 'run.json'} cannot be written (Is a directory)" in output
     assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(tmp_path / "whole" / "run")]
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole" / "run")

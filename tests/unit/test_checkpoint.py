@@ -154,6 +154,16 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
     assert save(tmp_path, 10).record().step == 10
 
 
+def test_what_lacks_its_marker_goes_with_the_next_save_and_nothing_else_does(tmp_path: Path) -> None:
+    """Half removed, or renamed when the disk was just full: it holds room that is wanted."""
+    half, copy = save(tmp_path, 1).folder, tmp_path / "step-00000001-copy"
+    shutil.copytree(half, copy)
+    for folder in (half, copy):
+        (folder / checkpoint.MARKER).unlink()
+    save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001-copy", "step-00000002"]
+
+
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     made = save(tmp_path, 5)
     (made.folder / checkpoint.STATE_FILE).write_text(json.dumps({"format_version": 99}))

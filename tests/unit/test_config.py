@@ -123,3 +123,15 @@ def test_the_stages_differ_in_what_they_say() -> None:
     assert len({s.data.shards for s in stages} | {base.data.shards}) == 4
     assert [s.model.adapter for s in stages] == [None, *(s.run.dir / "adapter" for s in stages[:2])]
     assert all(s.lora == base.lora and s.train == base.train for s in stages)
+
+
+def test_a_home_is_expanded_wherever_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/chef")
+    text = "data: {shards: ~/s, mix: [{shards: ~/t}]}\nmodel: {base: ~/m, adapter: ~/a}\nrun: {dir: ~nobody-here/r}\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert (recipe.data.shards, recipe.data.mix[0].shards, recipe.model.base) == (
+        "/home/chef/s", "/home/chef/t", "/home/chef/m",
+    )  # fmt: skip
+    assert (recipe.model.adapter, recipe.run.dir) == (Path("/home/chef/a"), Path("~nobody-here/r"))
+    monkeypatch.delenv("HOME")
+    assert load_recipe(write(tmp_path, MINIMAL), ["data.shards=s3://bucket/s"]).data.shards == "s3://bucket/s"

@@ -1,5 +1,6 @@
 """Rank variables are read in one place, and a wrong one is a user's mistake, not a crash."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,8 +11,8 @@ import psutil
 import pytest
 from running import environment
 
-from kfood_dist.errors import KfoodError, LaunchError
-from kfood_dist.runtime import World, require_folder_possible
+from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
+from kfood_dist.runtime import World, require_folder_possible, write_whole
 
 
 def test_a_process_started_alone_is_rank_0_of_1() -> None:
@@ -86,3 +87,18 @@ def test_an_output_folder_that_cannot_be_is_refused_with_the_remedy(tmp_path: Pa
     for folder, fault in ((tmp_path / "file" / "a", "is not a folder"), (tmp_path / ("x" * 300), "name too long")):
         with pytest.raises(KfoodError, match=f"--out .*(?i:{fault}).* → name another folder"):
             require_folder_possible(folder, "--out")
+
+
+def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of a run above all: without it no start resumes."""
+    write_whole(tmp_path / "recipe.yaml", "the old one")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        CheckpointError, match=r"recipe\.yaml cannot be written \(No space left on device\) → make room"
+    ):
+        write_whole(tmp_path / "recipe.yaml", "the new one")
+    assert (tmp_path / "recipe.yaml").read_text() == "the old one"
