@@ -85,6 +85,13 @@ class Cluster:
         return cls.from_environment(os.environ, expand_first, can_resolve)
 
 
+def require_one_node(what: str) -> None:
+    """Raise LaunchError in a job step of several nodes, each of which would do the whole of `what`."""
+    nodes = _number(os.environ, "SLURM_STEP_NUM_NODES", 1)
+    if nodes > 1:
+        raise LaunchError(f"{what} was started on {nodes} nodes, and takes one", "ask for --nodes=1")
+
+
 def outlast(take: Callable[[], bool], what: str) -> bool:
     """Whether `take` has got a lock. In a job that was started again it is tried for RESTART_PATIENCE_S, else once.
 

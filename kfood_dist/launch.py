@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfood_dist.cli import build_parser as build_verb_parser
-from kfood_dist.cluster import Cluster
+from kfood_dist.cluster import Cluster, require_one_node
 from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation
@@ -201,6 +201,7 @@ def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, clu
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     """Say that an earlier report answers the question, or become `accelerate launch` on this machine."""
+    require_one_node("an evaluation")
     if evaluation.preflight(build_verb_parser("eval").parse_args(["eval", *rest])):
         return 0
     machine = look_around()

@@ -25,6 +25,8 @@ from kfood_dist.train.stop import StopRequest, write_status
 if TYPE_CHECKING:
     from kfood_dist.train.loop import Trainer
 
+    Conclude = Callable[[Trainer, int], None]  # given the steps that are done
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -70,15 +72,16 @@ def run(args: argparse.Namespace) -> int:
         return train_in_order(args, world)
     end_with_launcher()
     recipe = load_recipe(args.config[0], args.set)
+    conclude: Conclude = publish
     if args.limit is not None:
-        return dry_run(recipe, args.limit, world, args.stage)
+        recipe, conclude = dry_run(recipe, args.limit, world)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
     if not checkpoint.newest(recipe.run.dir / "checkpoints"):
         require_adapter(recipe)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         try:
-            return train(recipe, plan, world, args.stage)
+            return train(recipe, plan, world, conclude, args.stage)
         except KfoodError as error:
             if not world.is_main:  # what only this rank met, nobody else can tell
                 print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
@@ -91,25 +94,25 @@ def run(args: argparse.Namespace) -> int:
             return 1
 
 
-def dry_run(recipe: Recipe, steps: int, world: World, stage_dir: Path | None) -> int:
-    """Train for a few steps in a folder of their own, and say what the whole run would take."""
+def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude]":
+    """The recipe of a few steps in a folder of their own, which is emptied, and what to say in the end: what the whole
+    run would take.
+    """
     trial = limited(recipe, steps)
     if world.is_main:
         shutil.rmtree(trial.run.dir, ignore_errors=True)
         print(f"limit: {check_shards(recipe)}", flush=True)
-        trial.run.dir.mkdir(parents=True)
-    plan = preflight(trial, world.size, look_at_files=world.is_main)
 
     def tell(trainer: "Trainer", done: int) -> None:
         write_status(trial.run.dir, "finished" if done == steps else "stopped", done)
         if done < steps:
             return
         rows = read_metrics(trial.run.dir / "metrics.jsonl")
-        lines = projection(recipe, rows, num_steps(recipe, plan), trainer.took_s, len(trainer.validation_ids))
+        whole = num_steps(recipe, trainer.plan)
+        lines = projection(recipe, rows, whole, trainer.took_s, len(trainer.validation_ids))
         print("limit: the whole run would take, as far as these steps tell:", *lines, sep="\n  ", flush=True)
 
-    with hold(trial.run.dir) if world.is_main else nullcontext():
-        return train(trial, plan, world, stage_dir, conclude=tell)
+    return trial, tell
 
 
 def train_in_order(args: argparse.Namespace, world: World) -> int:
@@ -124,17 +127,8 @@ def train_in_order(args: argparse.Namespace, world: World) -> int:
     return launch.main(["train", *map(str, args.config), *overrides, *staging, *trial])
 
 
-def train(
-    recipe: Recipe,
-    plan: Plan,
-    world: World,
-    stage_dir: Path | None = None,
-    conclude: "Callable[[Trainer, int], None] | None" = None,
-) -> int:
-    """Resume from the newest checkpoint or begin, train to the end or to a request to stop, publish the adapter.
-
-    `conclude` is what rank 0 does at the end instead of publishing, given the trainer and the steps that are done.
-    """
+def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_dir: Path | None = None) -> int:
+    """Resume from the newest checkpoint or begin, train to the end or until asked to stop, and `conclude` on rank 0."""
     quiet_libraries()
     raise_open_file_limit()
     from kfood_dist.train.build import build_trainer  # torch and all the rest
@@ -160,7 +154,7 @@ def train(
             error.exit_status = 1  # a disk or a server, say: what was wrong from the start was told before
             raise
     if world.is_main:
-        (conclude or publish)(trainer, done)
+        conclude(trainer, done)
     world.barrier()  # so that every node's ranks end together, and none is taken for one that was left behind
     trainer.log.close()
     trainer.shut_down()

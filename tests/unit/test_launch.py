@@ -6,7 +6,7 @@ import pytest
 
 from kfood_dist.cluster import Cluster
 from kfood_dist.errors import LaunchError
-from kfood_dist.launch import CONFIGS, Machine, accelerate_command, choose
+from kfood_dist.launch import CONFIGS, Machine, accelerate_command, choose, main
 
 DESK = Machine(num_gpus=1, num_cores=16, has_deepspeed=True)
 NODE = Machine(num_gpus=4, num_cores=64, has_deepspeed=True)
@@ -68,3 +68,11 @@ def test_several_nodes_count_processes_each() -> None:
     assert (words["--main_process_ip"], words["--main_process_port"]) == ("gpu07", "12345")
     assert words["--deepspeed_multinode_launcher"] == "standard"
     assert choose(DESK, 0, None, num_machines=2).configuration == "ddp"
+
+
+def test_an_evaluation_on_several_nodes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    assert main(["eval", "--shards", "shards", "--split", "test", "--model", "base", "--out", "out"]) == 2
+    assert "an evaluation was started on 2 nodes, and takes one → ask for --nodes=1" in capsys.readouterr().err
