@@ -22,7 +22,9 @@ from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
 
 # A busy machine is no fault of an example; pytest's own time limit ends what hangs.
-settings.register_profile("kfood", deadline=None)
+# The same examples every time, so that what fails is the change's fault; `--hypothesis-profile=explore` looks for more.
+settings.register_profile("kfood", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
 settings.load_profile("kfood")
 
 # A suite that was started in the background may have been told to ignore Ctrl-C, and with it all that it starts.

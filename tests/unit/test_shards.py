@@ -374,3 +374,12 @@ def test_an_index_of_another_kind_is_refused_even_if_the_manifest_names_it(copie
     edit_manifest(copied, lambda m: m["shards"][-1].update(index=described))
     with pytest.raises(ShardError, match=r"test-000000.index.npy (is not a numpy|does not hold|names a class)"):
         open_split(copied, "test").read(0)
+
+
+@pytest.mark.parametrize("key", ["bytes", "samples"])
+def test_a_count_that_no_disk_holds_is_damage(copied, key):
+    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
+    manifest["shards"][0][key] = 2**64
+    (copied / "manifest.json").write_bytes(seal(manifest))
+    with pytest.raises(ShardError, match=r"manifest\.json is damaged .*18446744073709551616 is not a count"):
+        open_split(copied, "train")
