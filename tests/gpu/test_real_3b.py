@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shar
         "zero_stage": stage,
         "gradient_checkpointing": recompute,
     }
-    sections = {"model": {"quantization": weights}, "optim": {"learning_rate": 1e-4}}
+    sections = {"model": {"quantization": weights}, "optim": {"learning_rate": 1e-3}}
     recipe = write_recipe(folder / "recipe.yaml", base, tiny_shards, **sections, train=section)
     train(recipe, 1, gpu=True)
     yield folder / "run"
@@ -85,7 +86,7 @@ def test_it_trains_and_says_what_it_cost(run: Path) -> None:
     facts, rows = json.loads((run / "run.json").read_text()), metrics(run)
     weights = load_recipe(run / "recipe.yaml").model.quantization
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert mean(row["loss"] for row in rows[-5:]) < mean(row["loss"] for row in rows[:5])
     assert set(facts["linear_layers"]["model.language_model"]) == {"Linear4bit" if weights == "nf4" else "Linear"}
     assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
     assert facts["parameter_dtypes"]["model.visual"] == ["bfloat16"]
