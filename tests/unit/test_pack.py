@@ -479,6 +479,36 @@ def test_what_another_version_prepared_is_made_anew(source, tmp_path, monkeypatc
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
 
 
+def test_a_refused_picture_that_was_mended_is_used_though_its_size_is_the_same(source, tmp_path):
+    pack(source, tmp_path / "undisturbed", SMALL)
+    copy = shutil.copytree(source, tmp_path / source.name)
+    victim = next(copy.rglob("*.jpg"))
+    sound = victim.read_bytes()
+    victim.write_bytes(bytes(len(sound)))
+    with pytest.raises(SourceError, match=r"unreadable 1.* → .*mend the source"):
+        pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
+    victim.write_bytes(sound)
+    pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+
+
+def test_a_picture_that_may_be_read_now_is_used(source, tmp_path, monkeypatch):
+    def unless_forbidden(path, mode):  # root would be let through
+        if not path.stat().st_mode & 0o400:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return open(path, mode)
+
+    monkeypatch.setattr("kfood_dist.data.packing.sources.read.open", unless_forbidden, raising=False)
+    copy = shutil.copytree(source, tmp_path / source.name)
+    victim = next(copy.rglob("*.jpg"))
+    victim.chmod(0)
+    with pytest.raises(SourceError, match=r"unreadable 1.* → .*mend the source"):
+        pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
+    victim.chmod(0o600)
+    manifest = pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0)).manifest
+    assert manifest.raw["rejected"]["count"] == 0
+
+
 def test_an_interrupt_is_the_parents_to_act_on(slow, tmp_path):
     process, children = start_and_wait_for_a_chunk(slow[0], tmp_path / "out")
     for child in children:

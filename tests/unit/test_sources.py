@@ -321,6 +321,15 @@ def test_a_source_that_went_away_stops_the_packing(tmp_path):
         read_picture(record)
 
 
+@pytest.mark.parametrize("data", [JPEG + b"more", JPEG[:-1], b""])
+def test_a_file_of_another_size_than_was_listed_stops_the_packing(tmp_path, data):
+    path = put(tmp_path / "약과" / "a.jpg")
+    (record,) = scan(tmp_path)
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"a\.jpg has changed since it was listed → .*run the same command again"):
+        read_picture(record)
+
+
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV])
 def test_a_failing_disk_stops_the_packing(tmp_path, monkeypatch, fault):
     put(tmp_path / "약과" / "a.jpg")

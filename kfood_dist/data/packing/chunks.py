@@ -2,8 +2,9 @@
 
     records ──► cut into chunks ──► prepared by worker processes ──► CHUNKS/<hash>.chunk, one file each
 
-A chunk's name says what it was made from, how and by what: a picture, an option or a version that differs gives
-another name, and what still fits is used again. Always holds: a chunk that is there is whole, or it is prepared anew.
+A chunk's name says what it was made from, how and by what: a picture, an option or a version that differs, or a file
+that was touched, gives another name, and what still fits is used again. Always holds: a chunk that is there is whole,
+or it is prepared anew.
 
     file: the JPEGs end to end, a JSON list of outcomes, its length (8 bytes), SHA-256 of all that (32 bytes)
 """
@@ -44,7 +45,7 @@ def cut(records: Sequence[Record], settings: PictureSettings) -> list[Chunk]:
 
 
 def _fingerprint(records: Sequence[Record], settings: PictureSettings, how: Mapping[str, Any]) -> str:
-    inputs = [[r.source, r.num_bytes, r.crc32, r.box if settings.crop_boxes else None] for r in records]
+    inputs = [[r.source, r.num_bytes, r.crc32, r.changed_ns, r.box if settings.crop_boxes else None] for r in records]
     text = json.dumps([how, inputs], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
