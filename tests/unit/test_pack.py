@@ -712,6 +712,18 @@ def photograph(seed: int) -> Image.Image:
 # --- the command
 
 
+def test_a_source_whose_name_is_in_cp949_is_packed_and_called_by_it(source, tmp_path):
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + "/김치".encode("cp949")))
+    shutil.copytree(source, named)
+    assert pack(named, tmp_path / "of-a-folder", SMALL).manifest.raw["source"]["name"] == "김치"
+    pictures = sorted(source.rglob("*.jpg"))
+    rows = ["image_path,label", *(f"{path},{path.parent.name}" for path in pictures), "no second column"]
+    table = named.with_name(f"{named.name}.csv")
+    table.write_text("\n".join(rows), encoding="utf-8")
+    assert pack(table, tmp_path / "of-a-table", SMALL).manifest.raw["source"]["name"] == "김치.csv"
+    assert rejected(tmp_path / "of-a-table") == {"김치.csv:47": "bad_row"}
+
+
 def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
     words = [
         "pack",

@@ -42,6 +42,7 @@ from kfood_dist.data.packing.options import PackOptions, fingerprint
 from kfood_dist.data.packing.place import classes_of, leaked_at_random, part_ambiguous, place
 from kfood_dist.data.packing.prepare import Prepared, Refusal, in_processes
 from kfood_dist.data.packing.sources import Record, scan_source
+from kfood_dist.data.packing.sources.names import file_name
 from kfood_dist.data.packing.workspace import (
     discard,
     merging,
@@ -152,7 +153,7 @@ def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
     records, chosen_from = choose(found.records, options.per_class, options.subset, options.seed)
     origin = {
         "kind": found.kind,
-        "name": unicodedata.normalize("NFC", source.resolve().name),
+        "name": unicodedata.normalize("NFC", file_name(source.resolve().name)),
         "fingerprint": fingerprint(found.kind, records, listed, options),
         "crop_lists": asdict(found.boxes),
     }
