@@ -24,12 +24,13 @@ from PIL import Image
 from kfood_dist.cli import main
 from kfood_dist.data.images import decode_rgb
 from kfood_dist.data.manifest import load_manifest
+from kfood_dist.data.packing import job
 from kfood_dist.data.packing.choose import choose
 from kfood_dist.data.packing.chunks import prepare_chunk
 from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
 from kfood_dist.data.packing.sources import scan
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.data.tars import write_tar
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import KfoodError, ShardError, SourceError
@@ -722,6 +723,16 @@ def test_a_source_whose_name_is_in_cp949_is_packed_and_called_by_it(source, tmp_
     table.write_text("\n".join(rows), encoding="utf-8")
     assert pack(table, tmp_path / "of-a-table", SMALL).manifest.raw["source"]["name"] == "김치.csv"
     assert rejected(tmp_path / "of-a-table") == {"김치.csv:47": "bad_row"}
+
+
+def test_more_classes_than_an_index_can_number_are_refused_before_any_work(source, tmp_path, monkeypatch):
+    assert np.iinfo(INDEX_DTYPE["label"]).max + 1 == job._MAX_CLASSES
+    monkeypatch.setattr(job, "_MAX_CLASSES", 2)
+    with pytest.raises(SourceError, match=r"^3 classes are more than the 2 .* → .*--classes, or check"):
+        pack(source, tmp_path / "out", SMALL)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(job, "_MAX_CLASSES", 3)
+    pack(source, tmp_path / "out", SMALL)
 
 
 def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):

@@ -63,6 +63,8 @@ from kfood_dist.errors import KfoodError, ShardError, SourceError
 
 # A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
 _OVERHEAD_BYTES = 2600
+# A class id is a u2 in the index.
+_MAX_CLASSES = 2**16
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,12 @@ def _by_another(job: _Job) -> Packed | None:
 def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
     listed = None if options.classes is None else load_classes(options.classes)
     found = scan_source(source, options.image_root, listed)
+    num_classes = len(listed or {record.label for record in found.records if record.problem is None})
+    if num_classes > _MAX_CLASSES:
+        raise SourceError(
+            f"{num_classes:,} classes are more than the {_MAX_CLASSES:,} that a data set has room for",
+            "name the classes with --classes, or check that the labels are dishes' names",
+        )
     records, chosen_from = choose(found.records, options.per_class, options.subset, options.seed)
     origin = {
         "kind": found.kind,
