@@ -4,8 +4,9 @@
                                 └──► an ordinary JPEG: brightness and colour each by itself, never made RGB ──┘
 
 A pure function of its arguments: nothing on disk, no global setting, the same bytes for the same bytes. What
-cannot be used leaves as ImageRejected with a reason that a table can count. Colour profiles are ignored, as
-training pipelines usually do; of an animation the first frame counts.
+cannot be used leaves as ImageRejected with a reason that a table can count; want of memory is the machine's fault and
+stays a MemoryError. Colour profiles are ignored, as training pipelines usually do; of an animation the first frame
+counts.
 """
 
 import io
@@ -184,8 +185,10 @@ def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality:
         return None
     try:
         planes = _decode_planes(data, image, view, size)
+    except MemoryError:
+        raise
     except Exception:
-        # Damaged, or stored in another way: a fresh start by the other path decides which.
+        # Damaged, or stored in another way: the other path decides which.
         return None
     resized = []
     for plane, side in zip(planes, (size, size // 2, size // 2), strict=True):
@@ -264,6 +267,8 @@ def _decode(image: Image.Image, least: tuple[int, int]) -> Image.Image:
 
 
 def _reject_unreadable(error: Exception) -> NoReturn:
+    if isinstance(error, MemoryError):
+        raise error
     # Decoders meet hostile bytes here and raise nearly anything; each is counted under its own words.
     words = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", f"{type(error).__name__}: {error}")
     raise ImageRejected("unreadable", words[:200]) from None
@@ -281,6 +286,8 @@ def _target(source: tuple[int, int], size: int, policy: str) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except MemoryError:
+        raise
     except Exception:
         # A broken EXIF block says nothing of the orientation: the picture is shown as stored, as viewers do.
         return 1

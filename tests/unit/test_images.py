@@ -211,6 +211,29 @@ def test_decoding_something_else_is_refused():
             decode_rgb(data)
 
 
+@pytest.mark.parametrize(
+    ("decoder", "kind", "policy"),
+    [
+        ("simplejpeg.decode_jpeg", "JPEG", "squash"),
+        ("PIL.ImageFile.ImageFile.load", "JPEG", "crop"),
+        ("PIL.ImageFile.ImageFile.load", "PNG", "squash"),
+        ("PIL.ImageFile.ImageFile.load", "GIF", "letterbox"),
+        ("PIL.Image.open", "JPEG", "squash"),
+    ],
+)
+def test_want_of_memory_is_no_fault_of_a_picture(monkeypatch, decoder, kind, policy):
+    data = encoded(picture(8), kind)
+    monkeypatch.setattr(decoder, lambda *_, **__: bytes(1 << 62))
+    with pytest.raises(MemoryError):
+        prepare_jpeg(data, 64, policy)
+
+
+def test_want_of_memory_is_no_fault_of_a_packed_picture(monkeypatch):
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: bytes(1 << 62))
+    with pytest.raises(MemoryError):
+        decode_rgb(encoded(picture(8)))
+
+
 # --- crop boxes
 
 

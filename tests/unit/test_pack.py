@@ -29,6 +29,7 @@ from kfood_dist.data.packing.choose import choose
 from kfood_dist.data.packing.chunks import prepare_chunk
 from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
+from kfood_dist.data.packing.prepare import in_processes
 from kfood_dist.data.packing.sources import scan
 from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.data.tars import write_tar
@@ -553,6 +554,12 @@ def test_a_source_that_vanishes_stops_the_packing_which_goes_on_when_it_is_back(
     assert {k: v for k, v in before.items() if k != "manifest.json"} == {
         k: v for k, v in after.items() if k != "manifest.json"
     }  # the manifest names the source
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_want_of_memory_stops_the_packing_and_refuses_no_picture(workers):
+    with pytest.raises(SourceError, match=r"more memory than there is → .*fewer --workers"):
+        list(in_processes(bytes, [1 << 62, 1 << 62], workers))
 
 
 def test_a_full_disk_is_said(source, tmp_path):

@@ -128,13 +128,26 @@ def perceptual_hash(jpeg: bytes) -> int:
 def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
     """Do something with each item in `workers` processes, here if there is only one; yields each item done.
 
-    Raises what `do` raises, and SourceError when a worker process dies.
+    Raises what `do` raises, and SourceError when memory runs out or a worker process dies.
     """
-    if workers == 1:
-        for item in items:
-            do(item)
-            yield item
-        return
+    try:
+        if workers == 1:
+            for item in items:
+                do(item)
+                yield item
+        else:
+            yield from _in_pool(do, items, workers)
+    except MemoryError:
+        raise SourceError(
+            "the pictures need more memory than there is", "give the job more, or pack with fewer --workers"
+        ) from None
+    except BrokenProcessPool:
+        raise SourceError(
+            "a worker process died, most likely for want of memory", "pack with fewer --workers"
+        ) from None
+
+
+def _in_pool(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
     # Spawned, not forked: the caller may have threads, and a forked worker would inherit its locks mid-way.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
@@ -143,10 +156,6 @@ def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> I
             for future in as_completed(futures):
                 future.result()
                 yield futures.pop(future)
-        except BrokenProcessPool:
-            raise SourceError(
-                "a worker process died, most likely for want of memory", "pack with fewer --workers"
-            ) from None
         finally:
             for future in futures:
                 future.cancel()
