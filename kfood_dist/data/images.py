@@ -73,8 +73,9 @@ def prepare_jpeg(
 
     `squash` ignores the aspect ratio, `letterbox` fits the picture on grey 114, `crop` keeps the centre
     square. Raises ImageRejected with reason `empty` (no bytes), `unreadable` (no picture, or cut short),
-    `too_small` (a side under `min_side` pixels) or `too_large` (over `max_pixels`; refused before any pixel
-    is decoded). A usable `box` (x, y, width, height in pixels of the upright picture) is all that is kept of it.
+    `too_small` (a side under `min_side` pixels) or `too_large` (over `max_pixels`, refused before any pixel is
+    decoded; or so long that it would be, resized to be cropped). A usable `box` (x, y, width, height in pixels of the
+    upright picture) is all that is kept of it.
     """
     if policy not in RESIZE_POLICIES:
         raise ValueError(f"resize policy {policy!r} is none of {', '.join(RESIZE_POLICIES)}")
@@ -86,10 +87,12 @@ def prepare_jpeg(
         image = _open(data)
         _check_size(image, min_side, max_pixels)
         view = _View.of(image, box)
+        target = _target(view.size, size, policy)
+        _check_target(target, size, max_pixels)
         if policy == "squash" and (jpeg := _by_planes(data, image, view, size, quality)) is not None:
             return jpeg
         image = _open(data)
-        image = view.cut(_upright(_decode(image, view.scale_for(_target(view.size, size, policy))), view.orientation))
+        image = view.cut(_upright(_decode(image, view.scale_for(target)), view.orientation))
         image = _fit(_to_rgb(image), size, policy)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
@@ -254,6 +257,14 @@ def _check_size(image: Image.Image, min_side: int, max_pixels: int) -> None:
         raise ImageRejected("too_small", f"{width}×{height}, a side is under {min_side} pixels")
     if width * height > max_pixels:
         raise ImageRejected("too_large", f"{width}×{height}, more than {max_pixels:,} pixels")
+
+
+def _check_target(target: tuple[int, int], size: int, max_pixels: int) -> None:
+    width, height = target
+    if width * height > max(max_pixels, size * size):
+        raise ImageRejected(
+            "too_large", f"{width}×{height} with its short side at {size}, more than {max_pixels:,} pixels"
+        )
 
 
 def _decode(image: Image.Image, least: tuple[int, int]) -> Image.Image:

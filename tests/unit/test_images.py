@@ -181,6 +181,17 @@ def test_what_cannot_be_used_says_why_in_one_word(data, reason):
     assert "0x" not in rejected.value.detail.replace("0x…", "")  # no address that differs from run to run
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("box", [None, (8, 8, 16, 59_000)])
+def test_a_picture_too_long_to_crop_is_refused_before_it_takes_memory(monkeypatch, kind, box):
+    data = encoded(Image.new("L", (32, 60_000)), kind)
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("resized"))
+    if kind == "JPEG":
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageRejected, match=r"too_large: 448×(840000|1652000) with its short side at 448, more"):
+        prepare_jpeg(data, 448, "crop", box=box)
+
+
 def test_limits_are_inclusive_and_can_be_set():
     assert prepare_jpeg(encoded(picture(4, 32, 32)), 64)
     with pytest.raises(ImageRejected, match="too_small"):

@@ -29,7 +29,7 @@ T = TypeVar("T")
 # Which way of making a packed picture this is. Raise it with every change, here or in images.py and resample.py, after
 # which a picture comes out with other bytes, another hash or another refusal: what the older way prepared and left
 # beside OUT is then made anew.
-ALGORITHM = 1
+ALGORITHM = 2
 
 # The same pictures come out with other bytes, or other hashes, under another version of one of these.
 _LIBRARIES = ("pillow", "simplejpeg", "numpy", "ImageHash", "scipy")
