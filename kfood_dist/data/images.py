@@ -27,6 +27,7 @@ RESIZE_POLICIES = ("squash", "letterbox", "crop")
 
 # What the AI-Hub set holds; a file is what its bytes say, whatever its suffix. Phones' MPO opens as JPEG.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+_JPEG = ("JPEG", "MPO")
 
 # The middle of the range: after normalisation it is near zero for every usual mean and deviation.
 _LETTERBOX_RGB = (114, 114, 114)
@@ -44,6 +45,7 @@ _UPRIGHT = {
 }
 _TURNED = (5, 6, 7, 8)  # width and height change places
 
+MAX_PIXELS = 100_000_000
 Box = tuple[int, int, int, int]
 _MIN_BOX = 8
 
@@ -66,7 +68,7 @@ def prepare_jpeg(
     policy: str = "squash",
     quality: int = 90,
     min_side: int = 32,
-    max_pixels: int = 100_000_000,
+    max_pixels: int = MAX_PIXELS,
     box: Box | None = None,
 ) -> bytes:
     """Turn a picture file into an upright RGB JPEG of size×size pixels (4:2:0, baseline).
@@ -77,6 +79,19 @@ def prepare_jpeg(
     decoded; or so long that it would be, resized to be cropped). A usable `box` (x, y, width, height in pixels of the
     upright picture) is all that is kept of it.
     """
+    return prepare_cropped(data, size, policy, quality, min_side, box, max_pixels)[0]
+
+
+def prepare_cropped(
+    data: bytes,
+    size: int,
+    policy: str,
+    quality: int,
+    min_side: int,
+    box: Box | None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[bytes, bool | None]:
+    """What `prepare_jpeg` gives, and whether it is the box alone: False where that is unusable, None without a box."""
     if policy not in RESIZE_POLICIES:
         raise ValueError(f"resize policy {policy!r} is none of {', '.join(RESIZE_POLICIES)}")
     if not data:
@@ -86,17 +101,20 @@ def prepare_jpeg(
         warnings.simplefilter("ignore")
         image = _open(data)
         _check_size(image, min_side, max_pixels)
+        if image.format not in _JPEG:
+            # Now, for a PNG's EXIF may lie behind its pixels: asked for it, Pillow decodes them too.
+            _decode(image, image.size)
         view = _View.of(image, box)
         target = _target(view.size, size, policy)
         _check_target(target, size, max_pixels)
+        cropped = None if box is None else view.box is not None
         if policy == "squash" and (jpeg := _by_planes(data, image, view, size, quality)) is not None:
-            return jpeg
-        image = _open(data)
+            return jpeg, cropped
         image = view.cut(_upright(_decode(image, view.scale_for(target)), view.orientation))
         image = _fit(_to_rgb(image), size, policy)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return buffer.getvalue()
+    return buffer.getvalue(), cropped
 
 
 def usable_box(box: Box, width: int, height: int) -> Box | None:
@@ -109,16 +127,6 @@ def usable_box(box: Box, width: int, height: int) -> Box | None:
     if right - left < _MIN_BOX or bottom - top < _MIN_BOX:
         return None
     return left, top, right - left, bottom - top
-
-
-def upright_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels of a picture file as it is shown; raises ImageRejected if it is none."""
-    if not data:
-        raise ImageRejected("empty", "0 bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        view = _View.of(_open(data), None)
-    return view.whole
 
 
 def decode_rgb(jpeg: bytes) -> np.ndarray:
@@ -184,7 +192,7 @@ def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality:
     and colour straight to the half-size planes of the result. tests/bench/README.md has what that gains, and how near
     the result is to the exactly resized picture.
     """
-    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or size % 2:
+    if image.format not in _JPEG or image.mode != "RGB" or size % 2:
         return None
     try:
         planes = _decode_planes(data, image, view, size)
@@ -208,6 +216,7 @@ def _decode_planes(data: bytes, image: Image.Image, view: _View, size: int) -> S
     """
     width, height = view.scale_for((size, size))
     if image.info.get("progressive"):
+        image = _open(data)  # should it fail, the other path needs its own as it was
         image.draft("YCbCr", (width, height))
         return [np.asarray(plane) for plane in image.split()]
     grey = simplejpeg.decode_jpeg(data, "GRAY", min_width=width, min_height=height, strict=True)[:, :, 0]

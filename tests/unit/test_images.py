@@ -6,15 +6,15 @@ import pytest
 import simplejpeg
 from pictures import encoded, picture
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from kfood_dist.data.images import (
     RESIZE_POLICIES,
     ImageRejected,
     _colour,
     decode_rgb,
+    prepare_cropped,
     prepare_jpeg,
-    upright_size,
     usable_box,
 )
 
@@ -279,8 +279,7 @@ def test_a_box_is_of_the_upright_picture(orientation, kind):
     exif[0x0112] = orientation
     data = quadrants(format=kind, exif=exif.tobytes())
     upright = decode_rgb(prepare_jpeg(data, 64)).astype(int)
-    width, height = upright_size(data)
-    assert (width, height) == ((400, 300) if orientation < 5 else (300, 400))
+    width, height = (400, 300) if orientation < 5 else (300, 400)
     for i, (x, y) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
         box = (x * width // 2 + 8, y * height // 2 + 8, width // 2 - 16, height // 2 - 16)
         kept = decode_rgb(prepare_jpeg(data, 32, box=box)).astype(int).mean((0, 1))
@@ -306,6 +305,17 @@ def test_a_box_is_clipped_to_the_picture(box, usable):
     assert prepare_jpeg(data, 32, box=box) == prepare_jpeg(data, 32, box=usable)
     if usable is None:
         assert prepare_jpeg(data, 32, box=box) == prepare_jpeg(data, 32)
+
+
+@pytest.mark.parametrize(("box", "cropped"), [(None, None), ((10, 10, 60, 40), True), ((90, 10, 60, 40), False)])
+def test_a_png_is_decoded_once_and_not_before_its_size_is_checked(monkeypatch, box, cropped):
+    decoded, load = [], PngImageFile.load_prepare
+    monkeypatch.setattr(PngImageFile, "load_prepare", lambda image: decoded.append(image) or load(image))
+    assert prepare_cropped(quadrants(95, 80, format="PNG"), 32, "squash", 90, 32, box)[1] is cropped
+    assert len(decoded) == 1
+    with pytest.raises(ImageRejected, match="too_large"):
+        prepare_cropped(quadrants(95, 80, format="PNG"), 32, "squash", 90, 32, box, max_pixels=7000)
+    assert len(decoded) == 1
 
 
 def test_a_small_box_of_a_large_picture_is_decoded_at_twice_the_target(monkeypatch):

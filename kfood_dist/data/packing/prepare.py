@@ -1,6 +1,6 @@
 """One source picture to what is packed of it, in one process or in many.
 
-record ──► read, hash ──► prepare_jpeg ──► perceptual hash ──► PreparedPicture, or Refusal with its reason
+record ──► read, hash ──► prepare_cropped ──► perceptual hash ──► PreparedPicture, or Refusal with its reason
 chunks ──► worker processes, each writes its chunk ──► as they are done
 """
 
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from kfood_dist.data.images import ImageRejected, prepare_jpeg, upright_size, usable_box
+from kfood_dist.data.images import ImageRejected, prepare_cropped
 from kfood_dist.data.packing.sources import Record, read_picture
 from kfood_dist.errors import SourceError
 from kfood_dist.runtime import keep_freed_memory
@@ -99,15 +99,13 @@ def prepare_one(record: Record, settings: PictureSettings) -> PreparedPicture | 
     """Read a picture and make it what is packed. Raises SourceError when the source is gone or its disk fails."""
     try:
         data = read_picture(record)
-        box = record.box if settings.crop_boxes else None
-        cropped = None if box is None else usable_box(box, *upright_size(data)) is not None
-        jpeg = prepare_jpeg(
+        jpeg, cropped = prepare_cropped(
             data,
             settings.image_size,
             settings.resize,
             settings.quality,
             settings.min_side,
-            box=box,
+            record.box if settings.crop_boxes else None,
         )
     except ImageRejected as rejected:
         return Refusal(record.source, record.label, rejected.reason, rejected.detail)
