@@ -47,6 +47,7 @@ def test_a_mixture_reads_as_its_parts_do(mixture: Mixture, tiny_shards: Path, ot
         assert mixture.key(i) == f"{part.manifest.name}/{part.key(local)}"
     copy = pickle.loads(pickle.dumps(mixture))
     assert copy.read_many(ids) == mixture.read_many(ids)
+    assert [copy.key(i) for i in ids] == [mixture.key(i) for i in ids]
 
 
 def test_classes_are_one_by_name(mixture: Mixture, tiny_shards: Path, others: Path) -> None:
@@ -78,7 +79,7 @@ def test_folders_called_alike_are_told_apart_in_keys(tmp_path: Path, tiny_shards
     alike = shutil.copytree(others, tmp_path / tiny_shards.name)
     mixture = open_mixture(build_data({"shards": str(tiny_shards), "mix": [{"shards": str(alike)}]}, "data"), "train")
     first = len(mixture.parts[0])
-    assert mixture.keys([first, 0]) == [f"{alike}/train-00000000", f"{tiny_shards}/train-00000000"]
+    assert [mixture.key(i) for i in (first, 0)] == [f"{alike}/train-00000000", f"{tiny_shards}/train-00000000"]
 
 
 def test_one_folder_is_a_mixture_of_one(tiny_shards: Path) -> None:
