@@ -15,6 +15,7 @@ import numpy as np
 
 from kfood_dist.config import Data
 from kfood_dist.data.labels import DishClass
+from kfood_dist.data.manifest import Manifest
 from kfood_dist.data.plan import MicroBatch, Plan
 from kfood_dist.data.sampling import Order, build_order
 from kfood_dist.data.shards import ShardSplit, open_split
@@ -69,6 +70,7 @@ class Mixture:
         self.split = parts[0].split
         self.manifest = parts[0].manifest
         self.index_hash = "+".join(part.index_hash for part in parts)
+        self._before = _prefixes([part.manifest for part in parts])
         self._first = np.cumsum([0, *(len(part) for part in parts)])
 
     def __len__(self) -> int:
@@ -94,15 +96,6 @@ class Mixture:
         """The sample's key; where there are several folders, with its folder's name before it."""
         number, local = self._locate(i)
         return self._before[number] + self.parts[number].key(local)
-
-    @cached_property
-    def _before(self) -> list[str]:
-        """What stands before each folder's keys: the last part of its path, or all of it where two are called alike."""
-        if len(self.parts) == 1:
-            return [""]
-        manifests = [part.manifest for part in self.parts]
-        called = Counter(m.name for m in manifests)
-        return [f"{m.name if called[m.name] == 1 else m.where}/" for m in manifests]
 
     def label(self, i: int) -> DishClass:
         number, local = self._locate(i)
@@ -145,6 +138,14 @@ class Mixture:
         numbers = np.searchsorted(self._first, ids, side="right") - 1
         places = [(n, np.flatnonzero(numbers == n)) for n in np.unique(numbers)]
         return [(self.parts[n], here, ids[here] - self._first[n]) for n, here in places]
+
+
+def _prefixes(manifests: Sequence[Manifest]) -> list[str]:
+    """What stands before each folder's keys: the last part of its path, or all of it where two are called alike."""
+    if len(manifests) == 1:
+        return [""]
+    called = Counter(m.name for m in manifests)
+    return [f"{m.name if called[m.name] == 1 else m.where}/" for m in manifests]
 
 
 def _require_alike(parts: Sequence[ShardSplit]) -> None:
