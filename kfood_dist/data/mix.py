@@ -50,7 +50,8 @@ def read_ahead(
 ) -> Iterator[MicroBatch]:
     """Hand on the micro-batches of the steps start … stop - 1, and have the windows ahead of them read in long runs.
 
-    The kernel reads them into its page cache, which all processes of a node share: one rank of each asks.
+    The kernel reads them into its page cache, which all processes of a node share: one rank of each asks. Where an
+    epoch is a single window, nothing is asked for.
     """
     coarse = plan.coarse_reads(start, stop)
     step, ids = next(coarse, (stop, np.empty(0, np.int64)))

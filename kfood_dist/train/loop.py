@@ -276,7 +276,7 @@ class Trainer:
     def _batches(self, start: int) -> Generator[Batch, None, None]:
         """This rank's batches from step `start` on, read by loader processes ahead of the training."""
         data, micro_batches = self.recipe.data, self.plan.micro_batches(self.world.rank, start, self.max_steps)
-        if data.shuffle_window and self.world.local_rank == 0:
+        if self.world.local_rank == 0:
             micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
         return stream(
             self.collator,
