@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from orders import plain_order
 from page_cache import drop_pages, resident_share, settled
 
 from kfood_dist.cli import main
 from kfood_dist.config import Data, build_data
 from kfood_dist.data.mix import Mixture, build_data_order, open_mixture, read_ahead
 from kfood_dist.data.plan import Plan
-from kfood_dist.data.sampling import plain_order
 from kfood_dist.data.shards import open_split
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.practice.pictures import DISHES, write_pictures
