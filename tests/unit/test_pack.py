@@ -494,6 +494,17 @@ def test_a_refused_picture_that_was_mended_is_used_though_its_size_is_the_same(s
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
 
 
+def test_pictures_prepared_from_another_copy_of_the_source_are_used(source, tmp_path, monkeypatch):
+    """As of a source that each job brings to its own node: made of other files, at other times."""
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    pack(source, tmp_path / "whole", SMALL)
+    for part in (1, 2):
+        copy = shutil.copytree(source, tmp_path / str(part) / source.name)
+        packed = pack(copy, tmp_path / "out", replace(SMALL, part=part, parts=2))
+    assert packed.manifest
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
 def test_a_picture_that_may_be_read_now_is_used(source, tmp_path, monkeypatch):
     def unless_forbidden(path, mode):  # root would be let through
         if not path.stat().st_mode & 0o400:

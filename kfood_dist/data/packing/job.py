@@ -192,8 +192,8 @@ def _existing(job: _Job) -> Manifest | None:
 
 
 def _prepare(job: _Job, chunks: Sequence[Chunk], folder: Path) -> None:
-    """Prepare the chunks that are not there yet."""
-    to_do = [chunk for chunk in chunks if not is_there(chunk, folder)]
+    """Prepare the chunks that are not there yet, or cannot be used."""
+    to_do = [chunk for chunk in chunks if load_chunk(chunk, folder) is None]
     in_all, left = (sum(len(chunk.records) for chunk in some) for some in (chunks, to_do))
     with tqdm(total=in_all, initial=in_all - left, desc="prepare", unit="picture", disable=None) as progress:
         do = partial(prepare_chunk, settings=job.options.picture_settings(), folder=folder)
@@ -268,7 +268,7 @@ def _chosen(job: _Job, pictures: Sequence[Prepared], classes: Sequence[DishClass
 
 
 def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prepared], list[Refusal]]:
-    """What became of every record, in order; a chunk's file that was damaged since is made again."""
+    """What became of every record, in order; a chunk's file that cannot be used is made again."""
     pictures: list[Prepared] = []
     unusable: list[Refusal] = []
     for chunk in chunks:
