@@ -276,7 +276,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm"), wanted_gib: float = _SH
 
 
 def check_shards(folder: Path) -> Iterator[Finding]:
-    """The manifest and every index of a shard folder read, and the ends of each split open as pictures."""
+    """The manifest of a shard folder reads, its files are there and of their sizes, each split's ends are pictures."""
     from kfood_dist.data.images import decode_rgb
     from kfood_dist.data.manifest import load_manifest
     from kfood_dist.data.shards import open_split

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from orders import plain_order
 
 from kfood_dist.cli import main
 from kfood_dist.config import Data, Lora
 from kfood_dist.data.collate import StreamingCollator
 from kfood_dist.data.plan import MicroBatch
-from kfood_dist.data.sampling import plain_order
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.model.adapters import attach_lora, save_adapter

@@ -4,8 +4,9 @@
                                 └──► an ordinary JPEG: brightness and colour each by itself, never made RGB ──┘
 
 A pure function of its arguments: nothing on disk, no global setting, the same bytes for the same bytes. What
-cannot be used leaves as ImageRejected with a reason that a table can count. Colour profiles are ignored, as
-training pipelines usually do; of an animation the first frame counts.
+cannot be used leaves as ImageRejected with a reason that a table can count; want of memory is the machine's fault and
+stays a MemoryError. Colour profiles are ignored, as training pipelines usually do; of an animation the first frame
+counts.
 """
 
 import io
@@ -26,6 +27,7 @@ RESIZE_POLICIES = ("squash", "letterbox", "crop")
 
 # What the AI-Hub set holds; a file is what its bytes say, whatever its suffix. Phones' MPO opens as JPEG.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+_JPEG = ("JPEG", "MPO")
 
 # The middle of the range: after normalisation it is near zero for every usual mean and deviation.
 _LETTERBOX_RGB = (114, 114, 114)
@@ -43,6 +45,7 @@ _UPRIGHT = {
 }
 _TURNED = (5, 6, 7, 8)  # width and height change places
 
+MAX_PIXELS = 100_000_000
 Box = tuple[int, int, int, int]
 _MIN_BOX = 8
 
@@ -65,16 +68,30 @@ def prepare_jpeg(
     policy: str = "squash",
     quality: int = 90,
     min_side: int = 32,
-    max_pixels: int = 100_000_000,
+    max_pixels: int = MAX_PIXELS,
     box: Box | None = None,
 ) -> bytes:
     """Turn a picture file into an upright RGB JPEG of size×size pixels (4:2:0, baseline).
 
     `squash` ignores the aspect ratio, `letterbox` fits the picture on grey 114, `crop` keeps the centre
     square. Raises ImageRejected with reason `empty` (no bytes), `unreadable` (no picture, or cut short),
-    `too_small` (a side under `min_side` pixels) or `too_large` (over `max_pixels`; refused before any pixel
-    is decoded). A usable `box` (x, y, width, height in pixels of the upright picture) is all that is kept of it.
+    `too_small` (a side under `min_side` pixels) or `too_large` (over `max_pixels`, refused before any pixel is
+    decoded; or so long that it would be, resized to be cropped). A usable `box` (x, y, width, height in pixels of the
+    upright picture) is all that is kept of it.
     """
+    return prepare_cropped(data, size, policy, quality, min_side, box, max_pixels)[0]
+
+
+def prepare_cropped(
+    data: bytes,
+    size: int,
+    policy: str,
+    quality: int,
+    min_side: int,
+    box: Box | None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[bytes, bool | None]:
+    """What `prepare_jpeg` gives, and whether it is the box alone: False where that is unusable, None without a box."""
     if policy not in RESIZE_POLICIES:
         raise ValueError(f"resize policy {policy!r} is none of {', '.join(RESIZE_POLICIES)}")
     if not data:
@@ -84,15 +101,20 @@ def prepare_jpeg(
         warnings.simplefilter("ignore")
         image = _open(data)
         _check_size(image, min_side, max_pixels)
+        if image.format not in _JPEG:
+            # Now, for a PNG's EXIF may lie behind its pixels: asked for it, Pillow decodes them too.
+            _decode(image, image.size)
         view = _View.of(image, box)
+        target = _target(view.size, size, policy)
+        _check_target(target, size, max_pixels)
+        cropped = None if box is None else view.box is not None
         if policy == "squash" and (jpeg := _by_planes(data, image, view, size, quality)) is not None:
-            return jpeg
-        image = _open(data)
-        image = view.cut(_upright(_decode(image, view.scale_for(_target(view.size, size, policy))), view.orientation))
+            return jpeg, cropped
+        image = view.cut(_upright(_decode(image, view.scale_for(target)), view.orientation))
         image = _fit(_to_rgb(image), size, policy)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return buffer.getvalue()
+    return buffer.getvalue(), cropped
 
 
 def usable_box(box: Box, width: int, height: int) -> Box | None:
@@ -105,16 +127,6 @@ def usable_box(box: Box, width: int, height: int) -> Box | None:
     if right - left < _MIN_BOX or bottom - top < _MIN_BOX:
         return None
     return left, top, right - left, bottom - top
-
-
-def upright_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels of a picture file as it is shown; raises ImageRejected if it is none."""
-    if not data:
-        raise ImageRejected("empty", "0 bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        view = _View.of(_open(data), None)
-    return view.whole
 
 
 def decode_rgb(jpeg: bytes) -> np.ndarray:
@@ -180,12 +192,14 @@ def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality:
     and colour straight to the half-size planes of the result. tests/bench/README.md has what that gains, and how near
     the result is to the exactly resized picture.
     """
-    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or size % 2:
+    if image.format not in _JPEG or image.mode != "RGB" or size % 2:
         return None
     try:
         planes = _decode_planes(data, image, view, size)
+    except MemoryError:
+        raise
     except Exception:
-        # Damaged, or stored in another way: a fresh start by the other path decides which.
+        # Damaged, or stored in another way: the other path decides which.
         return None
     resized = []
     for plane, side in zip(planes, (size, size // 2, size // 2), strict=True):
@@ -202,6 +216,7 @@ def _decode_planes(data: bytes, image: Image.Image, view: _View, size: int) -> S
     """
     width, height = view.scale_for((size, size))
     if image.info.get("progressive"):
+        image = _open(data)  # should it fail, the other path needs its own as it was
         image.draft("YCbCr", (width, height))
         return [np.asarray(plane) for plane in image.split()]
     grey = simplejpeg.decode_jpeg(data, "GRAY", min_width=width, min_height=height, strict=True)[:, :, 0]
@@ -253,6 +268,14 @@ def _check_size(image: Image.Image, min_side: int, max_pixels: int) -> None:
         raise ImageRejected("too_large", f"{width}×{height}, more than {max_pixels:,} pixels")
 
 
+def _check_target(target: tuple[int, int], size: int, max_pixels: int) -> None:
+    width, height = target
+    if width * height > max(max_pixels, size * size):
+        raise ImageRejected(
+            "too_large", f"{width}×{height} with its short side at {size}, more than {max_pixels:,} pixels"
+        )
+
+
 def _decode(image: Image.Image, least: tuple[int, int]) -> Image.Image:
     # A JPEG decodes to 1/2, 1/4 or 1/8 almost for free; `draft` takes the smallest that still covers the size.
     image.draft(None, least)
@@ -264,6 +287,8 @@ def _decode(image: Image.Image, least: tuple[int, int]) -> Image.Image:
 
 
 def _reject_unreadable(error: Exception) -> NoReturn:
+    if isinstance(error, MemoryError):
+        raise error
     # Decoders meet hostile bytes here and raise nearly anything; each is counted under its own words.
     words = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", f"{type(error).__name__}: {error}")
     raise ImageRejected("unreadable", words[:200]) from None
@@ -281,6 +306,8 @@ def _target(source: tuple[int, int], size: int, policy: str) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except MemoryError:
+        raise
     except Exception:
         # A broken EXIF block says nothing of the orientation: the picture is shown as stored, as viewers do.
         return 1

@@ -15,6 +15,7 @@ import numpy as np
 
 from kfood_dist.config import Data
 from kfood_dist.data.labels import DishClass
+from kfood_dist.data.manifest import Manifest
 from kfood_dist.data.plan import MicroBatch, Plan
 from kfood_dist.data.sampling import Order, build_order
 from kfood_dist.data.shards import ShardSplit, open_split
@@ -49,7 +50,8 @@ def read_ahead(
 ) -> Iterator[MicroBatch]:
     """Hand on the micro-batches of the steps start … stop - 1, and have the windows ahead of them read in long runs.
 
-    The kernel reads them into its page cache, which all processes of a node share: one rank of each asks.
+    The kernel reads them into its page cache, which all processes of a node share: one rank of each asks. Where an
+    epoch is a single window, nothing is asked for.
     """
     coarse = plan.coarse_reads(start, stop)
     step, ids = next(coarse, (stop, np.empty(0, np.int64)))
@@ -69,6 +71,7 @@ class Mixture:
         self.split = parts[0].split
         self.manifest = parts[0].manifest
         self.index_hash = "+".join(part.index_hash for part in parts)
+        self._before = _prefixes([part.manifest for part in parts])
         self._first = np.cumsum([0, *(len(part) for part in parts)])
 
     def __len__(self) -> int:
@@ -92,35 +95,20 @@ class Mixture:
 
     def key(self, i: int) -> str:
         """The sample's key; where there are several folders, with its folder's name before it."""
-        return self.keys([i])[0]
-
-    def keys(self, ids: Sequence[int]) -> list[str]:
-        """The key of each sample in the order of `ids`."""
-        keys = [""] * len(ids)
-        for part, places, local in self._by_part(np.asarray(ids, dtype=np.int64)):
-            before = "" if len(self.parts) == 1 else f"{self._name_of[part.manifest.where]}/"
-            for place, key in zip(places, part.rows(local.tolist())["key"], strict=True):
-                keys[place] = before + key.decode("ascii")
-        return keys
-
-    @cached_property
-    def _name_of(self) -> dict[str, str]:
-        """What a folder is called in keys: the last part of its path, or all of it where two are called alike."""
-        called = Counter(part.manifest.name for part in self.parts)
-        manifests = [part.manifest for part in self.parts]
-        return {m.where: m.name if called[m.name] == 1 else m.where for m in manifests}
+        number, local = self._locate(i)
+        return self._before[number] + self.parts[number].key(local)
 
     def label(self, i: int) -> DishClass:
-        part, local = self._locate(i)
-        return part.label(local)
+        number, local = self._locate(i)
+        return self.parts[number].label(local)
 
     def metadata(self, i: int) -> dict[str, Any]:
-        part, local = self._locate(i)
-        return part.metadata(local)
+        number, local = self._locate(i)
+        return self.parts[number].metadata(local)
 
     def read(self, i: int) -> bytes:
-        part, local = self._locate(i)
-        return part.read(local)
+        number, local = self._locate(i)
+        return self.parts[number].read(local)
 
     def read_many(self, ids: Sequence[int]) -> list[bytes | ShardError]:
         found: list[bytes | ShardError] = [b""] * len(ids)
@@ -141,15 +129,24 @@ class Mixture:
         for part in self.parts:
             part.close()
 
-    def _locate(self, i: int) -> tuple[ShardSplit, int]:
+    def _locate(self, i: int) -> tuple[int, int]:
+        """The number of the folder that sample i lies in, and its id there."""
         number = int(np.searchsorted(self._first, i, side="right")) - 1
-        return self.parts[number], i - int(self._first[number])
+        return number, i - int(self._first[number])
 
     def _by_part(self, ids: np.ndarray) -> list[tuple[ShardSplit, np.ndarray, np.ndarray]]:
         """For each folder that some of `ids` lie in: the folder, their places among `ids`, their ids in it."""
         numbers = np.searchsorted(self._first, ids, side="right") - 1
         places = [(n, np.flatnonzero(numbers == n)) for n in np.unique(numbers)]
         return [(self.parts[n], here, ids[here] - self._first[n]) for n, here in places]
+
+
+def _prefixes(manifests: Sequence[Manifest]) -> list[str]:
+    """What stands before each folder's keys: the last part of its path, or all of it where two are called alike."""
+    if len(manifests) == 1:
+        return [""]
+    called = Counter(m.name for m in manifests)
+    return [f"{m.name if called[m.name] == 1 else m.where}/" for m in manifests]
 
 
 def _require_alike(parts: Sequence[ShardSplit]) -> None:

@@ -61,7 +61,7 @@ def _print_steps(plan: Plan, mixture: Mixture, first: int, start: int, stop: int
     write("step, micro_step, rank, key\n")
     for step, slots in plan.slots(first + start, first + stop):
         taken = slots != EMPTY
-        keys = mixture.keys(slots[taken])
+        keys = map(mixture.key, slots[taken].tolist())
         for (micro_step, rank, _), key in zip(np.argwhere(taken).tolist(), keys, strict=True):
             write(f"{step - first}, {micro_step}, {rank}, {key}\n")
 

@@ -165,11 +165,6 @@ def _by_class(first: int, labels: np.ndarray, draws: Sequence[int], few: int) ->
             yield _RoundAndRound(first, len(group), number, group)
 
 
-def plain_order(num_samples: int, window: int | None = None, index_hash: str = "") -> Order:
-    """Every one of `num_samples` samples once per epoch."""
-    return build_order([num_samples], [1.0], window=window, index_hash=index_hash)
-
-
 def build_order(
     sizes: Sequence[int],
     weights: Sequence[float],

@@ -60,6 +60,11 @@ _PARTS = {part: INDEX_DTYPE.names.index(f"{part}_offset") for part in ("image", 
 _Part = tuple[Range, int, bytes]
 
 
+def sample_key(split: str, number: int) -> str:
+    """The WebDataset key of a split's sample, such as `train-00000042`: they count through its shards, from 0."""
+    return f"{split}-{number:08d}"
+
+
 def open_split(where: str | Path | Storage, split: str) -> "ShardSplit":
     """Open one split of a packed data set: reads its manifest only, however many shards there are.
 
@@ -157,8 +162,8 @@ class ShardSplit:
         return self._length
 
     def key(self, i: int) -> str:
-        """The sample's WebDataset key, such as `train-00000042`; raises ShardError as `rows` does."""
-        return self.rows([i])["key"][0].decode("ascii")
+        """The sample's WebDataset key. No file is read for it: a sample whose index is damaged has a name too."""
+        return sample_key(self.split, range(self._length)[i])
 
     def label(self, i: int) -> DishClass:
         """The class of sample i; raises ShardError as `rows` does."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kfood_dist.errors import SourceError
+from kfood_dist.errors import KfoodError, SourceError
 from kfood_dist.practice.pictures import DISHES, MAX_PER_CLASS, write_pictures
 from kfood_dist.runtime import quiet_libraries
 
@@ -44,15 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write, finish or re-use the practice set. Raises SourceError when DIR holds something else."""
-    folder, wanted = args.folder, describe(args.per_class, args.seed)
+    """Write, finish or re-use the practice set.
+
+    Raises SourceError when DIR holds something else, KfoodError when it cannot be written.
+    """
+    wanted = describe(args.per_class, args.seed)
+    try:
+        return _run(args.folder, wanted)
+    except OSError as error:
+        raise KfoodError(
+            f"the practice set cannot be written to {args.folder} ({error.strerror or error})",
+            "name a folder of your own as DIR, on a disk with room",
+        ) from None
+
+
+def _run(folder: Path, wanted: dict[str, Any]) -> int:
     if _check(folder, wanted):
         print(f"reused {folder}: {wanted['images']} pictures and the tiny model are there already")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / UNFINISHED, wanted)
-    _finish(folder, "images", lambda part: _draw(part, args.per_class, args.seed))
-    _finish(folder, "model", lambda part: _model(part, args.seed))
+    _finish(folder, "images", lambda part: _draw(part, wanted["per_class"], wanted["seed"]))
+    _finish(folder, "model", lambda part: _model(part, wanted["seed"]))
     os.replace(folder / UNFINISHED, folder / DONE)
     print(
         f"wrote {folder}: {wanted['images']} pictures of {len(DISHES)} dishes in images/, a tiny Qwen2.5-VL in model/"
@@ -64,8 +77,8 @@ def describe(per_class: int, seed: int) -> dict[str, Any]:
     """What a practice set of these options holds, as mini.json records it. Raises SourceError out of range."""
     if not 1 <= per_class <= MAX_PER_CLASS:
         raise SourceError(f"--per-class {per_class} is not between 1 and {MAX_PER_CLASS}", "leave it out for 100")
-    if seed < 0:
-        raise SourceError(f"--seed {seed} is negative", "choose 0 or any whole number above")
+    if not 0 <= seed < 2**63:
+        raise SourceError(f"--seed {seed} cannot be used", "give a whole number from 0, below 2^63")
     return {
         "format": FORMAT,
         "version": VERSION,

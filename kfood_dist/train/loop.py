@@ -8,7 +8,7 @@ is cut into ranks, micro-batches and accumulation; a step's random numbers depen
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kfood_dist.config import Recipe
-from kfood_dist.data.collate import Batch, StreamingCollator
+from kfood_dist.data.collate import Batch, LeftOut, StreamingCollator
 from kfood_dist.data.mix import read_ahead
 from kfood_dist.data.plan import MicroBatch, Plan, deal
 from kfood_dist.data.stream import stream
@@ -37,6 +37,7 @@ from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
 
 _BAD_LISTED = 50
+_LEFT_OUT_LISTED = 20
 _PAUSES_S = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -169,12 +170,13 @@ class Trainer:
         """Loss and accuracy on the validation split, every sample once; None if meanwhile the run is asked to stop.
 
         `accuracy` asks for the label itself, token by token; `kfood eval` also takes aliases and halves of `A_B`.
-        Training mode stays, dropout rests.
+        A sample that is left out counts as wrong, and is named in the log. Training mode stays, dropout rests.
         """
         assert self.validation is not None
         recipe, began = self.recipe, time.perf_counter()
         slots = deal(self.validation_ids, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
+        left_out: list[LeftOut] = []
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         reader = stream(self.validation, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start)
         with torch.no_grad(), resting_dropout(self.module), closing(reader) as batches:
@@ -184,12 +186,17 @@ class Trainer:
                 self.stopping = bool(self.world.all_max(torch.tensor(float(self.stop.asked()), device=self.device)))
                 if self.stopping:
                     return None
+                left_out += batch.refused
                 on_device = batch.to(self.device)
                 loss, hits, _ = self.engine.forward(on_device)
                 right = exact_matches(hits, on_device.labels)
                 counts = (loss, batch.num_label_tokens, right.sum(), len(batch.ids) + len(batch.refused))
                 totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
         loss_sum, labels, right_sum, samples = self.world.all_sum(totals).tolist()
+        in_all = [sample for of_rank in self.world.share(left_out) for sample in of_rank]
+        self._say_left_out("validation", in_all[:_LEFT_OUT_LISTED])
+        if len(in_all) > _LEFT_OUT_LISTED:
+            self.log.say(f"validation: {len(in_all) - _LEFT_OUT_LISTED} more left out")
         self.took_s["validate"] = time.perf_counter() - began
         return {"loss": loss_sum / max(1.0, labels), "accuracy": right_sum / samples, "samples": samples}
 
@@ -262,17 +269,20 @@ class Trainer:
         """
         of_ranks = self.world.share([(batch.refused, batch.replaced) for batch in meter.batches])
         for refused, replaced in (pair for pairs in of_ranks for pair in pairs):
-            for key, why in refused:
-                self.log.say(f"step {step + 1}: {key} left out: {why}")
+            self._say_left_out(f"step {step + 1}", refused)
             for key, why in replaced:
                 self.log.say(f"step {step + 1}: {key} replaced by another sample: {why}")
                 self.bad[key] = why
         require_few_bad(self.bad, len(self.collator.shards), self.recipe.data.max_bad_share)
 
+    def _say_left_out(self, when: str, samples: Iterable[LeftOut]) -> None:
+        for key, why in samples:
+            self.log.say(f"{when}: {key} left out: {why}")
+
     def _batches(self, start: int) -> Generator[Batch, None, None]:
         """This rank's batches from step `start` on, read by loader processes ahead of the training."""
         data, micro_batches = self.recipe.data, self.plan.micro_batches(self.world.rank, start, self.max_steps)
-        if data.shuffle_window and self.world.local_rank == 0:
+        if self.world.local_rank == 0:
             micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
         return stream(
             self.collator,

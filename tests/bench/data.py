@@ -107,7 +107,7 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
     from kfood_dist.data.collate import StreamingCollator
     from kfood_dist.data.images import decode_rgb
     from kfood_dist.data.plan import Plan
-    from kfood_dist.data.sampling import plain_order
+    from kfood_dist.data.sampling import build_order
     from kfood_dist.data.shards import open_split
     from kfood_dist.data.stream import stream
     from kfood_dist.data.template import Template
@@ -119,7 +119,7 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
     vision = load_vision_spec(model, load_config(model), size)
     template = Template(load_tokenizer(model), vision, "", PROMPT, 1536)
     collator = StreamingCollator(split, template)
-    plan = Plan(plain_order(len(split)), 0, 1, BATCH, 1)
+    plan = Plan(build_order([len(split)], [1.0]), 0, 1, BATCH, 1)
     jpegs = [split.read(i) for i in range(len(split))]
     names = [split.label(i).name for i in range(len(split))]
     processor, tokenizer = AutoImageProcessor.from_pretrained(model), AutoTokenizer.from_pretrained(model)

@@ -65,7 +65,7 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
 
     from kfood_dist.data.collate import StreamingCollator
     from kfood_dist.data.plan import Plan
-    from kfood_dist.data.sampling import plain_order
+    from kfood_dist.data.sampling import build_order
     from kfood_dist.data.shards import open_split
     from kfood_dist.data.stream import stream
     from kfood_dist.data.template import Template
@@ -77,7 +77,7 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
     began = time.perf_counter()
     split = open_split(shards, "train")
     marks["open"] = time.perf_counter() - began
-    order = plain_order(len(split), index_hash=split.index_hash)
+    order = build_order([len(split)], [1.0], index_hash=split.index_hash)
     plan = Plan(order, seed=0, ranks=8, micro_batch=16, accumulation=8)
     saved = json.dumps(plan.state(4 * plan.steps_per_epoch - 2))  # as a checkpoint holds it, two steps before the end
     step = plan.resume(json.loads(saved))

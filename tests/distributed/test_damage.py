@@ -13,10 +13,10 @@ from kfood_dist.data.shards import open_split
 GLOBAL_BATCH = 8
 
 
-def rot(shards: Path, *ids: int) -> list[str]:
-    """Flip a byte in the pictures of these training samples; returns their keys."""
-    split = open_split(shards, "train")
-    with open(shards / split.manifest.shards_of("train")[0].path, "r+b") as tar:
+def rot(shards: Path, *ids: int, name: str = "train") -> list[str]:
+    """Flip a byte in the pictures of these samples of a split; returns their keys."""
+    split = open_split(shards, name)
+    with open(shards / split.manifest.shards_of(name)[0].path, "r+b") as tar:
         for i in ids:
             tar.seek(int(split.index["image_offset"][i]) + 100)
             byte = tar.read(1)[0]
@@ -87,3 +87,16 @@ def test_more_than_the_configured_share_stops_the_run_with_the_list(
     assert listed == keys
     assert "→ look at all of them with `kfood verify`" in output
     assert output.count("training samples cannot be read") == 2  # rank 0's, and rank 1's own line
+
+
+def test_what_a_measurement_leaves_out_counts_as_wrong_and_is_named(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    keys = rot(shards, 1, 2, name="val")
+    recipe = recipe_for(tmp_path / "of-2", tiny_model, shards, 1, 0.2, 2)
+    output = train(recipe, 2, ["eval.every_steps=3", "eval.batch_size=1"])
+    named = re.findall(r"^validation: (\S+) left out: .*crc32", output, flags=re.MULTILINE)
+    assert sorted(named) == keys
+    state = json.loads((recipe.parent / "run/checkpoints/step-00000003/state.json").read_text())
+    assert state["validation"]["samples"] == len(open_split(shards, "val"))

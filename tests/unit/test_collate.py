@@ -194,6 +194,23 @@ def test_measuring_stops_at_a_damaged_sample_and_validation_leaves_it_out(
     assert (only_bad.ids, only_bad.num_label_tokens, len(only_bad.refused)) == ((), 0, 2)
 
 
+def test_a_sample_whose_index_is_damaged_is_replaced_or_left_out_by_name(
+    tmp_path: Path, tiny_model: Path, pictures: Path, vision: VisionSpec
+) -> None:
+    shards = tmp_path / "shards"
+    assert main(["pack", str(pictures), str(shards), "--split", "1,0,0", "--shard-size", "20"]) == 0
+    index = shards / "train-000001.index.npy"
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    batch = build(tiny_model, shards, vision, unreadable="replace")[MicroBatch(0, 0, (3, 25), 0)]
+    assert (batch.ids, batch.refused) == ((3, 25), ())
+    [(key, why)] = batch.replaced
+    assert key == "train-00000025"
+    assert "train-000001.index.npy is not the index" in why
+    batch = build(tiny_model, shards, vision, unreadable="refuse")[MicroBatch(0, 0, (3, 25), 0)]
+    assert batch.ids == (3,)
+    assert batch.refused == ((key, why),)
+
+
 @pytest.mark.parametrize("unreadable", ["replace", "refuse", "stop"])
 def test_a_shard_out_of_reach_is_an_error_and_not_replaced_from_others(
     tmp_path: Path, tiny_model: Path, pictures: Path, vision: VisionSpec, unreadable

@@ -6,15 +6,15 @@ import pytest
 import simplejpeg
 from pictures import encoded, picture
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from kfood_dist.data.images import (
     RESIZE_POLICIES,
     ImageRejected,
     _colour,
     decode_rgb,
+    prepare_cropped,
     prepare_jpeg,
-    upright_size,
     usable_box,
 )
 
@@ -181,6 +181,17 @@ def test_what_cannot_be_used_says_why_in_one_word(data, reason):
     assert "0x" not in rejected.value.detail.replace("0x…", "")  # no address that differs from run to run
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("box", [None, (8, 8, 16, 59_000)])
+def test_a_picture_too_long_to_crop_is_refused_before_it_takes_memory(monkeypatch, kind, box):
+    data = encoded(Image.new("L", (32, 60_000)), kind)
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("resized"))
+    if kind == "JPEG":
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ImageRejected, match=r"too_large: 448×(840000|1652000) with its short side at 448, more"):
+        prepare_jpeg(data, 448, "crop", box=box)
+
+
 def test_limits_are_inclusive_and_can_be_set():
     assert prepare_jpeg(encoded(picture(4, 32, 32)), 64)
     with pytest.raises(ImageRejected, match="too_small"):
@@ -209,6 +220,29 @@ def test_decoding_something_else_is_refused():
     for data in (b"", b"junk", encoded(picture(7), "PNG"), encoded(picture(7))[:300]):
         with pytest.raises(ImageRejected, match="unreadable"):
             decode_rgb(data)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "kind", "policy"),
+    [
+        ("simplejpeg.decode_jpeg", "JPEG", "squash"),
+        ("PIL.ImageFile.ImageFile.load", "JPEG", "crop"),
+        ("PIL.ImageFile.ImageFile.load", "PNG", "squash"),
+        ("PIL.ImageFile.ImageFile.load", "GIF", "letterbox"),
+        ("PIL.Image.open", "JPEG", "squash"),
+    ],
+)
+def test_want_of_memory_is_no_fault_of_a_picture(monkeypatch, decoder, kind, policy):
+    data = encoded(picture(8), kind)
+    monkeypatch.setattr(decoder, lambda *_, **__: bytes(1 << 62))
+    with pytest.raises(MemoryError):
+        prepare_jpeg(data, 64, policy)
+
+
+def test_want_of_memory_is_no_fault_of_a_packed_picture(monkeypatch):
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: bytes(1 << 62))
+    with pytest.raises(MemoryError):
+        decode_rgb(encoded(picture(8)))
 
 
 # --- crop boxes
@@ -245,8 +279,7 @@ def test_a_box_is_of_the_upright_picture(orientation, kind):
     exif[0x0112] = orientation
     data = quadrants(format=kind, exif=exif.tobytes())
     upright = decode_rgb(prepare_jpeg(data, 64)).astype(int)
-    width, height = upright_size(data)
-    assert (width, height) == ((400, 300) if orientation < 5 else (300, 400))
+    width, height = (400, 300) if orientation < 5 else (300, 400)
     for i, (x, y) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
         box = (x * width // 2 + 8, y * height // 2 + 8, width // 2 - 16, height // 2 - 16)
         kept = decode_rgb(prepare_jpeg(data, 32, box=box)).astype(int).mean((0, 1))
@@ -272,6 +305,17 @@ def test_a_box_is_clipped_to_the_picture(box, usable):
     assert prepare_jpeg(data, 32, box=box) == prepare_jpeg(data, 32, box=usable)
     if usable is None:
         assert prepare_jpeg(data, 32, box=box) == prepare_jpeg(data, 32)
+
+
+@pytest.mark.parametrize(("box", "cropped"), [(None, None), ((10, 10, 60, 40), True), ((90, 10, 60, 40), False)])
+def test_a_png_is_decoded_once_and_not_before_its_size_is_checked(monkeypatch, box, cropped):
+    decoded, load = [], PngImageFile.load_prepare
+    monkeypatch.setattr(PngImageFile, "load_prepare", lambda image: decoded.append(image) or load(image))
+    assert prepare_cropped(quadrants(95, 80, format="PNG"), 32, "squash", 90, 32, box)[1] is cropped
+    assert len(decoded) == 1
+    with pytest.raises(ImageRejected, match="too_large"):
+        prepare_cropped(quadrants(95, 80, format="PNG"), 32, "squash", 90, 32, box, max_pixels=7000)
+    assert len(decoded) == 1
 
 
 def test_a_small_box_of_a_large_picture_is_decoded_at_twice_the_target(monkeypatch):

@@ -5,19 +5,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from orders import plain_order
 from page_cache import drop_pages, resident_share, settled
 
 from kfood_dist.cli import main
-from kfood_dist.config import build_data
+from kfood_dist.config import Data, build_data
 from kfood_dist.data.mix import Mixture, build_data_order, open_mixture, read_ahead
 from kfood_dist.data.plan import Plan
-from kfood_dist.data.sampling import plain_order
 from kfood_dist.data.shards import open_split
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.practice.pictures import DISHES, write_pictures
+from kfood_dist.runtime import World
+from kfood_dist.train.loop import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,21 @@ def test_folders_called_alike_are_told_apart_in_keys(tmp_path: Path, tiny_shards
     alike = shutil.copytree(others, tmp_path / tiny_shards.name)
     mixture = open_mixture(build_data({"shards": str(tiny_shards), "mix": [{"shards": str(alike)}]}, "data"), "train")
     first = len(mixture.parts[0])
-    assert mixture.keys([first, 0]) == [f"{alike}/train-00000000", f"{tiny_shards}/train-00000000"]
+    assert [mixture.key(i) for i in (first, 0)] == [f"{alike}/train-00000000", f"{tiny_shards}/train-00000000"]
+
+
+def test_samples_have_one_name_in_all_processes(
+    tmp_path: Path, tiny_shards: Path, others: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy for a loader process knows its folders by their whole paths, wherever the first was opened from."""
+    monkeypatch.chdir(tiny_shards.parent)
+    alike = shutil.copytree(others, tmp_path / tiny_shards.name)
+    for other in (others, alike):
+        mixture = open_mixture(
+            build_data({"shards": tiny_shards.name, "mix": [{"shards": str(other)}]}, "data"), "train"
+        )
+        unasked = pickle.loads(pickle.dumps(mixture))
+        assert unasked.key(0) == mixture.key(0) == pickle.loads(pickle.dumps(mixture)).key(0)
 
 
 def test_one_folder_is_a_mixture_of_one(tiny_shards: Path) -> None:
@@ -109,6 +127,25 @@ def test_windows_are_asked_for_ahead_in_long_runs_and_once(global_batch: int, ep
     ]
     expected = [i for window in whole for i in window][first_window:]
     assert asked == expected  # each window in the order of the index, every one to the end, and nothing twice
+
+
+@pytest.mark.parametrize(("local_rank", "window", "asks"), [(0, 128, True), (1, 128, False), (0, 1024, False)])
+def test_training_asks_ahead_where_the_default_windows_cut_an_epoch(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, window: int, asks: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("kfood_dist.data.sampling.DEFAULT_WINDOW", window)
+    monkeypatch.setattr("kfood_dist.train.loop.stream", lambda collator, micro_batches, *_, **__: micro_batches)
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(data=Data(shards="here")),
+        world=World(local_rank, 2, local_rank),
+        plan=Plan(plain_order(1000), seed=0, ranks=2, micro_batch=4, accumulation=2),
+        max_steps=3,
+        collator=SimpleNamespace(shards=SimpleNamespace(will_need=asked.extend)),
+        device=torch.device("cpu"),
+    )
+    assert len(list(Trainer._batches(run, 0))) == 6
+    assert (len(asked) >= 128) is asks
 
 
 def test_nothing_is_asked_for_where_all_is_shuffled_together() -> None:

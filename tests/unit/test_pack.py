@@ -24,12 +24,14 @@ from PIL import Image
 from kfood_dist.cli import main
 from kfood_dist.data.images import decode_rgb
 from kfood_dist.data.manifest import load_manifest
+from kfood_dist.data.packing import job
 from kfood_dist.data.packing.choose import choose
 from kfood_dist.data.packing.chunks import prepare_chunk
 from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
+from kfood_dist.data.packing.prepare import in_processes
 from kfood_dist.data.packing.sources import scan
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.data.tars import write_tar
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import KfoodError, ShardError, SourceError
@@ -479,6 +481,47 @@ def test_what_another_version_prepared_is_made_anew(source, tmp_path, monkeypatc
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
 
 
+def test_a_refused_picture_that_was_mended_is_used_though_its_size_is_the_same(source, tmp_path):
+    pack(source, tmp_path / "undisturbed", SMALL)
+    copy = shutil.copytree(source, tmp_path / source.name)
+    victim = next(copy.rglob("*.jpg"))
+    sound = victim.read_bytes()
+    victim.write_bytes(bytes(len(sound)))
+    with pytest.raises(SourceError, match=r"unreadable 1.* → .*mend the source"):
+        pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
+    victim.write_bytes(sound)
+    pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+
+
+def test_pictures_prepared_from_another_copy_of_the_source_are_used(source, tmp_path, monkeypatch):
+    """As of a source that each job brings to its own node: made of other files, at other times."""
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    pack(source, tmp_path / "whole", SMALL)
+    for part in (1, 2):
+        copy = shutil.copytree(source, tmp_path / str(part) / source.name)
+        packed = pack(copy, tmp_path / "out", replace(SMALL, part=part, parts=2))
+    assert packed.manifest
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_picture_that_may_be_read_now_is_used(source, tmp_path, monkeypatch):
+    def unless_forbidden(path, mode):  # root would be let through
+        if not path.stat().st_mode & 0o400:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return open(path, mode)
+
+    monkeypatch.setattr("kfood_dist.data.packing.sources.read.open", unless_forbidden, raising=False)
+    copy = shutil.copytree(source, tmp_path / source.name)
+    victim = next(copy.rglob("*.jpg"))
+    victim.chmod(0)
+    with pytest.raises(SourceError, match=r"unreadable 1.* → .*mend the source"):
+        pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
+    victim.chmod(0o600)
+    manifest = pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0)).manifest
+    assert manifest.raw["rejected"]["count"] == 0
+
+
 def test_an_interrupt_is_the_parents_to_act_on(slow, tmp_path):
     process, children = start_and_wait_for_a_chunk(slow[0], tmp_path / "out")
     for child in children:
@@ -522,6 +565,12 @@ def test_a_source_that_vanishes_stops_the_packing_which_goes_on_when_it_is_back(
     assert {k: v for k, v in before.items() if k != "manifest.json"} == {
         k: v for k, v in after.items() if k != "manifest.json"
     }  # the manifest names the source
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_want_of_memory_stops_the_packing_and_refuses_no_picture(workers):
+    with pytest.raises(SourceError, match=r"more memory than there is → .*fewer --workers"):
+        list(in_processes(bytes, [1 << 62, 1 << 62], workers))
 
 
 def test_a_full_disk_is_said(source, tmp_path):
@@ -680,6 +729,28 @@ def photograph(seed: int) -> Image.Image:
 
 
 # --- the command
+
+
+def test_a_source_whose_name_is_in_cp949_is_packed_and_called_by_it(source, tmp_path):
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + "/김치".encode("cp949")))
+    shutil.copytree(source, named)
+    assert pack(named, tmp_path / "of-a-folder", SMALL).manifest.raw["source"]["name"] == "김치"
+    pictures = sorted(source.rglob("*.jpg"))
+    rows = ["image_path,label", *(f"{path},{path.parent.name}" for path in pictures), "no second column"]
+    table = named.with_name(f"{named.name}.csv")
+    table.write_text("\n".join(rows), encoding="utf-8")
+    assert pack(table, tmp_path / "of-a-table", SMALL).manifest.raw["source"]["name"] == "김치.csv"
+    assert rejected(tmp_path / "of-a-table") == {"김치.csv:47": "bad_row"}
+
+
+def test_more_classes_than_an_index_can_number_are_refused_before_any_work(source, tmp_path, monkeypatch):
+    assert np.iinfo(INDEX_DTYPE["label"]).max + 1 == job._MAX_CLASSES
+    monkeypatch.setattr(job, "_MAX_CLASSES", 2)
+    with pytest.raises(SourceError, match=r"^3 classes are more than the 2 .* → .*--classes, or check"):
+        pack(source, tmp_path / "out", SMALL)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(job, "_MAX_CLASSES", 3)
+    pack(source, tmp_path / "out", SMALL)
 
 
 def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):

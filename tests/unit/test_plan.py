@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orders import plain_order
 
 from kfood_dist.data.plan import EMPTY, Plan, accumulation_for, cut_anew, deal
-from kfood_dist.data.sampling import Order, _balanced_draws, _times_drawn, build_order, plain_order
+from kfood_dist.data.sampling import Order, _balanced_draws, _times_drawn, build_order
 from kfood_dist.data.shuffle import RUNS_PER_WINDOW, Shuffle
 from kfood_dist.errors import CheckpointError, RecipeError
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +113,22 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, capsys: 
     assert main(["mini", str(tmp_path), "--per-class", "1"]) == 2
     assert "→" in capsys.readouterr().err
     assert files(tmp_path) == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.parametrize("place", ["/proc/practice", "a file/practice", "n" * 300])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], place) -> None:
+    (tmp_path / "a file").write_text("mine")
+    assert main(["mini", str(tmp_path / place), "--per-class", "1"]) == 2
+    assert re.fullmatch(r"kfood mini: the practice set cannot be written to .* \(.+\) → .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_that_cannot_be_used_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    assert main(["mini", str(tmp_path / "new"), f"--seed={seed}"]) == 2
+    assert f"--seed {seed} cannot be used → give a whole number" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_killed_and_run_again_it_completes(tmp_path: Path) -> None:

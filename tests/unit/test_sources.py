@@ -11,6 +11,7 @@ from pictures import encoded, picture, write_folder
 from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.labels import DishClass
 from kfood_dist.data.packing.sources import Record, read_picture, scan
+from kfood_dist.data.packing.sources.scan import _with_own_names
 from kfood_dist.errors import SourceError
 
 JPEG = encoded(picture())
@@ -78,6 +79,19 @@ def test_two_spellings_of_one_name_are_two_pictures_with_names_of_their_own(tmp_
         "약과/사진 (2).jpg": JPEG,
         "약과/사진 (3).jpg": JPEG + b"NFC",
     }
+
+
+def test_many_records_of_one_name_are_numbered_past_the_names_that_are_taken():
+    names = ["a.jpg"] * 20_000 + ["a (3).jpg", "a (3).jpg", "b.jpg", "b.jpg"]
+    given = _with_own_names([Record(Path(f"{n:05d}"), name) for n, name in enumerate(names)])
+    assert {r.path.name: r.source for r in given if int(r.path.name) >= 20_000} == {
+        "20000": "a (3).jpg",
+        "20001": "a (3) (2).jpg",
+        "20002": "b.jpg",
+        "20003": "b (2).jpg",
+    }
+    numbered = [r.source for r in sorted(given, key=lambda r: r.path)[:20_000]]
+    assert numbered == ["a.jpg", "a (2).jpg", *(f"a ({n}).jpg" for n in range(4, 20_002))]
 
 
 def test_pictures_straight_in_the_source_are_of_the_dish_it_is_named_after(tmp_path):
@@ -318,6 +332,15 @@ def test_a_source_that_went_away_stops_the_packing(tmp_path):
     (record,) = scan(tmp_path / "source")
     (tmp_path / "source").rename(tmp_path / "moved")
     with pytest.raises(SourceError, match=r"a\.jpg was listed and can no longer be read .* → bring it"):
+        read_picture(record)
+
+
+@pytest.mark.parametrize("data", [JPEG + b"more", JPEG[:-1], b""])
+def test_a_file_of_another_size_than_was_listed_stops_the_packing(tmp_path, data):
+    path = put(tmp_path / "약과" / "a.jpg")
+    (record,) = scan(tmp_path)
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"a\.jpg has changed since it was listed → .*run the same command again"):
         read_picture(record)
 
 

@@ -3,7 +3,8 @@
     records ──► cut into chunks ──► prepared by worker processes ──► CHUNKS/<hash>.chunk, one file each
 
 A chunk's name says what it was made from, how and by what: a picture, an option or a version that differs gives
-another name, and what still fits is used again. Always holds: a chunk that is there is whole, or it is prepared anew.
+another name, and what still fits is used again. Always holds: a chunk that is there is whole, or it is prepared anew;
+so is one that refused a file which was touched since, by whoever mended it.
 
     file: the JPEGs end to end, a JSON list of outcomes, its length (8 bytes), SHA-256 of all that (32 bytes)
 """
@@ -60,7 +61,7 @@ def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None
     for record in chunk.records:
         outcome = prepare_one(record, settings)
         if isinstance(outcome, Refusal):
-            outcomes.append([outcome.reason, outcome.detail])
+            outcomes.append([outcome.reason, outcome.detail, record.changed_ns])
             continue
         jpegs.append(outcome.jpeg)
         outcomes.append([offset, len(outcome.jpeg), outcome.sha256, outcome.perceptual_hash, outcome.cropped])
@@ -75,7 +76,10 @@ def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None
 
 
 def load_chunk(chunk: Chunk, folder: Path) -> list[Prepared | Refusal] | None:
-    """What became of each record of a chunk, in order; None unless its file is there and whole."""
+    """What became of each record of a chunk, in order.
+
+    None unless the chunk's file is there and whole, and what it refused has not been touched since.
+    """
     try:
         data = (folder / chunk.name).read_bytes()
     except FileNotFoundError:
@@ -85,15 +89,21 @@ def load_chunk(chunk: Chunk, folder: Path) -> list[Prepared | Refusal] | None:
         return None
     footer_bytes = int.from_bytes(body[-_LENGTH_BYTES:], "little")
     outcomes = json.loads(body[-_LENGTH_BYTES - footer_bytes : -_LENGTH_BYTES])
-    return [_outcome(chunk, record, values) for record, values in zip(chunk.records, outcomes, strict=True)]
+    pairs = list(zip(chunk.records, outcomes, strict=True))
+    return [_outcome(chunk, *pair) for pair in pairs] if all(_holds(*pair) for pair in pairs) else None
 
 
 def is_there(chunk: Chunk, folder: Path) -> bool:
-    """Whether a chunk's file is there; `load_chunk` tells whether it is whole."""
+    """Whether a chunk's file is there; `load_chunk` tells whether it can be used."""
     return (folder / chunk.name).exists()
 
 
+def _holds(record: Record, values: list) -> bool:
+    """False for the refusal of a file that was touched since."""
+    return len(values) != 3 or values[2] == record.changed_ns
+
+
 def _outcome(chunk: Chunk, record: Record, values: list) -> Prepared | Refusal:
-    if len(values) == 2:
-        return Refusal(record.source, record.label, *values)
+    if len(values) == 3:
+        return Refusal(record.source, record.label, values[0], values[1])
     return Prepared(record, chunk.name, *values)

@@ -42,6 +42,7 @@ from kfood_dist.data.packing.options import PackOptions, fingerprint
 from kfood_dist.data.packing.place import classes_of, leaked_at_random, part_ambiguous, place
 from kfood_dist.data.packing.prepare import Prepared, Refusal, in_processes
 from kfood_dist.data.packing.sources import Record, scan_source
+from kfood_dist.data.packing.sources.names import file_name
 from kfood_dist.data.packing.workspace import (
     discard,
     merging,
@@ -62,6 +63,8 @@ from kfood_dist.errors import KfoodError, ShardError, SourceError
 
 # A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
 _OVERHEAD_BYTES = 2600
+# A class id is a u2 in the index.
+_MAX_CLASSES = 2**16
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,16 @@ def _by_another(job: _Job) -> Packed | None:
 def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
     listed = None if options.classes is None else load_classes(options.classes)
     found = scan_source(source, options.image_root, listed)
+    num_classes = len(listed or {record.label for record in found.records if record.problem is None})
+    if num_classes > _MAX_CLASSES:
+        raise SourceError(
+            f"{num_classes:,} classes are more than the {_MAX_CLASSES:,} that a data set has room for",
+            "name the classes with --classes, or check that the labels are dishes' names",
+        )
     records, chosen_from = choose(found.records, options.per_class, options.subset, options.seed)
     origin = {
         "kind": found.kind,
-        "name": unicodedata.normalize("NFC", source.resolve().name),
+        "name": unicodedata.normalize("NFC", file_name(source.resolve().name)),
         "fingerprint": fingerprint(found.kind, records, listed, options),
         "crop_lists": asdict(found.boxes),
     }
@@ -183,8 +192,8 @@ def _existing(job: _Job) -> Manifest | None:
 
 
 def _prepare(job: _Job, chunks: Sequence[Chunk], folder: Path) -> None:
-    """Prepare the chunks that are not there yet."""
-    to_do = [chunk for chunk in chunks if not is_there(chunk, folder)]
+    """Prepare the chunks that are not there yet, or cannot be used."""
+    to_do = [chunk for chunk in chunks if load_chunk(chunk, folder) is None]
     in_all, left = (sum(len(chunk.records) for chunk in some) for some in (chunks, to_do))
     with tqdm(total=in_all, initial=in_all - left, desc="prepare", unit="picture", disable=None) as progress:
         do = partial(prepare_chunk, settings=job.options.picture_settings(), folder=folder)
@@ -259,7 +268,7 @@ def _chosen(job: _Job, pictures: Sequence[Prepared], classes: Sequence[DishClass
 
 
 def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prepared], list[Refusal]]:
-    """What became of every record, in order; a chunk's file that was damaged since is made again."""
+    """What became of every record, in order; a chunk's file that cannot be used is made again."""
     pictures: list[Prepared] = []
     unusable: list[Refusal] = []
     for chunk in chunks:

@@ -1,6 +1,6 @@
 """One source picture to what is packed of it, in one process or in many.
 
-record ──► read, hash ──► prepare_jpeg ──► perceptual hash ──► PreparedPicture, or Refusal with its reason
+record ──► read, hash ──► prepare_cropped ──► perceptual hash ──► PreparedPicture, or Refusal with its reason
 chunks ──► worker processes, each writes its chunk ──► as they are done
 """
 
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from kfood_dist.data.images import ImageRejected, prepare_jpeg, upright_size, usable_box
+from kfood_dist.data.images import ImageRejected, prepare_cropped
 from kfood_dist.data.packing.sources import Record, read_picture
 from kfood_dist.errors import SourceError
 from kfood_dist.runtime import keep_freed_memory
@@ -29,7 +29,7 @@ T = TypeVar("T")
 # Which way of making a packed picture this is. Raise it with every change, here or in images.py and resample.py, after
 # which a picture comes out with other bytes, another hash or another refusal: what the older way prepared and left
 # beside OUT is then made anew.
-ALGORITHM = 1
+ALGORITHM = 2
 
 # The same pictures come out with other bytes, or other hashes, under another version of one of these.
 _LIBRARIES = ("pillow", "simplejpeg", "numpy", "ImageHash", "scipy")
@@ -99,15 +99,13 @@ def prepare_one(record: Record, settings: PictureSettings) -> PreparedPicture | 
     """Read a picture and make it what is packed. Raises SourceError when the source is gone or its disk fails."""
     try:
         data = read_picture(record)
-        box = record.box if settings.crop_boxes else None
-        cropped = None if box is None else usable_box(box, *upright_size(data)) is not None
-        jpeg = prepare_jpeg(
+        jpeg, cropped = prepare_cropped(
             data,
             settings.image_size,
             settings.resize,
             settings.quality,
             settings.min_side,
-            box=box,
+            record.box if settings.crop_boxes else None,
         )
     except ImageRejected as rejected:
         return Refusal(record.source, record.label, rejected.reason, rejected.detail)
@@ -128,13 +126,26 @@ def perceptual_hash(jpeg: bytes) -> int:
 def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
     """Do something with each item in `workers` processes, here if there is only one; yields each item done.
 
-    Raises what `do` raises, and SourceError when a worker process dies.
+    Raises what `do` raises, and SourceError when memory runs out or a worker process dies.
     """
-    if workers == 1:
-        for item in items:
-            do(item)
-            yield item
-        return
+    try:
+        if workers == 1:
+            for item in items:
+                do(item)
+                yield item
+        else:
+            yield from _in_pool(do, items, workers)
+    except MemoryError:
+        raise SourceError(
+            "the pictures need more memory than there is", "give the job more, or pack with fewer --workers"
+        ) from None
+    except BrokenProcessPool:
+        raise SourceError(
+            "a worker process died, most likely for want of memory", "pack with fewer --workers"
+        ) from None
+
+
+def _in_pool(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
     # Spawned, not forked: the caller may have threads, and a forked worker would inherit its locks mid-way.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
@@ -143,10 +154,6 @@ def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> I
             for future in as_completed(futures):
                 future.result()
                 yield futures.pop(future)
-        except BrokenProcessPool:
-            raise SourceError(
-                "a worker process died, most likely for want of memory", "pack with fewer --workers"
-            ) from None
         finally:
             for future in futures:
                 future.cancel()

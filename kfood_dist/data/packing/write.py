@@ -13,6 +13,7 @@ import numpy as np
 from kfood_dist.data.labels import DishClass
 from kfood_dist.data.packing.place import Sample
 from kfood_dist.data.packing.prepare import Prepared
+from kfood_dist.data.shards import sample_key
 from kfood_dist.data.storage import Storage
 from kfood_dist.data.tars import Entry, file_sha256, save_index, write_tar
 from kfood_dist.data.verify import count_samples
@@ -66,7 +67,7 @@ class ShardWriter:
         for number, sample in enumerate(samples, start=start):
             dish = self._classes[sample.label]
             yield Entry(
-                key=f"{split}-{number:08d}",
+                key=sample_key(split, number),
                 jpeg=self._jpeg(sample.picture),
                 json=self._metadata(sample, dish),
                 label=sample.label,

@@ -68,7 +68,8 @@ def file_record(path: Path, source: str) -> Record:
         return Record(path, source, problem="missing", detail="no such file")
     if not stat.S_ISREG(status.st_mode):
         return Record(path, source, problem="missing", detail="not a file")
-    return Record(path, source, num_bytes=status.st_size)
+    changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+    return Record(path, source, num_bytes=status.st_size, changed_ns=changed_ns)
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -108,7 +108,7 @@ class _File:
         except OSError as error:
             raise _unreadable(self.path, error) from None
         if (status.st_size, status.st_mtime_ns) != (num_bytes, mtime_ns):
-            raise _changed(self.path)
+            raise changed(self.path)
 
     def read(self, size: int, offset: int) -> bytes:
         parts = []
@@ -118,7 +118,7 @@ class _File:
             except OSError as error:
                 raise _unreadable(self.path, error) from None
             if not data:
-                raise _changed(self.path)
+                raise changed(self.path)
             parts.append(data)
             size -= len(data)
             offset += len(data)
@@ -179,7 +179,8 @@ def _unreadable(path: Path, error: OSError) -> SourceError:
     )
 
 
-def _changed(path: Path) -> SourceError:
+def changed(path: Path) -> SourceError:
+    """The error of a file that is not as it was listed."""
     return SourceError(
         f"{path} has changed since it was listed", "let nothing write to it, then run the same command again"
     )

@@ -12,7 +12,7 @@ import zlib
 from typing import BinaryIO
 
 from kfood_dist.data.images import ImageRejected
-from kfood_dist.data.packing.sources.opened import open_view, require_unchanged
+from kfood_dist.data.packing.sources.opened import changed, open_view, require_unchanged
 from kfood_dist.data.packing.sources.record import MAX_FILE_BYTES, Member, Record
 from kfood_dist.errors import SourceError
 
@@ -42,6 +42,8 @@ def _read_file(record: Record) -> bytes:
     try:
         with open(record.path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != record.num_bytes:
+                raise changed(record.path)
             if num_bytes > MAX_FILE_BYTES:
                 raise ImageRejected("too_large", f"a file of {num_bytes:,} bytes")
             return file.read(num_bytes)  # of a device's file, such as those of /proc, nothing

@@ -46,6 +46,7 @@ class Record:
     size, unpacked (0 when missing). `path` is the file to open: the picture's, or that of the zip whose `member`
     it is. `box` is the dish's place in the picture, x, y, width, height in pixels, where a list beside the
     picture gives one. `problem` is None or the reason why it cannot be used, and `detail` says so in words.
+    `changed_ns` is when a plain file, or what may be done with it, last changed, in ns since 1970; else 0.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Record:
     detail: str = ""
     member: Member | None = None
     box: tuple[int, int, int, int] | None = None
+    changed_ns: int = 0
 
     @property
     def crc32(self) -> int | None:

@@ -130,11 +130,12 @@ def _with_own_names(records: Sequence[Record]) -> list[Record]:
     The first of them by path, sound ones before others, keeps the name.
     """
     own, seen = list[Record](), set[str]()
+    numbers: dict[str, int] = {}  # the last given to each name: all below it are taken
     for record in sorted(records, key=lambda record: (record.problem is not None, _order(record))):
-        name, number = record.source, 1
+        name = record.source
+        stem, dot = os.path.splitext(name)
         while name in seen:
-            number += 1
-            stem, dot = os.path.splitext(record.source)
+            numbers[record.source] = number = numbers.get(record.source, 1) + 1
             name = f"{stem} ({number}){dot}"
         seen.add(name)
         own.append(replace(record, source=name))

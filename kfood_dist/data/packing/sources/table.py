@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kfood_dist.data.labels import DishClass, normalise
 from kfood_dist.data.packing.sources.files import file_record
-from kfood_dist.data.packing.sources.names import category
+from kfood_dist.data.packing.sources.names import category, file_name
 from kfood_dist.data.packing.sources.record import Record
 from kfood_dist.errors import SourceError
 
@@ -40,7 +40,7 @@ def list_table(path: Path, image_root: Path) -> Iterator[Record]:
             continue
         if row is None or len(row) != len(header) or not row[at_path].strip():
             detail = f"not {len(header)} columns: {line.strip()[:200]}"
-            yield Record(path, f"{path.name}:{number}", "", "", problem="bad_row", detail=detail)
+            yield Record(path, f"{file_name(path.name)}:{number}", "", "", problem="bad_row", detail=detail)
             continue
         yield _row_record(image_root, row[at_path].strip().replace("\\", "/"), row[at_label])
 
