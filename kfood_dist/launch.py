@@ -167,7 +167,7 @@ def train(args: argparse.Namespace) -> int:
     if args.limit is not None and len(args.recipes) > 1:
         raise LaunchError("--limit with several recipes", "try one at a time")
     starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
-    supervisor = Supervisor()
+    supervisor, tries = Supervisor(), args.limit is not None and cluster.is_head
     for start in starts:
         if not newest(start.recipe.run.dir / "checkpoints"):
             require_adapter(start.recipe)  # now, as the recipe before this one may have made it
@@ -175,9 +175,11 @@ def train(args: argparse.Namespace) -> int:
             require_free(start.recipe.run.dir)
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
+        if tries:  # what a killed one left, before any rank looks there
+            shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
         command = accelerate_command(start.launch, start.verb, cluster)
         status = supervisor.run(command, environment_for(start.launch, machine), start.recipe.run.dir, cluster.is_head)
-        if args.limit is not None and cluster.is_head:
+        if tries:
             shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
         if status != FINISHED:
             return status

@@ -181,7 +181,7 @@ def _plain_name(name: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:  # as numpy's sums can hold
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:  # as numpy can compare
         raise ValueError(f"{value!r} is not a count")
     return value
 

@@ -3,10 +3,14 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from running import ROOT, environment, write_recipe
+
+from kfood_dist import launch
+from kfood_dist.supervise import Supervisor
 
 
 def run(recipe: Path, *words: str) -> tuple[int, str]:
@@ -39,6 +43,25 @@ def test_a_dry_run_checks_steps_saves_measures_and_projects(
     status, said = run(recipe, "--processes", "1", "--set", "train.zero_stage=0", "--limit", "1")
     assert status == 0 and "step 1/1 " in said and "without DeepSpeed" in said
     assert run(recipe, "--limit", "0") == (2, "launch train: --limit 0 → give a number of steps from 1\n")
+
+
+def test_what_a_killed_dry_run_left_is_gone_before_a_rank_looks(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one rank could find a checkpoint there that another has just removed."""
+    left = tmp_path / ".run.limit" / "checkpoints" / "step-00000003"
+    left.mkdir(parents=True)
+    (left / "COMPLETE").touch()
+    there: list[bool] = []
+
+    def start(self: Supervisor, command: Sequence[str], variables: object, run_dir: Path, decides: bool) -> int:
+        there.append(run_dir.exists())
+        return 0
+
+    monkeypatch.setattr(Supervisor, "run", start)
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards)
+    assert launch.main(["train", str(recipe), "--processes", "2", "--limit"]) == 0
+    assert there == [False]
 
 
 def test_a_dry_run_finds_a_damaged_shard(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
