@@ -9,8 +9,9 @@ import importlib
 import sys
 
 from kfood_dist import __version__
-from kfood_dist.errors import KfoodError
+from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.runtime import World
+from kfood_dist.utf8 import settle_names
 
 VERBS = {
     "mini": (
@@ -44,7 +45,15 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns its exit status: 0 done, 1 the verb found faults, 2 a mistake to mend, 130 interrupted."""
+    """Run one verb; returns its exit status: 0 done, 1 the verb found faults, 2 a mistake to mend, 130 interrupted.
+
+    Without `argv` this is the whole program: it takes its own command line, and may start itself anew in UTF-8 mode.
+    """
+    try:
+        settle_names(argv)
+    except LaunchError as error:
+        print(f"kfood: {error}", file=sys.stderr)
+        return error.exit_status
     argv = sys.argv[1:] if argv is None else argv
     verb = next((word for word in argv if word in VERBS), None)
     args = build_parser(verb).parse_args(argv)

@@ -111,7 +111,8 @@ def outlast(take: Callable[[], bool], what: str) -> bool:
 def expand_first(node_list: str) -> str | None:
     """The first name of a Slurm node list such as `node[1-4]`; None without Slurm's commands."""
     try:
-        done = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
+        command = ["scontrol", "show", "hostnames", node_list]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     names = done.stdout.split()

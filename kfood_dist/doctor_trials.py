@@ -49,10 +49,12 @@ def compile_complaint(compiler: str) -> str | None:
     """The first complaint of a C++ compiler about a program that includes Python.h; None if it builds."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "trial.cpp"
-        source.write_text(_PROGRAM)
+        source.write_text(_PROGRAM, encoding="utf-8")
         command = [compiler, f"-I{sysconfig.get_path('include')}", "-std=c++17", "-c", str(source), "-o", f"{source}.o"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=False
+            )
         except OSError as error:
             return f"{error.strerror}"
         return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[0][:200]

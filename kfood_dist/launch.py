@@ -27,6 +27,7 @@ from kfood_dist.train.checkpoint import newest
 from kfood_dist.train.limit import NUM_STEPS, limited
 from kfood_dist.train.lock import require_free
 from kfood_dist.train.preflight import preflight
+from kfood_dist.utf8 import settle_names
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "accelerate"
 DEFAULT_CPU_PROCESSES = 2
@@ -138,6 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Say what was picked and why, then train or evaluate; exit status 2 for a mistake."""
+    try:
+        settle_names(argv)
+    except LaunchError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return MISTAKE
     args, rest = build_parser().parse_known_args(argv)
     try:
         if args.verb == "train" and rest:

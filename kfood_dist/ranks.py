@@ -13,10 +13,12 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from kfood_dist.runtime import LAUNCHER_PID
+from kfood_dist.utf8 import settle_names
 
 
 def main() -> int:
     """Run accelerate's launcher; exit status 2 if a rank found a mistake to mend, 1 if one failed, else 0."""
+    settle_names(None)
     from accelerate.commands.launch import main as accelerate_launch
 
     os.environ[LAUNCHER_PID] = str(os.getpid())  # a rank that starts when this has ended shall notice

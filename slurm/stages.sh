@@ -13,7 +13,7 @@ command -v sbatch >/dev/null || exec bash launch/train.sh "$@"
 
 source slurm/site.sh
 # Shards, base model and run of each, one to a line; all of them before the first is queued.
-found="$($KFOOD_CONTAINER bash launch/python.sh - "$@" <<'PY'
+found="$($KFOOD_CONTAINER bash launch/python.sh -X utf8 - "$@" <<'PY'
 import sys
 from pathlib import Path
 try:

@@ -128,10 +128,8 @@ def has_hangul(path: str) -> bool:
 
 def _candidates() -> Iterable[str]:
     if shutil.which("fc-list"):
-        listed = subprocess.run(
-            ["fc-list", ":lang=ko", "file"], capture_output=True, text=True, timeout=20, check=False
-        )
-        yield from sorted(line.rstrip().rstrip(":") for line in listed.stdout.splitlines())
+        listed = subprocess.run(["fc-list", ":lang=ko", "file"], capture_output=True, timeout=20, check=False)
+        yield from sorted(os.fsdecode(line.rstrip().rstrip(b":")) for line in listed.stdout.splitlines())
     for folder in _FONT_FOLDERS:
         for pattern in _FONT_PATTERNS:
             yield from sorted(map(str, Path(folder).expanduser().rglob(pattern)))

@@ -44,8 +44,8 @@ def versions() -> dict[str, str | None]:
 def git_commit() -> str | None:
     """The commit of the checkout this package runs from, or None."""
     where = Path(__file__).resolve().parents[2]
-    done = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    done = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, check=False)
+    return done.stdout.decode("ascii").strip() if done.returncode == 0 else None
 
 
 def model_facts(model: Any) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""Which encoding Korean text has: UTF-8, CP949 (Korean Windows) or UTF-16, by evidence from all of it.
+
+    bytes ──► pieces between separators ──► what each says ──► all say one ──► text
+                                                         ├──► some say another: a fault with line and byte
+                                                         └──► none says: what fits the files that are there
+
+"It decodes" is little evidence. `회` in CP949 is valid UTF-8 for `ȸ`, and much UTF-8 is valid CP949 for other letters.
+But CP949 of Hangul never reads as Hangul in UTF-8, nor does UTF-8 of Hangul read as Hangul alone in CP949.
+"""
+
+import codecs
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Set
+
+from kfood_dist.errors import SourceError
+
+UTF8, CP949 = "utf-8", "cp949"
+
+_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+# Bytes that end a name or a cell, and are never the second byte of a letter in CP949.
+_PIECE = re.compile(rb"[^\x00-\x1f\"',./:;<=>|\\_-]+")
+# A letter of Western or Central Europe inside a word, as in `crème`.
+_INSIDE_A_WORD = re.compile("[a-z][À-ſ]|[À-ſ][a-z]")
+
+
+class _Undecided(Exception):
+    """Text whose encoding is not known: `why`, and the byte where that shows, from the start of the text."""
+
+    def __init__(self, why: str, at: int):
+        super().__init__(why, at)
+        self.why = why
+        self.at = at
+
+
+def name_text(data: bytes, side: str = UTF8) -> str:
+    """One name as text; `side` is the encoding of the names beside it. What is in no encoding shows as U+FFFD."""
+    encoding = _sure(data) or _all_likely(_PIECE.findall(data)) or side
+    if encoding == UTF8 and _read(data, UTF8) is None:
+        encoding = CP949
+    return data.decode(encoding, errors="replace")
+
+
+def side_of(names: Iterable[bytes]) -> str:
+    """The encoding of names that one program wrote, for those among them that might have either."""
+    return CP949 if {_sure(name) for name in names} - {None} == {CP949} else UTF8
+
+
+def read_text(
+    data: bytes, path: object, encoding: str | None = None, fits: Callable[[str], int] = lambda text: 0
+) -> str:
+    """All of a file's text, its line breaks as they are, without a mark (BOM).
+
+    Without `encoding` the text tells it. `fits` says how much of a text is known, such as names of files that are
+    there; it decides where every letter might be of either encoding. Raises SourceError with line and byte.
+    """
+    try:
+        return _decode(data, encoding or _encoding_of(data, fits))
+    except _Undecided as fault:
+        line = len(re.findall(rb"\r\n|\r|\n", data[: fault.at])) + 1
+        raise SourceError(
+            f"{path} {fault.why}: line {line}, byte {fault.at} of the file",
+            "save all of it as UTF-8; for a CSV, --encoding NAME decides",
+        ) from None
+
+
+def require_encoding(name: str) -> None:
+    """Raise SourceError unless Python knows an encoding of text by this name."""
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        raise SourceError(
+            f"--encoding {name} is not known", "name one that Python knows, such as utf-8, cp949 or utf-16"
+        ) from None
+
+
+def _encoding_of(data: bytes, fits: Callable[[str], int]) -> str:
+    if wide := _wide(data):
+        return wide
+    pieces = Counter(piece for piece in _PIECE.findall(data) if not piece.isascii())
+    sure = {piece: _sure(piece) for piece in pieces}
+    likely = {piece: encoding or _likely(piece) for piece, encoding in sure.items()}
+    num_sure = Counter({UTF8: int(data.startswith(codecs.BOM_UTF8))})
+    for piece, count in pieces.items():
+        num_sure[sure[piece] or ""] += count
+    if not num_sure[UTF8] and not num_sure[CP949]:
+        return _by_fit(data, likely, fits)
+    main, other = (UTF8, CP949) if num_sure[UTF8] >= num_sure[CP949] else (CP949, UTF8)
+    _require_one(data, likely, main, other)
+    return main
+
+
+def _require_one(data: bytes, likely: Mapping[bytes, str | None], main: str, other: str) -> None:
+    if strangers := {piece for piece, encoding in likely.items() if encoding == other}:
+        raise _Undecided(f"is mostly {_NAMES[main]}, but {_NAMES[other]} here", _find(data, strangers))
+    if (at := _fault(data, main)) is not None:
+        raise _Undecided(f"is mostly {_NAMES[main]}, but not here", at)
+
+
+def _by_fit(data: bytes, likely: Mapping[bytes, str | None], fits: Callable[[str], int]) -> str:
+    """The encoding of a text in which no letter is surely of one."""
+    sound = [encoding for encoding in (UTF8, CP949) if _fault(data, encoding) is None]
+    if not sound:
+        raise _Undecided("is neither UTF-8 nor CP949 nor UTF-16 text", _fault(data, UTF8) or 0)
+    if len(sound) == 1 or data.isascii():
+        return sound[0]
+    utf8, cp949 = (fits(_decode(data, encoding)) for encoding in sound)
+    if utf8 != cp949:
+        return UTF8 if utf8 > cp949 else CP949
+    if CP949 not in likely.values():
+        return UTF8
+    _require_one(data, likely, CP949, UTF8)
+    return CP949
+
+
+_NAMES = {UTF8: "UTF-8", CP949: "CP949"}
+
+
+def _decode(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeError as error:
+        raise _Undecided(f"is not {encoding} here", getattr(error, "start", 0)) from None
+
+
+def _wide(data: bytes) -> str | None:
+    """UTF-16, or UTF-32 by its mark, where that can be told; such a text begins with a letter of ASCII."""
+    found = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
+    if found is None and len(data) > 1 and (data[0] == 0) != (data[1] == 0):
+        found = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    return found if found and _fault(data, found) is None else None
+
+
+def _sure(piece: bytes) -> str | None:
+    """The encoding in which a piece has Hangul and which it alone can have, damaged or not; None if it is not sure."""
+    if piece.isascii():
+        return None
+    utf8 = piece.decode(UTF8, errors="replace")
+    num_damaged = utf8.count("\ufffd")
+    cp949 = _read(piece, CP949)
+    num_others = 0 if cp949 is None else sum(not c.isascii() for c in cp949) - _num_hangul(cp949)
+    if num_damaged and cp949 is not None and not num_others:
+        return CP949
+    if _num_hangul(utf8) >= max(num_damaged, 1):
+        return UTF8
+    return CP949 if num_damaged and cp949 is not None and _num_hangul(cp949) >= max(num_others, 1) else None
+
+
+def _all_likely(pieces: Iterable[bytes]) -> str | None:
+    found = {_likely(piece) for piece in pieces} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _likely(piece: bytes) -> str | None:
+    """The likelier encoding of a piece that is valid UTF-8 without Hangul; None where it says nothing.
+
+    CP949 if that makes it Hangul, of the 2,350 syllables in use, and UTF-8 makes it letters that no language writes so.
+    """
+    utf8 = _read(piece, UTF8)
+    if piece.isascii() or utf8 is None:
+        return None
+    cp949 = _read(piece, CP949)
+    letters = [c for c in utf8 if not c.isascii()]
+    in_use = all(byte < 0x80 or byte > 0xA0 for byte in piece)
+    if cp949 is None or not in_use or _num_hangul(cp949) < sum(not c.isascii() for c in cp949):
+        return UTF8
+    if _INSIDE_A_WORD.search(utf8):
+        return UTF8
+    if not all(c.isalpha() and c >= "À" for c in letters):
+        return None
+    european = all(c <= "ſ" for c in letters)
+    return None if european and any(c.isascii() and c.isalpha() for c in utf8) else CP949
+
+
+def _num_hangul(text: str) -> int:
+    return sum("가" <= c <= "힣" for c in unicodedata.normalize("NFC", text))
+
+
+def _read(data: bytes, encoding: str) -> str | None:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _fault(data: bytes, encoding: str) -> int | None:
+    """The first byte that does not fit an encoding; None if all do."""
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
+
+
+def _find(data: bytes, pieces: Set[bytes]) -> int:
+    """The first byte that is not ASCII in the first of these pieces."""
+    at, piece = next((found.start(), found[0]) for found in _PIECE.finditer(data) if found[0] in pieces)
+    return at + next(i for i, byte in enumerate(piece) if byte >= 0x80)
