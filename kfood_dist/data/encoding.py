@@ -75,8 +75,17 @@ def require_encoding(name: str) -> None:
         ) from None
 
 
+def wide_encoding(data: bytes) -> str | None:
+    """UTF-16, or UTF-32 by its mark, where that can be told; such a text begins with a letter of ASCII."""
+    found = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
+    if found is None and len(data) > 1 and (data[0] == 0) != (data[1] == 0):
+        found = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    # Every such text has ASCII in it, at least its line breaks, and so NULs.
+    return found if found and b"\0" in data and _fault(data, found) is None else None
+
+
 def _encoding_of(data: bytes, fits: Callable[[str], int]) -> str:
-    if wide := _wide(data):
+    if wide := wide_encoding(data):
         return wide
     pieces = Counter(piece for piece in _PIECE.findall(data) if not piece.isascii())
     sure = {piece: _sure(piece) for piece in pieces}
@@ -124,14 +133,6 @@ def _decode(data: bytes, encoding: str) -> str:
         raise _Undecided(f"is not {encoding} here", getattr(error, "start", 0)) from None
 
 
-def _wide(data: bytes) -> str | None:
-    """UTF-16, or UTF-32 by its mark, where that can be told; such a text begins with a letter of ASCII."""
-    found = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
-    if found is None and len(data) > 1 and (data[0] == 0) != (data[1] == 0):
-        found = "utf-16-be" if data[0] == 0 else "utf-16-le"
-    return found if found and _fault(data, found) is None else None
-
-
 def _sure(piece: bytes) -> str | None:
     """The encoding in which a piece has Hangul and which it alone can have, damaged or not; None if it is not sure."""
     if piece.isascii():
@@ -148,29 +149,28 @@ def _sure(piece: bytes) -> str | None:
 
 
 def _all_likely(pieces: Iterable[bytes]) -> str | None:
-    found = {_likely(piece) for piece in pieces} - {None}
+    found = {_likely(piece, is_name=True) for piece in pieces} - {None}
     return found.pop() if len(found) == 1 else None
 
 
-def _likely(piece: bytes) -> str | None:
+def _likely(piece: bytes, is_name: bool = False) -> str | None:
     """The likelier encoding of a piece that is valid UTF-8 without Hangul; None where it says nothing.
 
-    CP949 if that makes it Hangul, of the 2,350 syllables in use, and UTF-8 makes it letters that no language writes so.
+    CP949 if that makes it Hangul, of the 2,350 syllables in use, and UTF-8 makes it what no language writes so. A cell
+    such as `½` or `±5` says nothing; as a file's name it would.
     """
-    utf8 = _read(piece, UTF8)
+    utf8, cp949 = _read(piece, UTF8), _read(piece, CP949)
     if piece.isascii() or utf8 is None:
         return None
-    cp949 = _read(piece, CP949)
-    letters = [c for c in utf8 if not c.isascii()]
     in_use = all(byte < 0x80 or byte > 0xA0 for byte in piece)
     if cp949 is None or not in_use or _num_hangul(cp949) < sum(not c.isascii() for c in cp949):
         return UTF8
     if _INSIDE_A_WORD.search(utf8):
         return UTF8
-    if not all(c.isalpha() and c >= "À" for c in letters):
-        return None
-    european = all(c <= "ſ" for c in letters)
-    return None if european and any(c.isascii() and c.isalpha() for c in utf8) else CP949
+    if not all(c.isascii() or (c.isalpha() and c >= "À") for c in utf8):
+        return CP949 if is_name and not any(c.isalnum() for c in utf8) else None
+    is_european = all(c <= "ſ" for c in utf8)
+    return None if is_european and any(c.isascii() and c.isalpha() for c in utf8) else CP949
 
 
 def _num_hangul(text: str) -> int:

@@ -5,11 +5,13 @@ a class and its aliases            ──► accepted  ──► the set of name
 """
 
 import csv
+import io
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kfood_dist.data.encoding import read_text
 from kfood_dist.errors import SourceError
 
 MAX_SYLLABLES = 12
@@ -56,19 +58,19 @@ def is_match(answer: str, dish: DishClass) -> bool:
 def load_classes(path: Path) -> list[DishClass]:
     """Read a tab-separated class list with the columns `category`, `name` and, if wanted, `aliases` (`a|b`).
 
-    Raises SourceError when the file is missing, lacks a column, or names a class twice.
+    Raises SourceError when the file is missing, in an unknown encoding, lacks a column, or names a class twice.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
+        text = read_text(path.read_bytes(), f"class list {path}")
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        rows = list(reader)
     except OSError as error:
         raise SourceError(
             f"class list {path} cannot be read ({error.strerror})", "name an existing .tsv with --classes"
         ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(
-            f"class list {path} is not a UTF-8 table ({error})", "save it as UTF-8, tab-separated"
-        ) from None
+    except csv.Error as error:
+        raise SourceError(f"class list {path} is no table ({error})", "save it as UTF-8, tab-separated") from None
     if not rows or not {"category", "name"} <= set(rows[0]):
         raise SourceError(
             f"class list {path} lacks the columns category and name",

@@ -151,7 +151,7 @@ def _by_another(job: _Job) -> Packed | None:
 
 def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
     listed = None if options.classes is None else load_classes(options.classes)
-    found = scan_source(source, options.image_root, listed)
+    found = scan_source(source, options.image_root, listed, options.encoding)
     num_classes = len(listed or {record.label for record in found.records if record.problem is None})
     if num_classes > _MAX_CLASSES:
         raise SourceError(

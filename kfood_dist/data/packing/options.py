@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kfood_dist.data.encoding import require_encoding
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.data.labels import DishClass
 from kfood_dist.data.packing.prepare import PictureSettings, available_cores
@@ -29,6 +30,7 @@ class PackOptions:
     shard_size: int = 2000
     classes: Path | None = None
     image_root: Path | None = None
+    encoding: str | None = None  # of a CSV
     max_rejected: float = 0.05
     workers: int = field(default_factory=available_cores)
     crop_boxes: bool = False
@@ -62,6 +64,8 @@ class PackOptions:
             "say how many pictures of each class a subset has, such as --per-class 20",
         )
         _require(1 <= self.part <= self.parts, f"--part {self.part}/{self.parts}", _PART)
+        if self.encoding is not None:
+            require_encoding(self.encoding)
         _require(self.workers >= 1, f"--workers {self.workers}", "give a number of processes from 1")
 
 

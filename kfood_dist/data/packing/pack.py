@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="class list: category, name, aliases; refuses other labels",
     )
     add("--image-root", type=Path, metavar="DIR", help="where a CSV's paths start (the CSV's folder)")
+    add("--encoding", metavar="NAME", help="of a CSV, such as cp949 (the CSV's text tells, or is refused)")
     add(
         "--max-rejected",
         type=float,
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         shard_size=args.shard_size,
         classes=args.classes,
         image_root=args.image_root,
+        encoding=args.encoding,
         max_rejected=args.max_rejected,
         workers=args.workers,
         part=part,

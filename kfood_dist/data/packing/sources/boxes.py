@@ -6,6 +6,7 @@ The lists were kept by hand and are read as they are: names in any case, `:` for
 a line that says no box is counted and passed over, and so is a box that fits no picture or several.
 """
 
+import codecs
 import re
 import unicodedata
 from collections import defaultdict
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kfood_dist.data.encoding import name_text, wide_encoding
 from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 
@@ -92,7 +94,7 @@ def read_list_file(folder: str) -> bytes | None:
 def parse(data: bytes) -> tuple[dict[str, Box], int]:
     """Boxes by name, the last of a name counting, and the number of malformed lines."""
     boxes, num_malformed = dict[str, Box](), 0
-    for line in map(str.strip, _text(data).splitlines()):
+    for line in map(str.strip, _lines(data)):
         if not line or line.startswith(("#", "!")):
             continue
         found = _LINE.fullmatch(line) if len(line) <= _MAX_LINE else None
@@ -104,13 +106,11 @@ def parse(data: bytes) -> tuple[dict[str, Box], int]:
     return boxes, num_malformed
 
 
-def _text(data: bytes) -> str:
-    for encoding in ("utf-8-sig", "cp949"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1")
+def _lines(data: bytes) -> list[str]:
+    """Each line by itself, as a list kept by hand may have lines of either encoding; a picture's name confirms them."""
+    if encoding := wide_encoding(data):
+        return data.decode(encoding).removeprefix("\ufeff").splitlines()
+    return [name_text(line) for line in data.removeprefix(codecs.BOM_UTF8).splitlines()]
 
 
 def _match(boxes: dict[str, Box], names: Iterable[str]) -> tuple[dict[str, Box], int]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kfood_dist.data.packing.sources.boxes import BoxCount, give_boxes, read_list_file
-from kfood_dist.data.packing.sources.names import file_name
+from kfood_dist.data.packing.sources.names import file_name, file_side
 from kfood_dist.data.packing.sources.read import is_fault_of_one_file
 from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 from kfood_dist.data.packing.sources.zips import ZipRejected, list_zip
@@ -22,8 +22,10 @@ from kfood_dist.errors import SourceError
 def list_folder(root: Path) -> tuple[list[Record], BoxCount]:
     """The pictures under a folder; raises SourceError when a folder cannot be listed."""
     pictures, zipped, count = list[Record](), list[Record](), BoxCount()
-    for path in _walk(root):
-        record = file_record(path, "/".join(file_name(part) for part in path.relative_to(root).parts))
+    paths = [(path, path.relative_to(root).parts) for path in _walk(root)]
+    side = file_side(part for _, parts in paths for part in parts)
+    for path, parts in paths:
+        record = file_record(path, "/".join(file_name(part, side) for part in parts))
         if suffix(path.name) != ".zip" or record.problem is not None:
             pictures.append(record)
             continue

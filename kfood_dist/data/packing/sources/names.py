@@ -8,47 +8,63 @@ The rules look at `Record.source` alone, so a source has the same labels as fold
 
 import os
 import re
+import struct
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from kfood_dist.data.encoding import UTF8, name_text, side_of
 from kfood_dist.data.labels import normalise
 from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 
 # APPNOTE.TXT 4.4.4: general purpose bit 11, the name is UTF-8.
 _UTF8_FLAG = 0x800
+# APPNOTE.TXT 4.6.9: the extra field "Info-ZIP Unicode Path".
+_UNICODE_PATH = 0x7075
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
-def file_name(name: str) -> str:
-    """A file's name as text: names that are not UTF-8 are read as CP949, as Korean Windows wrote them."""
-    try:
-        name.encode("utf-8")
-        return name
-    except UnicodeEncodeError:
-        return os.fsencode(name).decode("cp949", errors="replace")
+def file_name(name: str, side: str = UTF8) -> str:
+    """A file's name as text, whatever wrote it; `side` is the encoding of those beside it, for what may have either."""
+    return name if name.isascii() else name_text(os.fsencode(name), side)
 
 
-def member_name(info: zipfile.ZipInfo) -> str:
-    """The whole name of a zip's member as text; without a flag for UTF-8, zipfile has read its bytes as CP437."""
+def file_side(names: Iterable[str]) -> str:
+    """The `side` of many files' names."""
+    return side_of(os.fsencode(name) for name in set(names))
+
+
+def member_name(info: zipfile.ZipInfo, side: str) -> str:
+    """The whole name of a zip's member as text; `side` is the encoding of those without a flag in the same zip."""
+    raw = _unflagged(info)
+    return info.orig_filename if raw is None else _said_beside(info, raw) or name_text(raw, side)
+
+
+def member_side(infos: Iterable[zipfile.ZipInfo]) -> str:
+    """The `side` of a zip's names: macOS writes UTF-8 without the flag that says so, Korean Windows CP949."""
+    return side_of(raw for info in infos if (raw := _unflagged(info)) is not None)
+
+
+def _unflagged(info: zipfile.ZipInfo) -> bytes | None:
+    """The bytes of a name without a flag for UTF-8, which zipfile has read as CP437; None for other names."""
     name = info.orig_filename
-    return name if info.flag_bits & _UTF8_FLAG or name.isascii() else _unflagged(name.encode("cp437"))
+    return None if info.flag_bits & _UTF8_FLAG or name.isascii() else name.encode("cp437")
 
 
-def _unflagged(data: bytes) -> str:
-    """macOS writes UTF-8 without the flag, Korean Windows CP949.
-
-    Some syllables in CP949 are valid UTF-8, among them that of the category 회, which would be `ȸ`. But only
-    for two-byte characters, below U+0800, and those are no Korean.
-    """
-    cp949 = data.decode("cp949", errors="replace")
-    try:
-        utf8 = data.decode("utf-8")
-    except UnicodeDecodeError:
-        return cp949
-    return cp949 if max(utf8) < "\u0800" and all(c.isascii() or "가" <= c <= "힣" for c in cp949) else utf8
+def _said_beside(info: zipfile.ZipInfo, raw: bytes) -> str | None:
+    """The name in UTF-8 that some programs write beside that in the system's encoding (APPNOTE.TXT 4.6.9)."""
+    at = 0
+    while at + 4 <= len(info.extra):
+        kind, size = struct.unpack_from("<HH", info.extra, at)
+        version_and_crc = b"\1" + zlib.crc32(raw).to_bytes(4, "little")
+        field = info.extra[at + 4 : at + 4 + size]
+        if kind == _UNICODE_PATH and field.startswith(version_and_crc):
+            return field[len(version_and_crc) :].decode("utf-8", errors="replace")
+        at += 4 + size
+    return None
 
 
 def leads_astray(name: str) -> bool:

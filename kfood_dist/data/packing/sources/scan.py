@@ -8,7 +8,7 @@ refused under that name and are not read.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from kfood_dist.data.packing.sources.record import SUFFIXES, Record
 from kfood_dist.data.packing.sources.table import check_rows, list_table
 from kfood_dist.data.packing.sources.zips import ZipRejected, list_zip
 from kfood_dist.errors import SourceError
+from kfood_dist.utf8 import require_utf8_names
 
 # Of a record with another problem nothing can be said by its label.
 _STILL_CHECKED = (None, "missing")
@@ -35,23 +36,39 @@ class Scan:
     boxes: BoxCount
 
 
-def scan(source: Path, image_root: Path | None = None, classes: Sequence[DishClass] | None = None) -> list[Record]:
+def scan(
+    source: Path,
+    image_root: Path | None = None,
+    classes: Sequence[DishClass] | None = None,
+    encoding: str | None = None,
+) -> list[Record]:
     """The records of `scan_source`."""
-    return scan_source(source, image_root, classes).records
+    return scan_source(source, image_root, classes, encoding).records
 
 
-def scan_source(source: Path, image_root: Path | None = None, classes: Sequence[DishClass] | None = None) -> Scan:
-    """List the pictures of a folder, a zip or a CSV, sorted by name.
+def scan_source(
+    source: Path,
+    image_root: Path | None = None,
+    classes: Sequence[DishClass] | None = None,
+    encoding: str | None = None,
+) -> Scan:
+    """List the pictures of a folder, a zip or a CSV, sorted by name; `image_root` and `encoding` are a CSV's.
 
     With `classes`, labels become the names of that list (aliases count) and any other label is a problem.
-    Raises SourceError when the source is missing, empty, of another kind, or not readable as what it is.
+    Raises SourceError when the source is missing, empty, of another kind, or not readable as what it is, and
+    LaunchError in a process that reads the names of files in another encoding than UTF-8.
     """
+    require_utf8_names()
     kind = _kind(source)
-    if image_root is not None and kind != "csv":
-        raise SourceError(f"--image-root does not go with the {kind} {source}", "leave it out")
+    for option, value in (("--image-root", image_root), ("--encoding", encoding)):
+        if value is not None and kind != "csv":
+            raise SourceError(f"{option} does not go with the {kind} {source}", "leave it out")
     known = None if classes is None else {name: dish for dish in classes for name in dish.accepted()}
     try:
-        records, boxes = _LISTING[kind](source, image_root)
+        if kind == "csv":
+            records, boxes = _list_csv(source, image_root or source.parent, encoding, known or ())
+        else:
+            records, boxes = _LISTING[kind](source)
     finally:
         close_all()
     if not records:
@@ -76,17 +93,18 @@ def _kind(source: Path) -> str:
     if not exists:
         raise SourceError(f"source {source} does not exist", "name a folder of pictures, a .zip or a .csv")
     kind = "folder" if source.is_dir() else source.suffix.lower().removeprefix(".")
-    if kind not in _LISTING:
+    kind = "csv" if kind == "tsv" else kind
+    if kind not in (*_LISTING, "csv"):
         raise SourceError(f"source {source} is neither a folder nor a .zip or .csv", "name one of these")
     return kind
 
 
-def _list_folder(source: Path, _: Path | None) -> tuple[list[Record], BoxCount]:
+def _list_folder(source: Path) -> tuple[list[Record], BoxCount]:
     records, boxes = list_folder(source)
     return named(records, file_name(source.resolve().name)), boxes
 
 
-def _list_zip(source: Path, _: Path | None) -> tuple[list[Record], BoxCount]:
+def _list_zip(source: Path) -> tuple[list[Record], BoxCount]:
     try:
         records, boxes = list_zip(source)
     except ZipRejected as rejected:
@@ -98,14 +116,16 @@ def _list_zip(source: Path, _: Path | None) -> tuple[list[Record], BoxCount]:
     return named(records, file_name(source.resolve().stem)), boxes
 
 
-def _list_csv(source: Path, image_root: Path | None) -> tuple[list[Record], BoxCount]:
-    records = list(list_table(source, image_root or source.parent))
+def _list_csv(
+    source: Path, image_root: Path, encoding: str | None, known: Collection[str]
+) -> tuple[list[Record], BoxCount]:
+    records = list(list_table(source, image_root, encoding, known))
     records, boxes = give_boxes(records, lambda record: str(record.path.parent), read_list_file)
     # A table may well name some of a folder's pictures only.
     return records, replace(boxes, lines_unmatched=0)
 
 
-_LISTING = {"folder": _list_folder, "zip": _list_zip, "csv": _list_csv}
+_LISTING = {"folder": _list_folder, "zip": _list_zip}
 
 
 def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Record:
@@ -113,6 +133,8 @@ def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Recor
     if record.problem not in _STILL_CHECKED:
         return record
     cleaned = clean(record.label)
+    if "\ufffd" in cleaned:
+        return replace(record, label=cleaned, problem="bad_label", detail="written in no known encoding")
     if not 0 < len(cleaned) <= MAX_SYLLABLES:
         detail = f"{len(cleaned)} syllables" if cleaned else "no label"
         return replace(record, label=cleaned, problem="bad_label", detail=detail)

@@ -1,81 +1,99 @@
 """Pictures listed in a CSV: `image_path,label`, the paths starting at one folder.
 
+    bytes ──► encoding.py: text ──► cells.py: rows ──► spelling.py: the file that each path means ──► records
+
 A faulty row becomes a record that names it and costs no other; a row whose file is not there is `missing`.
 """
 
-import csv
-import io
 import os
 import posixpath
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kfood_dist.data.labels import DishClass, normalise
+from kfood_dist.data.encoding import read_text
+from kfood_dist.data.labels import DishClass, clean, normalise
+from kfood_dist.data.packing.sources.cells import Row, Table
 from kfood_dist.data.packing.sources.files import file_record
 from kfood_dist.data.packing.sources.names import category, file_name
-from kfood_dist.data.packing.sources.record import Record
+from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
+from kfood_dist.data.packing.sources.spelling import Files, SeveralFit
 from kfood_dist.errors import SourceError
 
+COLUMNS = ("image_path", "label")
 
-def list_table(path: Path, image_root: Path) -> Iterator[Record]:
-    """One record per row, labelled as the row says.
 
-    Raises SourceError when the file or its columns cannot be read, or `image_root` is no folder.
+def list_table(
+    path: Path, image_root: Path, encoding: str | None = None, known: Collection[str] = ()
+) -> Iterator[Record]:
+    """One record per row, labelled as the row says; `known` labels help to tell the encoding where none is given.
+
+    Raises SourceError when the file, its encoding or its columns cannot be read, or `image_root` is no folder.
     """
     if not os.path.isdir(image_root):
         raise SourceError(f"image root {image_root} is not a folder", "name the folder with --image-root DIR")
-    lines = io.StringIO(_read_text(path), newline=None)
-    header = [name.strip() for name in _split_row(next(lines, "")) or []]
-    if not {"image_path", "label"} <= set(header):
-        raise SourceError(
-            f"{path} has the columns {', '.join(header) or '(none)'}",
-            "give it a first line `image_path,label`",
-        )
-    at_path, at_label = header.index("image_path"), header.index("label")
-    for number, line in enumerate(lines, start=2):
-        row = _split_row(line)
-        if row == []:
-            continue
-        if row is None or len(row) != len(header) or not row[at_path].strip():
-            detail = f"not {len(header)} columns: {line.strip()[:200]}"
-            yield Record(path, f"{file_name(path.name)}:{number}", "", "", problem="bad_row", detail=detail)
-            continue
-        yield _row_record(image_root, row[at_path].strip().replace("\\", "/"), row[at_label])
-
-
-def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror})", "check its permissions") from None
-    for encoding in ("utf-8-sig", "cp949"):
+    files = Files(image_root)
+    text = read_text(data, path, encoding, lambda text: _num_fitting(text, files, known))
+    table = Table(text, COLUMNS)
+    if any(table.header.count(name) != 1 for name in COLUMNS):
+        raise SourceError(
+            f"{path} has the columns {', '.join(table.header) or '(none)'}",
+            "give it a first line `image_path,label`, each name once",
+        )
+    for row in _rows(table):
+        if row.cells is None:
+            detail = f"not {len(table.header)} columns: {row.text.strip()[:200]}"
+            yield Record(path, f"{file_name(path.name)}:{row.line}", "", "", problem="bad_row", detail=detail)
+        else:
+            yield _row_record(image_root, files, *row.cells)
+
+
+def _rows(table: Table) -> Iterator[Row]:
+    """The rows of a table, of those that are sound path and label alone."""
+    at_path, at_label = (table.header.index(name) for name in COLUMNS)
+    for row in table.rows(lambda cells: suffix(cells[at_path].strip()) in SUFFIXES):
+        cells = row.cells
+        if cells is None or len(cells) != len(table.header) or not cells[at_path].strip():
+            yield replace(row, cells=None)
+        else:
+            yield replace(row, cells=[cells[at_path].strip().replace("\\", "/"), cells[at_label]])
+
+
+def _num_fitting(text: str, files: Files, known: Collection[str]) -> int:
+    """How many paths of a table, read one way, lead to files, and how many of its labels are known."""
+    table, num_fitting = Table(text, COLUMNS), 0
+    if not set(COLUMNS) <= set(table.header):
+        return 0
+    for path, label in (row.cells for row in _rows(table) if row.cells is not None):
+        num_fitting += clean(label) in known
         try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise SourceError(f"{path} is neither UTF-8 nor CP949 text", "save it as CSV UTF-8")
+            num_fitting += files.find(path) is not None
+        except SeveralFit:
+            num_fitting += 1
+    return num_fitting
 
 
-def _split_row(line: str) -> list[str] | None:
-    """One line's cells: [] when blank, None when malformed. By line, so that a stray quote costs one row."""
-    if not line.strip():
-        return []
+def _row_record(image_root: Path, files: Files, text: str, label: str) -> Record:
     try:
-        return next(csv.reader([line.strip("\n")], strict=True))
-    except csv.Error:
-        return None
+        found, spelled = files.find(text) or (image_root / text, text)
+    except SeveralFit as several:
+        record = Record(image_root / text, _named_from(image_root, text), problem="ambiguous_path")
+        return replace(record, label=label, detail=f"any of {several}")
+    source = _named_from(image_root, spelled)
+    folders = [part for part in source.split("/")[:-1] if part not in ("", "..")]
+    return replace(file_record(found, source), label=label, category=category(folders))
 
 
-def _row_record(image_root: Path, text: str, label: str) -> Record:
-    spellings = (text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text))
-    found = next((image_root / s for s in spellings if os.path.isfile(image_root / s)), image_root / text)
+def _named_from(image_root: Path, text: str) -> str:
+    """A path as a record's source: from the root where it lies there."""
     source = posixpath.normpath(text)
     if posixpath.isabs(source) and Path(source).is_relative_to(image_root.absolute()):
         source = Path(source).relative_to(image_root.absolute()).as_posix()
-    folders = [part for part in source.split("/")[:-1] if part not in ("", "..")]
-    return replace(file_record(found, source), label=label, category=category(folders))
+    return source
 
 
 def check_rows(records: Sequence[Record], known: Mapping[str, DishClass] | None) -> Iterator[Record]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.packing.sources.boxes import LIST_NAME, MAX_LIST_BYTES, BoxCount, give_boxes
-from kfood_dist.data.packing.sources.names import leads_astray, member_name
+from kfood_dist.data.packing.sources.names import leads_astray, member_name, member_side
 from kfood_dist.data.packing.sources.opened import MAX_UNPACKED_BYTES, open_view
 from kfood_dist.data.packing.sources.read import data_offset, read_member
 from kfood_dist.data.packing.sources.record import SUFFIXES, Archive, Member, Record, suffix
@@ -150,8 +150,9 @@ def _num_bytes_at_least(info: zipfile.ZipInfo) -> int:
 
 def _entries(infos: list[zipfile.ZipInfo]) -> Iterator[_Entry]:
     """The pictures, zips and lists of boxes among the members; directories and hidden ones are passed by."""
+    side = member_side(infos)
     for info in infos:
-        name = unicodedata.normalize("NFC", member_name(info))
+        name = unicodedata.normalize("NFC", member_name(info, side))
         unsafe = leads_astray(name)
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         if not parts or name.endswith("/") or any(_is_hidden(part) for part in parts):
