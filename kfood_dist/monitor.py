@@ -150,7 +150,7 @@ class LineFile:
 
     def write(self, text: str) -> None:
         """Append `text`, now or later."""
-        self._waiting += text.encode("utf-8")
+        self._waiting += text.encode("utf-8", "backslashreplace")
         try:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]

@@ -106,11 +106,12 @@ def lost_a_peer(error: RuntimeError) -> bool:
 def write_whole(path: Path, text: str) -> None:
     """Put `text` in the place of a file of the run directory, so that a kill leaves the old one or the new one.
 
+    Bytes of a path that are no UTF-8 become the escapes by which JSON gives them back.
     Raises CheckpointError where it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -112,8 +112,12 @@ def _by_fit(data: bytes, likely: Mapping[bytes, str | None], fits: Callable[[str
     sound = [encoding for encoding in (UTF8, CP949) if _fault(data, encoding) is None]
     if not sound:
         raise _Undecided("is neither UTF-8 nor CP949 nor UTF-16 text", _fault(data, UTF8) or 0)
-    if len(sound) == 1 or data.isascii():
-        return sound[0]
+    if UTF8 in sound and (len(sound) == 1 or data.isascii()):
+        return UTF8
+    if UTF8 not in sound:
+        if fits(_decode(data, CP949)):
+            return CP949
+        raise _Undecided("is not UTF-8, and no Hangul as CP949", _fault(data, UTF8) or 0)
     utf8, cp949 = (fits(_decode(data, encoding)) for encoding in sound)
     if utf8 != cp949:
         return UTF8 if utf8 > cp949 else CP949

@@ -70,7 +70,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a UTF-8 text file so that its name only ever stands for the whole of it."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
         os.replace(unfinished, path)
     finally:
         with suppress(FileNotFoundError):

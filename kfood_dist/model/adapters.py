@@ -60,7 +60,8 @@ def save_adapter(model: Any, folder: Path, facts: dict[str, Any], state: dict[st
     """Write the adapter in PEFT's layout, with `facts` (prompt, image size, …) beside it as kfood.json."""
     # "auto" would ask the hub, at every checkpoint, whether the base's vocabulary has changed.
     model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-    (folder / PROMPT_FILE).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
+    (folder / PROMPT_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_adapter_facts(folder: Path) -> dict[str, Any]:

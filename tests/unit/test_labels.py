@@ -69,12 +69,18 @@ def test_a_faulty_class_list_is_refused(tmp_path, content, fault):
         load_classes(path)
 
 
-def test_a_class_list_that_is_not_there_or_not_utf8_is_refused(tmp_path):
+def test_a_class_list_that_is_not_there_or_of_two_encodings_is_refused(tmp_path):
     with pytest.raises(SourceError, match="cannot be read"):
         load_classes(tmp_path / "none.tsv")
-    (tmp_path / "cp949.tsv").write_bytes("category\tname\n한과\t약과\n".encode("cp949"))
-    with pytest.raises(SourceError, match="UTF-8"):
-        load_classes(tmp_path / "cp949.tsv")
+    (tmp_path / "both.tsv").write_bytes("category\tname\n한과\t약과\n".encode() + "회\t육회\n".encode("cp949"))
+    with pytest.raises(SourceError, match=r"both\.tsv is mostly UTF-8, but CP949 here: line 3, byte 28 .* UTF-8"):
+        load_classes(tmp_path / "both.tsv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp949", "utf-16"])
+def test_a_class_list_is_read_in_its_encoding_and_its_columns_in_any_case(tmp_path, encoding):
+    (tmp_path / "list.tsv").write_bytes("Category\t NAME\n회\t회\n".encode(encoding))
+    assert load_classes(tmp_path / "list.tsv") == [DishClass("회", "회")]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):

@@ -743,6 +743,20 @@ def test_a_source_whose_name_is_in_cp949_is_packed_and_called_by_it(source, tmp_
     assert rejected(tmp_path / "of-a-table") == {"김치.csv:47": "bad_row"}
 
 
+def test_a_lists_encoding_is_part_of_the_data_set_through_its_labels(tmp_path, capsys):
+    write_folder(tmp_path, {"img": 6})
+    rows = "".join(f"img/Img_{i:04d}.jpg,ī cake\n" for i in range(6))
+    (tmp_path / "list.csv").write_bytes(b"image_path,label\n" + rows.encode())
+    command = ["pack", str(tmp_path / "list.csv"), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
+    assert main(command) == 0
+    assert main([*command, "--encoding", "utf-8"]) == 0
+    assert "reused" in capsys.readouterr().out
+    assert main([*command, "--encoding", "cp949"]) == 2
+    assert "holds another data set" in capsys.readouterr().err
+    assert main([*command, "--encoding", "klingon"]) == 2
+    assert "--encoding klingon is not known → name one" in capsys.readouterr().err
+
+
 def test_more_classes_than_an_index_can_number_are_refused_before_any_work(source, tmp_path, monkeypatch):
     assert np.iinfo(INDEX_DTYPE["label"]).max + 1 == job._MAX_CLASSES
     monkeypatch.setattr(job, "_MAX_CLASSES", 2)

@@ -215,22 +215,124 @@ def test_paths_start_at_the_csv_or_at_the_image_root(tmp_path):
         scan(tmp_path, image_root=tmp_path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949"])
-def test_a_list_may_be_utf8_with_or_without_mark_or_cp949(tmp_path, encoding):
-    put(tmp_path / "구이/불고기/a.jpg")
-    (record,) = scan(write_csv(tmp_path / "list.csv", "구이/불고기/a.jpg,불고기", encoding=encoding))
-    assert (record.label, record.problem) == ("불고기", None)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("dish", ["불고기", "회"])
+def test_a_list_may_be_utf8_with_or_without_mark_or_cp949_or_utf16(tmp_path, encoding, dish):
+    put(tmp_path / f"구이/{dish}/a.jpg")
+    (record,) = scan(write_csv(tmp_path / "list.csv", f"구이/{dish}/a.jpg,{dish}", encoding=encoding))
+    assert (record.label, record.problem) == (dish, None)
+
+
+def test_one_row_in_another_encoding_refuses_the_list_and_encoding_decides(tmp_path):
+    put(tmp_path / "a.jpg")
+    path = tmp_path / "list.csv"
+    path.write_bytes("image_path,label\na.jpg,불고기\n".encode() + "b.jpg,약과\n".encode("cp949"))
+    with pytest.raises(SourceError, match=r"list\.csv is mostly UTF-8, but CP949 here: line 3, byte 39 .*--encoding"):
+        scan(path)
+    with pytest.raises(SourceError, match=r"list\.csv is not utf-8 here: line 3, byte 39 of the file"):
+        scan(path, encoding="utf-8")
+    assert problems(scan(path, encoding="latin-1")) == {"a.jpg": None, "b.jpg": "missing"}
+    with pytest.raises(SourceError, match="--encoding does not go with the folder"):
+        scan(tmp_path, encoding="cp949")
+
+
+def test_the_files_and_the_class_list_decide_where_the_letters_may_be_of_either_encoding(tmp_path):
+    """`카 cake` in CP949 is `ī cake` in UTF-8."""
+    path = write_csv(tmp_path / "list.csv", "카 cake/a.jpg,dish", encoding="cp949")
+    assert problems(scan(path)) == {"ī cake/a.jpg": "missing"}
+    put(tmp_path / "카 cake/a.jpg")
+    assert problems(scan(path)) == {"카 cake/a.jpg": None}
+    path = write_csv(tmp_path / "list.csv", "b.jpg,카 cake", encoding="cp949")
+    assert [r.label for r in scan(path)] == ["īcake"]
+    assert [r.label for r in scan(path, classes=[DishClass("카cake", "")])] == ["카cake"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("first", ["", "sep={}\n", '"sep={}"\n', "SEP={}\r\n"])
+def test_a_spreadsheets_separators_are_understood(tmp_path, separator, first):
+    for name in ("a.jpg", "x,y;z.jpg"):
+        put(tmp_path / name)
+    rows = [["No", " Label", "IMAGE_PATH "], ["1", "약과", "a.jpg"], ["2", "약과", '"x,y;z.jpg"'], ["3", "약과"]]
+    path = tmp_path / "list.tsv"
+    text = first.format(separator) + "".join(separator.join(row) + "\r\n" for row in rows)
+    path.write_bytes(text.encode("utf-16"))
+    line = 5 if first else 4
+    assert problems(scan(path)) == {"a.jpg": None, "x,y;z.jpg": None, f"list.tsv:{line}": "bad_row"}
+
+
+def test_another_separator_may_be_named(tmp_path):
+    put(tmp_path / "a.jpg")
+    path = write_csv(tmp_path / "list.csv", "image_path|label", "a.jpg|약과", header="sep=|")
+    assert problems(scan(path)) == {"a.jpg": None}
+
+
+def test_a_quoted_cell_may_hold_line_breaks_and_a_stray_quote_costs_its_own_line(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"):
+        put(tmp_path / name)
+    path = write_csv(
+        tmp_path / "list.csv",
+        'a.jpg,약과,"두 줄, 또는',
+        "",
+        '""세"" 줄"',
+        'b.jpg,"약과',
+        '",5" 접시',
+        'c.jpg,"약과,stray',
+        "d.jpg,약과,-",
+        'e.jpg,약과,"',
+        header="image_path,label,note",
+    )
+    assert [(r.source, r.label, r.problem) for r in scan(path)] == [
+        ("a.jpg", "약과", None),
+        ("b.jpg", "약과", None),
+        ("d.jpg", "약과", None),
+        ("list.csv:7", "", "bad_row"),
+        ("list.csv:9", "", "bad_row"),
+    ]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"has the columns image_path, label, label → .*each name once"):
+        scan(write_csv(tmp_path / "list.csv", "a.jpg,약과,떡", header="image_path,label,Label"))
 
 
 def test_a_list_written_elsewhere_finds_its_files(tmp_path):
-    """NFC names in the list and NFD on the disk, the other way round, and Windows' separators."""
-    apart = unicodedata.normalize("NFD", "구이/불고기/a.jpg")
-    put(tmp_path / apart)
-    put(tmp_path / "구이/갈비구이/b.jpg")
-    listed = ["구이/불고기/a.jpg,불고기", unicodedata.normalize("NFD", "구이/갈비구이/b.jpg") + ",갈비구이"]
-    records = scan(write_csv(tmp_path / "list.csv", *listed, r"구이\갈비구이\.\b.jpg,갈비구이"))
-    assert Counter(r.problem for r in records) == {None: 2, "duplicate_row": 1}
-    assert all(read_picture(r) == JPEG for r in records)
+    """Each part of a path in another Unicode form, another case, or CP949 on the disk, and Windows' separators."""
+    apart = unicodedata.normalize("NFD", "구이")
+    put(tmp_path / f"Kfood/{apart}/불고기/A.JPG")
+    os.makedirs(folder := os.fsencode(tmp_path) + "/kfood2/회".encode("cp949"))
+    Path(os.fsdecode(folder + b"/b.jpg")).write_bytes(JPEG)
+    listed = [
+        "KFOOD/구이/불고기/a.jpg,불고기",
+        unicodedata.normalize("NFD", "kfood/구이/불고기/a.jpg") + ",불고기",
+        r"kfood\구이\.\불고기\A.jpg,불고기",
+        f"{tmp_path}/kfood/구이/../구이/불고기/a.Jpg,불고기",
+        "Kfood2/회/B.jpg,회",
+        "kfood2/회/c.jpg,회",
+    ]
+    records = scan(write_csv(tmp_path / "list.csv", *listed))
+    assert Counter((r.source, r.problem) for r in records) == {
+        ("Kfood/구이/불고기/A.JPG", None): 1,
+        ("Kfood/구이/불고기/A.JPG", "duplicate_row"): 3,
+        ("kfood2/회/b.jpg", None): 1,
+        ("kfood2/회/c.jpg", "missing"): 1,
+    }
+    assert all(read_picture(r) == JPEG for r in records if r.problem is None)
+
+
+def test_of_several_files_that_a_path_may_mean_the_exact_one_counts_or_none(tmp_path):
+    for name in ("A/foo.jpg", "a/Foo.jpg", "a/only.jpg", unicodedata.normalize("NFD", "a/각.jpg")):
+        put(tmp_path / name)
+    put(tmp_path / unicodedata.normalize("NFD", "A/각.jpg"), JPEG + b"other")
+    listed = ["a/Foo.jpg,약과", "A/Foo.jpg,약과", "A/ONLY.jpg,약과", "a/각.jpg,약과"]
+    records = scan(write_csv(tmp_path / "list.csv", *listed))
+    assert problems(records) == {
+        "a/Foo.jpg": None,
+        "A/Foo.jpg": "ambiguous_path",
+        "a/only.jpg": None,
+        "a/각.jpg": None,
+    }
+    assert [r.detail for r in records if r.problem] == ["any of A/foo.jpg, a/Foo.jpg"]
+    assert all(read_picture(r) == JPEG for r in records if r.problem is None)
 
 
 def test_every_faulty_row_is_named_and_costs_no_other(tmp_path):

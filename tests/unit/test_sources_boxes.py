@@ -35,10 +35,15 @@ def test_a_line_says_a_box_or_is_counted(line, box):
     assert (list(boxes.values()), num_malformed) == (([], 1) if box is None else ([box], 0))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949", "utf-16", "utf-16-le"])
 def test_a_list_is_read_in_any_encoding(encoding):
     text = "#comment\r\n!another\r\n\r\n사진1=1,2,3,4\r\n사진1=5,6,7,8\r\n사진2 없음\r\n"
     assert parse(text.encode(encoding)) == ({"사진1": (5, 6, 7, 8)}, 1)
+
+
+def test_lines_of_two_encodings_are_each_read_in_their_own():
+    lines = "회1=1,2,3,4\n불고기=5,6,7,8\n".encode("cp949") + "약과=9,9,9,9\n".encode()
+    assert parse(lines) == ({"회1": (1, 2, 3, 4), "불고기": (5, 6, 7, 8), "약과": (9, 9, 9, 9)}, 0)
 
 
 def test_a_list_in_no_known_encoding_still_gives_its_ascii_names():

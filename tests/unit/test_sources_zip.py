@@ -168,10 +168,30 @@ def test_all_classes_of_the_real_set_are_read_from_cp949_names(tmp_path):
     assert {r.problem for r in scan(tmp_path / "kfood.zip", classes=load_classes(CLASSES))} == {None}
 
 
+def test_names_that_may_have_either_encoding_are_read_as_those_beside_them(tmp_path):
+    names = ["구이/불고기/a.jpg", "회/a.jpg", "카 cake/a.jpg"]
+    for writer in ("windows", "macos"):
+        records = scan(put(tmp_path / "kfood.zip", zipped(dict.fromkeys(names, JPEG), writer)))
+        assert {r.source for r in records} == set(names)
+    records = scan(put(tmp_path / "kfood.zip", zipped({"crème/a.jpg": JPEG, "Käse/a.jpg": JPEG}, "macos")))
+    assert {r.label for r in records} == {"crème", "Käse"}
+
+
+def test_a_name_in_utf8_beside_the_systems_own_counts(tmp_path):
+    """Info-ZIP's extra field, where it is of this very name."""
+    raw, path = "카 cake/a.jpg".encode("cp949"), tmp_path / "kfood.zip"
+    for crc, label in ((zipfile.crc32(raw), "카cake"), (7, "īcake")):
+        told = b"\1" + crc.to_bytes(4, "little") + "카 cake/a.jpg".encode()
+        data = zipped({raw: JPEG}, extra=b"\x75\x70" + len(told).to_bytes(2, "little") + told)
+        assert [r.label for r in scan(put(path, data))] == [label]
+
+
 def test_a_name_in_no_known_encoding_is_still_a_picture(tmp_path):
     (record,) = scan(put(tmp_path / "kfood.zip", zipped({b"\xff\xfe\x80.jpg": JPEG})))
     assert (record.label, record.problem) == ("kfood", None)
     assert read_picture(record) == JPEG
+    (record,) = scan(put(tmp_path / "kfood.zip", zipped({b"\xff\xfe\x80/a.jpg": JPEG})))
+    assert (record.problem, record.detail) == ("bad_label", "written in no known encoding")
 
 
 def test_a_zip_beside_the_folder_it_was_extracted_to_is_not_read_twice(tmp_path):

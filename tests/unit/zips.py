@@ -28,8 +28,9 @@ def zipped(
     members: dict[str | bytes, bytes] | Iterable[tuple[str | bytes, bytes]],
     writer: str = "windows",
     method: int = zipfile.ZIP_STORED,
+    extra: bytes = b"",
 ) -> bytes:
-    """A zip of `members` in their order; names as bytes are written as they are.
+    """A zip of `members` in their order, each with the `extra` field; names as bytes are written as they are.
 
     Writers: `windows` CP949, `macos` UTF-8 in NFD, `flagged` UTF-8 and the flag that says so.
     """
@@ -38,6 +39,7 @@ def zipped(
         for name, data in members.items() if isinstance(members, dict) else members:
             info = _Named(str(len(archive.filelist)))
             info.compress_type = method
+            info.extra = extra
             info.raw, info.flag = _raw_name(name, writer)
             archive.writestr(info, data)
     return file.getvalue()

@@ -46,25 +46,24 @@ class Table:
         """The rows below the header; `is_row` tells whether cells of one line are surely a row by themselves."""
         at = self._start + 1
         while at < len(self._lines):
-            count = self._num_lines(at, is_row)
-            text = "".join(self._lines[at : at + count])
+            num_lines, cells = self._row(at, is_row)
+            text = "".join(self._lines[at : at + num_lines])
             if text.strip():
-                yield Row(at + 1, _split(text, self._separator), text)
-            at += count
+                yield Row(at + 1, cells, text)
+            at += num_lines
 
-    def _num_lines(self, at: int, is_row: Callable[[list[str]], bool]) -> int:
-        """How many lines from `at` on are one row: up to that which closes an open quote, if that makes a row."""
-        if self._lines[at].count('"') % 2 == 0:
-            return 1
-        for end in range(at + 1, min(at + _MAX_LINES, len(self._lines))):
-            line = self._lines[end]
-            if line.count('"') % 2:
-                cells = _split("".join(self._lines[at : end + 1]), self._separator)
-                return end + 1 - at if cells is not None and len(cells) == len(self.header) else 1
-            cells = _split(line, self._separator)
-            if cells is not None and len(cells) == len(self.header) and is_row(cells):
-                return 1
-        return 1
+    def _row(self, at: int, is_row: Callable[[list[str]], bool]) -> tuple[int, list[str] | None]:
+        """How many lines from `at` on are one row, and its cells; of a malformed row, the first line alone."""
+        end = min(at + _MAX_LINES, len(self._lines))
+        reader = csv.reader((self._lines[i] for i in range(at, end)), delimiter=self._separator, strict=True)
+        try:
+            cells = next(reader)
+        except csv.Error:
+            return 1, None
+        inside = (_split(self._lines[i], self._separator) for i in range(at + 1, at + reader.line_num))
+        if any(other is not None and len(other) == len(self.header) and is_row(other) for other in inside):
+            return 1, None
+        return reader.line_num, cells
 
 
 def _named_separator(line: str) -> str | None:

@@ -64,14 +64,14 @@ def _rows(table: Table) -> Iterator[Row]:
 
 
 def _num_fitting(text: str, files: Files, known: Collection[str]) -> int:
-    """How many paths of a table, read one way, lead to files, and how many of its labels are known."""
+    """How many paths of a table, read one way, lead to files, and how many of its labels are known; ASCII aside."""
     table, num_fitting = Table(text, COLUMNS), 0
     if not set(COLUMNS) <= set(table.header):
         return 0
     for path, label in (row.cells for row in _rows(table) if row.cells is not None):
-        num_fitting += clean(label) in known
+        num_fitting += not label.isascii() and clean(label) in known
         try:
-            num_fitting += files.find(path) is not None
+            num_fitting += not path.isascii() and files.find(path) is not None
         except SeveralFit:
             num_fitting += 1
     return num_fitting
