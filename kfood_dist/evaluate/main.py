@@ -112,6 +112,7 @@ def preflight(args: argparse.Namespace) -> bool:
     if earlier := find_earlier(task):
         reuse(task, earlier)
         return True
+    quiet_libraries()
     build_template(task.settings, task.model, task.adapter)
     return False
 

@@ -121,12 +121,12 @@ def load_adapter(model: Any, folder: Path) -> None:
     weights = load_file(folder / "adapter_model.safetensors")
     try:
         result = set_peft_model_state_dict(model, weights)
-        unknown = list(result.unexpected_keys)
-        missing = [name for name in result.missing_keys if ".lora_" in name]
+        faults = [f"the model knows no {name}" for name in result.unexpected_keys]
+        faults += [f"it lacks {name}" for name in result.missing_keys if ".lora_" in name]
     except RuntimeError as error:  # another shape
-        unknown, missing = [str(error).strip().splitlines()[-1].strip()], []
-    if unknown or missing:
+        faults = [str(error).strip().splitlines()[-1].strip()]
+    if faults:
         raise ModelError(
-            f"adapter {folder} does not fit the base model ({', '.join([*unknown, *missing][:3])})",
+            f"adapter {folder} does not fit the base model ({'; '.join(faults[:3])})",
             "name the base that it was trained on as model.base",
         )

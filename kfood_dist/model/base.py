@@ -3,11 +3,8 @@
 `model.base` (folder or hub name) ──► require_base ──► load_config, load_tokenizer, load_vision_spec
 """
 
-import hashlib
-import json
 import math
 import os
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,23 +76,13 @@ def base_folder(base: str) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256, in hex, over a base model's config, its tensors' names, types and shapes, and each one's first 4 KiB.
+def fetched_folder(base: str) -> Path:
+    """Where the files of `base` lie on this machine, its weights too; from the hub, they are downloaded first."""
+    if os.path.isdir(base):
+        return Path(base)
+    import huggingface_hub
 
-    Not over every byte: that would cost a 3B model's whole reading. A model that was tuned differs in each tensor.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = file.read(length)
-            digest.update(header)
-            tensors = json.loads(header)
-            for name in sorted(tensors.keys() - {"__metadata__"}):
-                begin, end = tensors[name]["data_offsets"]
-                file.seek(8 + length + begin)
-                digest.update(file.read(min(end - begin, 4096)))
-    return digest.hexdigest()
+    return Path(huggingface_hub.snapshot_download(base, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def load_config(base: str) -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from kfood_dist.errors import ModelError
-from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
+from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER, fetched_folder, load_config
+from kfood_dist.model.tensors import require_fitting, require_loaded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,7 +40,8 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     """Load a Qwen2.5-VL from a folder or the hub, frozen, on `device`, in training mode.
 
     Training mode from the start, because on a CPU with AVX512-BF16 the first forward in evaluation mode repacks
-    4-bit weights for inference, after which training is wrong or fails. Raises ModelError.
+    4-bit weights for inference, after which training is wrong or fails. Raises ModelError, also for a base that lacks a
+    tensor, has one in another shape or one too many: by name, and before the weights are read.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -54,7 +56,19 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     # Under fp16 all is read as float32 first: fp16 has neither the range nor the small numbers of a bf16 file.
     options["dtype"] = torch.float32 if precision == "fp16" else dtype
     try:
-        model = AutoModelForImageTextToText.from_pretrained(base, attn_implementation=attention, **options)
+        config, folder = load_config(base), fetched_folder(base)
+        is_packed = hasattr(config, "quantization_config")  # 4-bit in its files: transformers' own look must do
+        if not is_packed:
+            require_fitting(base, folder, config)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            base,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=is_packed,
+            output_loading_info=True,
+            **options,
+        )
+        if is_packed:
+            require_loaded(base, found)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",

@@ -1,5 +1,6 @@
 """Builds a run's parts from its recipe: data, model, engine, log; and puts them where the newest checkpoint was."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.errors import CheckpointError
 from kfood_dist.model.adapters import attach_lora, load_adapter
-from kfood_dist.model.base import LANGUAGE_MODEL, base_folder, fingerprint
+from kfood_dist.model.base import LANGUAGE_MODEL, base_folder
+from kfood_dist.model.identity import fingerprint, read_config
 from kfood_dist.model.load import load_base, recompute_activations
 from kfood_dist.model.loss import AnswerLoss
 from kfood_dist.monitor import RunLog
@@ -45,7 +47,7 @@ def build_trainer(
     engine = _build_engine(recipe, accelerator, module)
 
     how = _how_it_runs(recipe, accelerator, world)
-    start = _resume(recipe, plan, engine, newest, how) if newest else 0
+    start = _resume(recipe, plan, engine, newest) if newest else 0
     best = world.share(checkpoint.best(recipe.run.dir / "checkpoints"))[0]
     max_steps = num_steps(recipe, plan)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
@@ -95,14 +97,20 @@ def _require_agreement(world: World, plan: Plan, newest: Checkpoint | None) -> N
 
 def _how_it_runs(recipe: Recipe, accelerator: Accelerator, world: World) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it, besides its recipe."""
-    folder = base_folder(recipe.model.base)
-    assert folder is not None  # it was loaded just now
+    folder = _loaded_folder(recipe)
     return {
         "base_fingerprint": fingerprint(folder),
+        "base_config": read_config(folder),
         "world_size": world.size,
         "distributed_type": accelerator.distributed_type.value,
         "zero_stage": recipe.train.zero_stage,
     }
+
+
+def _loaded_folder(recipe: Recipe) -> Path:
+    folder = base_folder(recipe.model.base)
+    assert folder is not None  # it was loaded just now
+    return folder
 
 
 def _what_it_trains(recipe: Recipe, plan: Plan, module: AnswerLoss) -> dict[str, Any]:
@@ -117,10 +125,10 @@ def _what_it_trains(recipe: Recipe, plan: Plan, module: AnswerLoss) -> dict[str,
     }
 
 
-def _resume(recipe: Recipe, plan: Plan, engine: Engine, newest: Checkpoint, how: dict[str, Any]) -> int:
+def _resume(recipe: Recipe, plan: Plan, engine: Engine, newest: Checkpoint) -> int:
     """Put plan and engine where the checkpoint was; returns the step to go on with."""
     start = plan.resume(newest.record().data)
-    require_same_base(newest, how["base_fingerprint"], recipe.model.base)
+    require_same_base(newest, _loaded_folder(recipe), recipe.model.base)
     load_engine(engine, newest)
     return start
 

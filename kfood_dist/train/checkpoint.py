@@ -49,6 +49,7 @@ class Record(BaseModel):
     step: int
     data: dict[str, Any]  # the plan's position
     base_fingerprint: str
+    base_config: dict[str, Any] | None = None  # None: an older checkpoint, which knows its base by the files' bytes
     world_size: int
     distributed_type: str
     zero_stage: int

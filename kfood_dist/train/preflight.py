@@ -5,6 +5,7 @@
 The launcher runs it once, before it starts any rank; each rank runs it again, since a rank may be started otherwise.
 """
 
+from pathlib import Path
 from typing import Any
 
 from kfood_dist.config import Recipe, load_recipe
@@ -17,12 +18,13 @@ from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import CheckpointError, RecipeError
 from kfood_dist.model.base import (
     base_folder,
-    fingerprint,
     load_config,
     load_tokenizer,
     load_vision_spec,
     require_base,
 )
+from kfood_dist.model.identity import config_changes, fingerprint, fingerprint_of_files, read_config
+from kfood_dist.model.tensors import has_weights
 from kfood_dist.runtime import require_folder_possible
 from kfood_dist.train import checkpoint
 from kfood_dist.train.zero import deepspeed_config
@@ -72,8 +74,8 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     if newest:
         if plan.resume(newest.record().data) != newest.step:
             raise CheckpointError(f"checkpoint {newest.folder} has the data position of another step", "delete it")
-        if base := base_folder(recipe.model.base):
-            require_same_base(newest, fingerprint(base), recipe.model.base)
+        if (folder := base_folder(recipe.model.base)) and has_weights(folder):
+            require_same_base(newest, folder, recipe.model.base)
     return plan
 
 
@@ -166,15 +168,22 @@ def forbidden_changes(last: Recipe, recipe: Recipe, measured: bool) -> list[str]
     ]
 
 
-def require_same_base(newest: checkpoint.Checkpoint, found: str, base: str) -> None:
-    """Raise CheckpointError if the base model is not the one that the checkpoint was trained on."""
-    before = newest.record().base_fingerprint
+def require_same_base(newest: checkpoint.Checkpoint, folder: Path, base: str) -> None:
+    """Raise CheckpointError if the base model in `folder` is not the one that the checkpoint was trained on."""
+    record = newest.record()
+    older = record.base_config is None
+    before, found = record.base_fingerprint, fingerprint_of_files(folder) if older else fingerprint(folder)
     if before != found:
-        raise CheckpointError(
-            f"checkpoint {newest.folder} was trained on another base model: its fingerprint was {before[:12]}, that of "
-            f"{base} is {found[:12]}",
-            "set model.base to the model it began with, or set another run.dir",
-        )
+        what = f"its fingerprint was {before[:12]}, that of {base} is {found[:12]}"
+    elif record.base_config is not None and (changed := config_changes(record.base_config, read_config(folder))):
+        what = f"{'; '.join(changed)} in the config of {base}"
+    else:
+        return
+    raise CheckpointError(
+        f"checkpoint {newest.folder} was trained on another base model: {what}",
+        "set model.base to the model it began with, or set another run.dir"
+        + ("; this older checkpoint knows that model by its very files, and no saved copy" if older else ""),
+    )
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

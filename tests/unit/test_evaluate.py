@@ -269,6 +269,14 @@ def test_an_adapter_of_another_base_is_refused(words, tiny_adapter, tmp_path, ca
         save_file(tensors | changed, copy / "adapter_model.safetensors")
         assert main([*words, "--adapter", str(copy)]) == 2
         assert told in capsys.readouterr().err
+    for tensors_found, told in (
+        ({n: t for n, t in tensors.items() if n != name}, f"it lacks {name}"),
+        (tensors | {"base_model.model.v_head.weight": tensors[name]}, "knows no base_model.model.v_head.weight"),
+        (tensors | {name: tensors[name][:8]}, f"{name} is (8, 256), not (16, 256)"),
+    ):
+        save_file(tensors_found, copy / "adapter_model.safetensors")
+        assert main([*words, "--adapter", str(copy)]) == 2
+        assert told in capsys.readouterr().err
     (copy / "adapter_model.safetensors").write_bytes(b"cut")
     assert main([*words, "--adapter", str(copy)]) == 2
     assert f"adapter {copy} is damaged" in capsys.readouterr().err

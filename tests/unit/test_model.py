@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from kfood_dist.config import LINEAR_LAYERS, Lora
@@ -129,6 +132,65 @@ def test_a_base_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path) -> 
         require_base(str(tmp_path / "missing"))
     with pytest.raises(ModelError, match=r"lacks config\.json, \*\.safetensors"):
         require_base(str(tmp_path))
+
+
+def saved_otherwise(base: Path, copy: Path, change: Callable[[dict[str, Any]], dict[str, Any]], **config: Any) -> str:
+    """A copy of a base model with other tensors and settings."""
+    shutil.copytree(base, copy)
+    tensors = change(load_file(base / "model.safetensors"))
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, copy / "model.safetensors", {"format": "pt"})
+    (copy / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | config))
+    return str(copy)
+
+
+QKV, UP = "visual.blocks.1.attn.qkv.weight", "model.layers.1.mlp.up_proj.weight"
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any], str]] = {
+    "tower": (lambda w: {n: w[n] for n in w if n != QKV}, {}, "it lacks model.visual.blocks.1.attn.qkv.weight"),
+    "language": (lambda w: {n: w[n] for n in w if n != UP}, {}, "it lacks model.language_model.layers.1.mlp.up_proj.w"),
+    "shape": (lambda w: w | {UP: w[UP][:-1]}, {}, r"layers.1.mlp.up_proj.weight is \(511, 256\), not \(512, 256\)"),
+    "besides": (lambda w: w | {"v_head.weight": w[UP]}, {}, "the config knows no v_head.weight"),
+    "head": (lambda w: w, {"tie_word_embeddings": False}, "it lacks lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_base_with_other_tensors_than_its_config_asks_for_is_refused_by_name(
+    tiny_model: Path, tmp_path: Path, damage: str, quantization: str
+) -> None:
+    change, config, told = DAMAGED[damage]
+    base = saved_otherwise(tiny_model, tmp_path / "base", change, **config)
+    with pytest.raises(ModelError, match=f"the weights of base model {base} do not fit its config: .*{told}"):
+        load_base(base, quantization, "bf16", "sdpa", CPU)
+
+
+RENAMED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "published": lambda w: w,
+    "transformers 5": lambda w: {
+        f"model.{n}" if n.startswith("visual.") else n.replace("model.", "model.language_model.", 1): w[n] for n in w
+    },
+    "tied head written": lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"]},
+    "old buffers": lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+}
+
+
+@pytest.mark.parametrize("names", RENAMED)
+def test_every_layout_of_the_same_weights_is_loaded(tiny_model: Path, tmp_path: Path, names: str) -> None:
+    base = saved_otherwise(tiny_model, tmp_path / "base", RENAMED[names])
+    loaded, plain = (load_base(folder, "none", "bf16", "sdpa", CPU).state_dict() for folder in (base, str(tiny_model)))
+    assert loaded.keys() == plain.keys()
+    assert all(torch.equal(loaded[name], plain[name]) for name in plain)
+
+
+def test_a_base_that_is_4_bit_in_its_files_is_loaded_if_it_is_whole(
+    tiny_model: Path, quantized: Any, tmp_path: Path
+) -> None:
+    packed = shutil.copytree(tiny_model, tmp_path / "packed")
+    quantized.save_pretrained(packed)
+    load_base(str(packed), "nf4", "bf16", "sdpa", CPU)
+    lacking = saved_otherwise(packed, tmp_path / "lacking", DAMAGED["tower"][0])
+    with pytest.raises(ModelError, match=DAMAGED["tower"][2]):
+        load_base(lacking, "nf4", "bf16", "sdpa", CPU)
 
 
 def test_a_hub_name_out_of_reach_says_how_to_bring_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,88 @@
+"""Which base model a run was begun with: known by its tensors and by what its config means, not by how it is saved.
+
+    folder ──► fingerprint: names, types, shapes and first bytes of all tensors
+    config.json of then and of now ──► config_changes: the settings that differ, as this transformers reads both
+
+Always holds: a model that was loaded and saved again is the same, whichever release of transformers saved it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kfood_dist.model.tensors import headers
+
+_FIRST_BYTES = 4096
+# What saving a model again may change, though it computes the same; `type` is the older name of `rope_type`.
+_BOOKKEEPING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "type", "use_cache"}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256, in hex, over a base model's tensors: names, types, shapes, and the first 4 KiB of each.
+
+    It does not depend on the cut into files, their metadata or their order. Published names and those of
+    transformers 5 count as the same, and so do a tied head that is written out and one that is left out. Not every
+    byte is read, since that would cost a 3B model's whole reading. A model that was tuned differs in each tensor.
+    """
+    found = {}
+    for name, tensor in headers(folder).items():
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.begin)
+            first = file.read(min(tensor.end - tensor.begin, _FIRST_BYTES))
+        found[_plain(name)] = [tensor.dtype, tensor.shape, hashlib.sha256(first).hexdigest()]
+    if found.get("lm_head.weight") == found.get("embed_tokens.weight"):
+        found.pop("lm_head.weight", None)
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what releases of transformers put before it: `visual.…`, `layers.…`, `lm_head.…`."""
+    return re.sub(r"^((model|language_model)\.)+", "", name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The base model's config.json as it is written."""
+    return dict(json.loads((folder / "config.json").read_bytes()))
+
+
+def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings in which two config.json differ in meaning, in words.
+
+    Both are read by the transformers of today, which fills in defaults and knows the older forms. A key that only one
+    of them has is a leftover: it means nothing to the model.
+    """
+    return list(_differing(_meaning(before), _meaning(now), ""))
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    # A copy, since transformers moves keys about in what it is given.
+    return AutoConfig.for_model(**json.loads(json.dumps(config))).to_dict()
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], path: str) -> Iterator[str]:
+    for key in sorted((before.keys() & now.keys()) - _BOOKKEEPING):
+        if isinstance(before[key], Mapping) and isinstance(now[key], Mapping):
+            yield from _differing(before[key], now[key], f"{path}{key}.")
+        elif before[key] != now[key]:
+            yield f"{path}{key} was {before[key]} and is now {now[key]}"
+
+
+def fingerprint_of_files(folder: Path) -> str:
+    """What an older checkpoint, without `base_config`, knows its base by: the bytes of config and headers count too."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            digest.update(header)
+            tensors = json.loads(header)
+            for name in sorted(tensors.keys() - {"__metadata__"}):
+                begin, end = tensors[name]["data_offsets"]
+                file.seek(8 + length + begin)
+                digest.update(file.read(min(end - begin, _FIRST_BYTES)))
+    return digest.hexdigest()
