@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kfood_dist import console
 from kfood_dist.cli import build_parser as build_verb_parser
 from kfood_dist.cluster import Cluster, require_one_node
 from kfood_dist.config import Recipe, load_recipe
@@ -138,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Say what was picked and why, then train or evaluate; exit status 2 for a mistake."""
+    console.best_effort(waits=False)
     args, rest = build_parser().parse_known_args(argv)
     try:
         if args.verb == "train" and rest:
@@ -173,6 +175,8 @@ def train(args: argparse.Namespace) -> int:
             require_adapter(start.recipe)  # now, as the recipe before this one may have made it
         if cluster.is_head:
             require_free(start.recipe.run.dir)
+            start.recipe.run.dir.mkdir(parents=True, exist_ok=True)
+            console.keep_in(start.recipe.run.dir / console.LOG_FILE)
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
         if tries:  # what a killed one left, before any rank looks there
