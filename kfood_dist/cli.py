@@ -8,7 +8,7 @@ import argparse
 import importlib
 import sys
 
-from kfood_dist import __version__
+from kfood_dist import __version__, console
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.runtime import World
 from kfood_dist.utf8 import settle_names
@@ -30,6 +30,7 @@ VERBS = {
     "predict": ("kfood_dist.evaluate.predict", "name the dish on single pictures"),
     "doctor": ("kfood_dist.doctor", "tell what this machine has, what is missing, and what mends it"),
 }
+RESULTS = ("order", "predict")  # verbs whose standard output is their result
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
@@ -56,9 +57,16 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
     argv = sys.argv[1:] if argv is None else argv
     verb = next((word for word in argv if word in VERBS), None)
+    console.best_effort(waits=verb != "train")
     args = build_parser(verb).parse_args(argv)
     try:
-        return importlib.import_module(VERBS[args.verb][0]).run(args)
+        if args.verb in RESULTS:
+            console.output_is_result()
+        status = importlib.import_module(VERBS[args.verb][0]).run(args)
+        sys.stdout.flush()
+        return status
+    except console.ReaderLeft:
+        return 0
     except KfoodError as error:
         if World.from_environment().is_main:  # each rank finds the same mistake; one says it
             print(f"kfood {args.verb}: {error}", file=sys.stderr)

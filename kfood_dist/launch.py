@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kfood_dist import console
 from kfood_dist.cli import build_parser as build_verb_parser
 from kfood_dist.cluster import Cluster, require_one_node
 from kfood_dist.config import Recipe, load_recipe
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     except LaunchError as error:
         print(f"launch: {error}", file=sys.stderr)
         return MISTAKE
+    console.best_effort(waits=False)
     args, rest = build_parser().parse_known_args(argv)
     try:
         if args.verb == "train" and rest:
@@ -179,6 +181,8 @@ def train(args: argparse.Namespace) -> int:
             require_adapter(start.recipe)  # now, as the recipe before this one may have made it
         if cluster.is_head:
             require_free(start.recipe.run.dir)
+            start.recipe.run.dir.mkdir(parents=True, exist_ok=True)
+            console.keep_in(start.recipe.run.dir / console.LOG_FILE)
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
         if tries:  # what a killed one left, before any rank looks there

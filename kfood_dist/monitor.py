@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kfood_dist.console import LOG_FILE, LineFile, show, stamped
 from kfood_dist.runtime import World
 
 if TYPE_CHECKING:
@@ -91,15 +92,15 @@ class RunLog:
         self.metrics_path = folder / "metrics.jsonl"
         _cut_after(self.metrics_path, start_step)
         self.num_skipped = sum(bool(row.get("skipped")) for row in read_metrics(self.metrics_path))
-        self._log = LineFile(folder / "log.txt")
+        self._log = LineFile(folder / LOG_FILE)
         self._metrics = LineFile(self.metrics_path)
         self.tensorboard: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def say(self, text: str) -> None:
         """One line for people: to the console and log.txt."""
         if self.active:
-            print(text, flush=True)
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            show(text)
+            self._log.write(stamped(text))
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Record one optimiser step; `metrics` holds `step` (counted from 1), `loss`, and what else there is."""
@@ -139,26 +140,6 @@ class RunLog:
                 self.tensorboard.close()
             self._metrics.close()
             self._log.close()
-
-
-class LineFile:
-    """A text file to append to that keeps what a full disk refuses, and writes it when there is room again."""
-
-    def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._waiting = b""
-
-    def write(self, text: str) -> None:
-        """Append `text`, now or later."""
-        self._waiting += text.encode("utf-8", "backslashreplace")
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
-        except OSError:
-            pass  # the checkpoint, which needs more room than this, says so and tries again
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 def console_line(metrics: dict[str, Any], max_steps: int) -> str:

@@ -145,10 +145,15 @@ def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
     where a second start writes too. A process that was not started by it is left alone.
     """
     env = os.environ if environment is None else environment
+    if has_launcher(env):
+        end_with_parent(int(env.get(LAUNCHER_PID, os.getppid())))
+
+
+def has_launcher(env: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` started the process that has this environment."""
     by_torchrun = "TORCHELASTIC_RUN_ID" in env  # accelerate's launcher of several processes, and of DeepSpeed
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env  # of a single one
-    if by_torchrun or by_accelerate:
-        end_with_parent(int(env.get(LAUNCHER_PID, os.getppid())))
+    return by_torchrun or by_accelerate
 
 
 def end_with_parent(pid: int, by: int = signal.SIGKILL) -> None:

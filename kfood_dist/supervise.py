@@ -1,9 +1,10 @@
 """Keeps watch over `accelerate launch`: passes a request to stop on to the run, and tells how it ended.
 
-    SIGUSR1, SIGTERM ──► file STOP in the run directory ──► checkpoint on all ranks ──► status.json ──► exit status
+    SIGUSR1, SIGTERM, SIGHUP ──► file STOP in the run directory ──► checkpoint on all ranks ──► status.json ──► status
 
 A batch system signals every process of a job at once. What is started here ignores those signals, so that neither a
-rank nor torchrun's agent dies of a warning; a launcher that is killed takes all of them along.
+rank nor torchrun's agent dies of a warning; a launcher that is killed takes all of them along. Under `nohup`, which
+starts the launcher with SIGHUP ignored, SIGHUP is no request: the run goes on.
 """
 
 import os
@@ -16,15 +17,15 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from kfood_dist import console
 from kfood_dist.errors import LaunchError
 from kfood_dist.runtime import end_with_parent
-from kfood_dist.train.stop import SIGNALS, STOP_FILE, read_state
+from kfood_dist.train.stop import SIGNALS, STOP_FILE, is_ignored, read_state
 
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
-# torchrun's agent would handle SIGTERM, by ending its ranks; `PET_` and the name is how it reads an option from the
-# environment (torch/distributed/argparse_util.py). When a rank has died, the others get that many seconds.
-AGENT_SETTINGS = {"PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+# When a rank has died, torchrun's agent gives the others that many seconds.
+AGENT_SETTINGS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
 
 
 class Supervisor:
@@ -49,8 +50,9 @@ class Supervisor:
         self._run_dir = run_dir
         try:
             with self._listening():
+                settings = {**AGENT_SETTINGS, console.LOG_VARIABLE: str(run_dir / console.LOG_FILE)}
                 child = subprocess.Popen(
-                    command, env={**environment, **AGENT_SETTINGS}, preexec_fn=partial(_deaf, os.getpid())
+                    command, env={**environment, **settings}, preexec_fn=partial(_deaf, os.getpid())
                 )
                 status = child.wait()
         except KeyboardInterrupt:
@@ -61,7 +63,8 @@ class Supervisor:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        heard = [number for number in SIGNALS if number != signal.SIGHUP or not is_ignored(number)]
+        before = {number: signal.signal(number, self._ask) for number in heard}
         try:
             yield
         finally:

@@ -6,7 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 recipe=launch/recipes/quickstart.yaml
 run=runs/quickstart
-step() { printf '\n== %s\n' "$*"; }
+trap '' PIPE  # the console is best effort: a reader that leaves ends nothing
+say() { printf "$@" 2>/dev/null || true; }
+step() { say '\n== %s\n' "$*"; }
 
 step "1/7 environment"
 bash launch/venv.sh
@@ -31,4 +33,4 @@ bash launch/eval.sh --shards shards/practice --split test --model data/practice/
 step "7/7 compare"
 $kfood compare base=$run/base tuned=$run/tuned --out $run
 
-printf '\nReport:      %s\nTensorBoard: %s\n' "$run/tuned/report.html" ".venv/bin/tensorboard --logdir $run/tensorboard"
+say '\nReport:      %s\nTensorBoard: %s\n' "$run/tuned/report.html" ".venv/bin/tensorboard --logdir $run/tensorboard"

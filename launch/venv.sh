@@ -5,7 +5,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
 wanted="$(cat setup.cfg launch/constraints.txt | sha256sum | cut -d' ' -f1)"
-[ "$(cat .venv/kfood-stamp 2>/dev/null || true)" = "$wanted" ] && { echo "venv: .venv is up to date"; exit 0; }
+[ "$(cat .venv/kfood-stamp 2>/dev/null || true)" = "$wanted" ] && { echo "venv: .venv is up to date" || true; exit 0; }
 
 for candidate in "${PYTHON:-}" python3.12 python3.11 python3; do
   [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
@@ -15,7 +15,7 @@ done
 "$python" -c 'import ensurepip' 2>/dev/null \
   || { echo "venv: $python has no ensurepip; run: apt-get install python3-venv" >&2; exit 2; }
 
-echo "venv: installing into .venv with $("$python" --version) (a few minutes the first time)"
+echo "venv: installing into .venv with $("$python" --version) (a few minutes the first time)" || true
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv  # anew if it was cut off halfway
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[test]'
 echo "$wanted" > .venv/kfood-stamp

@@ -1,7 +1,6 @@
 """`kfood order`: who reads what, and what a resumed run will read."""
 
 import argparse
-import os
 import sys
 
 import numpy as np
@@ -47,11 +46,7 @@ def run(args: argparse.Namespace) -> int:
             f"begin at 0 … {plan.steps_per_epoch - 1}, or raise --epoch",
         )
     stop = plan.steps_per_epoch if args.steps is None else min(args.start + args.steps, plan.steps_per_epoch)
-    try:
-        _print_steps(plan, mixture, args.epoch * plan.steps_per_epoch, args.start, stop)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would complain once more at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_steps(plan, mixture, args.epoch * plan.steps_per_epoch, args.start, stop)
     return 0
 
 

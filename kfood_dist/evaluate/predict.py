@@ -68,11 +68,21 @@ def run(args: argparse.Namespace) -> int:
             line |= name_dish(answerer, collator, args.alternatives)
         else:
             line["error"] = str(picture)
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(json_line(line, sys.stdout.encoding), flush=True)
     failed = sum(not isinstance(picture, bytes) for picture in pictures)
     if failed:
         print(f"{failed} of {len(pictures)} pictures cannot be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def json_line(value: dict[str, Any], encoding: str | None) -> str:
+    """One line of JSON, with JSON's own escapes if `encoding` lacks a character of it."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def read_picture(path: Path, settings: Settings) -> bytes | str:

@@ -1,6 +1,7 @@
 """`kfood train`: from a recipe to a tuned adapter, in reading order: check, build, resume, train, publish."""
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -9,18 +10,27 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kfood_dist import console
 from kfood_dist.config import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
 from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.monitor import read_metrics
-from kfood_dist.runtime import World, end_with_launcher, lost_a_peer, quiet_libraries, raise_open_file_limit
+from kfood_dist.runtime import (
+    World,
+    end_with_launcher,
+    has_launcher,
+    lost_a_peer,
+    quiet_libraries,
+    raise_open_file_limit,
+)
+from kfood_dist.supervise import FINISHED, STOPPED
 from kfood_dist.train import checkpoint
 from kfood_dist.train.limit import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import num_steps, preflight
-from kfood_dist.train.stop import StopRequest, write_status
+from kfood_dist.train.stop import StopRequest, read_state, write_status
 
 if TYPE_CHECKING:
     from kfood_dist.train.loop import Trainer
@@ -64,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train as one rank of however many the launcher started.
 
-    Exit status 0 when the run is complete, and also when it stopped as it was asked to: torchrun would take another
-    one for a fault. `status.json` tells which.
+    Exit status 0 when the run is complete, STOPPED when it stopped as it was asked to. A rank of a launcher gives 0
+    for both, as torchrun takes any other status for a fault; its launcher looks into `status.json`.
     """
     world = World.from_environment()
     if len(args.config) > 1:
@@ -80,8 +90,11 @@ def run(args: argparse.Namespace) -> int:
         require_adapter(recipe)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
+        console.keep_in(recipe.run.dir / console.LOG_FILE)
         try:
-            return train(recipe, plan, world, conclude, args.stage)
+            train(recipe, plan, world, conclude, args.stage)
+            stopped = read_state(recipe.run.dir) == "stopped"
+            return STOPPED if stopped and not has_launcher(os.environ) else FINISHED
         except KfoodError as error:
             if not world.is_main:  # what only this rank met, nobody else can tell
                 print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)

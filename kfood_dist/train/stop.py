@@ -1,6 +1,6 @@
 """How a run is asked to stop, and how it says how it stands.
 
-    SIGUSR1, SIGTERM, or a file STOP in the run directory ──► one rank is asked ──► all agree, once a step
+    SIGUSR1, SIGTERM, SIGHUP, or a file STOP in the run directory ──► one rank is asked ──► all agree, once a step
     running, stopped, finished ──► status.json, which the launcher reads
 
 Always holds: a process that was started with a signal ignored goes on ignoring it. So the launcher, which starts its
@@ -16,7 +16,7 @@ from typing import Literal
 
 from kfood_dist.runtime import write_whole
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 STOP_FILE = "STOP"
 STATUS_FILE = "status.json"
 
@@ -32,9 +32,9 @@ class StopRequest:
         self._signalled = False
 
     def listen(self) -> None:
-        """Take SIGUSR1 and SIGTERM for a request, unless this process was started with them ignored."""
+        """Take SIGNALS for a request, but for those that this process was started to ignore."""
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if not is_ignored(number):
                 signal.signal(number, self._note)
 
     def asked(self) -> bool:
@@ -47,6 +47,11 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether this process ignores a signal, as `nohup` lets it ignore SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def write_status(run_dir: Path, state: State, step: int) -> None:

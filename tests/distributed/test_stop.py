@@ -3,13 +3,17 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from running import adapter_bytes, kfood, metrics, start, train, write_recipe
+from running import ROOT, adapter_bytes, environment, kfood, metrics, start, train, write_recipe
 from safetensors.torch import load_file
 
 STEPS = 24
@@ -35,37 +39,79 @@ def wait_for_step(process, run: Path, step: int) -> None:
     raise AssertionError(process.communicate()[0])
 
 
+@contextmanager
+def started_with_sighup(handler: signal.Handlers) -> Iterator[None]:
+    """What is started in the block begins with SIGHUP so: ignored as by `nohup`, or not, however the suite runs."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def family(process) -> list[psutil.Process]:
+    """The process and all that it started: torchrun's agent, ranks, loaders."""
+    return [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+
+
+def train_through_a_hangup(recipe: Path, processes: int, run: Path) -> None:
+    """Train under `nohup`: the terminal goes away, with it the console's reader, and all processes hear of it."""
+    with started_with_sighup(signal.SIG_IGN):
+        process = start(recipe, processes)
+    wait_for_step(process, run, 1)
+    assert process.stdout is not None
+    process.stdout.close()
+    for one in family(process):
+        one.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=240) == 0, (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert "launch train: " in log and f"done: {STEPS} steps" in log and "Traceback" not in log
+    assert [line.count(f"/{STEPS}  loss") for line in log.splitlines()].count(1) == STEPS
+
+
+def start_alone(recipe: Path, processes: int) -> "subprocess.Popen[str]":
+    """Start `kfood train` without the launcher."""
+    command = [sys.executable, "-m", "kfood_dist", "train", "--config", str(recipe), "--set", "train.zero_stage=0"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True,
+        cwd=ROOT,
+    )  # fmt: skip
+
+
 def ask_all(process, run: Path) -> None:
     """As Slurm does: every process of the job hears it, loaders included."""
-    for one in psutil.Process(process.pid).children(recursive=True):
-        one.send_signal(signal.SIGUSR1)
-        one.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGUSR1)
+    *started, launcher = family(process)
+    for one in started:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+            one.send_signal(number)
+    launcher.send_signal(signal.SIGUSR1)
+
+
+def hang_up(process, run: Path) -> None:
+    """As a terminal does that is closed: every process of the group hears it."""
+    os.killpg(process.pid, signal.SIGHUP)
 
 
 def ask_launcher(process, run: Path) -> None:
     process.send_signal(signal.SIGTERM)
 
 
-def ask_by_file(process, run: Path) -> None:
-    (run / "STOP").touch()
-
-
 @pytest.mark.parametrize(
-    ("processes", "zero_stage", "ask"),
-    [(2, 2, ask_all), (1, 0, ask_by_file)],
-    ids=["zero2, every process", "plain, file"],
+    ("processes", "zero_stage", "begin", "ask"),
+    [(2, 2, start, ask_all), (1, 0, start_alone, hang_up)],
+    ids=["zero2, every process", "kfood train alone, hangup"],
 )
 def test_stopped_and_resumed_equals_uninterrupted(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int, zero_stage: int, ask
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int, zero_stage: int, begin, ask
 ) -> None:
     whole = write(tmp_path / "whole", tiny_model, tiny_shards, zero_stage=zero_stage)
     (tmp_path / "whole" / "run").mkdir()
     (tmp_path / "whole" / "run" / "STOP").touch()  # of an earlier run that was killed; a new one is not asked
-    train(whole, processes)
+    train_through_a_hangup(whole, processes, tmp_path / "whole" / "run")
     stopped = write(tmp_path / "stopped", tiny_model, tiny_shards, zero_stage=zero_stage)
     run = tmp_path / "stopped" / "run"
-    process = start(stopped, processes)
+    with started_with_sighup(signal.SIG_DFL):
+        process = begin(stopped, processes)
     wait_for_step(process, run, 2)
     ask(process, run)
     output, _ = process.communicate(timeout=120)
@@ -88,9 +134,10 @@ def test_stopped_and_resumed_equals_uninterrupted(
 def test_a_stopped_chain_does_not_begin_the_next_stage(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
     first = write(tmp_path / "a", tiny_model, tiny_shards, zero_stage=0, max_steps=400)
     second = write(tmp_path / "b", tiny_model, tiny_shards, zero_stage=0)
-    process = start(first, 1, also=[second])
+    with started_with_sighup(signal.SIG_DFL):
+        process = start(first, 1, also=[second])
     wait_for_step(process, tmp_path / "a" / "run", 1)
-    ask_launcher(process, tmp_path / "a" / "run")
+    hang_up(process, tmp_path / "a" / "run")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert not (tmp_path / "b" / "run").exists()

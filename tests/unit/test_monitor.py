@@ -9,8 +9,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kfood_dist.console import LineFile
 from kfood_dist.data.collate import Batch
-from kfood_dist.monitor import LineFile, RunLog, StepMeter, read_metrics
+from kfood_dist.monitor import RunLog, StepMeter, read_metrics
 from kfood_dist.runtime import World
 
 
