@@ -161,6 +161,13 @@ class LineFile:
         os.close(self._descriptor)
 
 
+def append_to_log(folder: Path, text: str) -> None:
+    """One line for people in the log.txt of a run that is over."""
+    log = LineFile(folder / "log.txt")
+    log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    log.close()
+
+
 def console_line(metrics: dict[str, Any], max_steps: int) -> str:
     """One readable line of a step's metrics."""
     left_s = int((max_steps - metrics["step"]) * metrics["step_seconds"])
