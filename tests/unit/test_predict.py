@@ -1,6 +1,7 @@
 """`kfood predict`: the same answers as `kfood eval` gives, from the pictures as they were before packing."""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from kfood_dist.cli import main
 from kfood_dist.data.labels import clean
 from kfood_dist.evaluate.generate import Answer
 from kfood_dist.evaluate.predict import name_dish, rank_names
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -70,6 +73,27 @@ def test_alternatives_are_other_names_likeliest_first(words, pictures, capsys):
 
 def ranked(greedy: Answer, *found: Answer) -> list[tuple[str, float]]:
     return [(row["name"], row["confidence"]) for row in rank_names(greedy, found)]
+
+
+def block_of(readme: str) -> str:
+    """The Python that a README shows."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return code
+
+
+def test_the_lines_of_the_readme_name_a_photo_as_predict_does(tiny_model, tiny_adapter, pictures, words, capsys):
+    code = block_of("README.md")
+    assert code == block_of("README.ko.md") and "kfood_dist" not in code and "torchvision" not in code
+    files = [str(path) for path in sorted(pictures.rglob("Img_*"))[:6:2]]
+    assert main(["predict", *files, *words]) == 0
+    told = [line["name"] for line in lines(capsys)]
+    assert len(set(told)) > 1
+    for file, name in zip(files, told, strict=True):
+        named = f"base, adapter, photo = {str(tiny_model)!r}, {str(tiny_adapter)!r}, {file!r}"
+        theirs, replaced = re.subn(r"^base, adapter, photo = .*$", named, code, flags=re.MULTILINE)
+        assert replaced == 1
+        exec(compile(theirs, "README.md", "exec"), {})
+        assert clean(capsys.readouterr().out) == name
 
 
 def test_texts_of_one_name_add_up():
