@@ -116,6 +116,11 @@ class Train(Section):
     epochs: Count = Field(1, description="passes over the training split")
     save_every_steps: Count = Field(100, description="steps between checkpoints; the last step always saves")
     keep_checkpoints: Count = Field(2, description="newest complete checkpoints to keep")
+    publish: Literal["best", "last"] = Field(
+        "best",
+        description="whose adapter a finished run publishes: the best checkpoint's by validation accuracy (the last "
+        "one's if nothing was measured), or the last one's",
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     stall_timeout_s: Annotated[float, Field(ge=10, le=86400)] = Field(
         600.0, description="a rank that makes no progress for so long ends the run and is named"
@@ -130,7 +135,9 @@ class Train(Section):
 
 class Eval(Section):
     split: Literal["val", "test", "train"] = Field("val", description="split measured while training")
-    every_steps: Count | None = Field(None, description="steps between measurements; none unless given")
+    every_steps: Count | None = Field(
+        None, description="steps between measurements, also after the last step; none unless given"
+    )
     max_samples: Count | None = Field(None, description="measure on the first so many of a fixed shuffle")
     batch_size: Count = Field(16, description="pictures per rank and generation batch")
     max_new_tokens: Count = Field(32, description="longest answer in tokens")

@@ -7,11 +7,11 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.data.labels import DishClass
+from kfood_dist.data.labels import DishClass, stands_for_two
 from kfood_dist.data.storage import LocalStorage, MissingFileError, Storage, open_storage
 from kfood_dist.errors import ShardError
 
@@ -150,9 +150,7 @@ def _parse_json(place: str, data: bytes) -> dict[str, Any]:
 
 
 def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
-    classes = tuple(
-        DishClass(str(c["name"]), str(c["category"]), tuple(str(a) for a in c["aliases"])) for c in raw["classes"]
-    )
+    classes = _parse_classes(raw)
     shards = tuple(
         ShardFile(
             split=_one_of(SPLITS, entry["split"]),
@@ -171,6 +169,15 @@ def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
     for split in SPLITS:
         _count(raw["splits"][split]["samples"])
     return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), shards, raw)
+
+
+def _parse_classes(raw: dict[str, Any]) -> tuple[DishClass, ...]:
+    classes = tuple(
+        DishClass(str(c["name"]), str(c["category"]), tuple(str(a) for a in c["aliases"])) for c in raw["classes"]
+    )
+    # An older manifest does not say. `kfood pack` has always refused an ambiguous class list.
+    is_listed = raw["class_list"] if "class_list" in raw else stands_for_two(classes) is None
+    return classes if is_listed else tuple(replace(dish, listed=False) for dish in classes)
 
 
 def _plain_name(name: Any) -> str:

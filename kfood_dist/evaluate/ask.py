@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from kfood_dist.data.collate import StreamingCollator
-from kfood_dist.data.labels import is_match, normalise
+from kfood_dist.data.labels import clean, is_match
 from kfood_dist.data.mix import Mixture
 from kfood_dist.data.plan import EMPTY, MicroBatch, deal
 from kfood_dist.data.shards import ShardSplit
@@ -104,7 +104,7 @@ def make_record(shards: ShardSplit | Mixture, i: int, text: str, confidence: flo
         key=shards.key(i),
         source=shards.metadata(i)["source"],
         label=dish.name,
-        prediction=normalise(text),
+        prediction=clean(text),
         raw=text,
         correct=is_match(text, dish),
         confidence=confidence,

@@ -17,7 +17,7 @@ Z_95 = 1.959963984540054  # the standard normal's 0.975 quantile
 
 @dataclass(frozen=True)
 class Record:
-    """One picture's answer: `prediction` is `raw` normalised, `confidence` the probability of `raw`, 0 to 1."""
+    """One picture's answer: `prediction` is `raw` in its clean form, `confidence` the probability of `raw`, 0 to 1."""
 
     key: str
     source: str

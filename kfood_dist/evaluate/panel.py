@@ -24,7 +24,7 @@ from kfood_dist.evaluate.metrics import Record
 
 NUM_PICTURES = 16
 _COLUMNS = 4
-_CELL_PX, _CAPTION_PX, _EDGE_PX, _FONT_PX = 200, 44, 4, 14  # a name of 12 syllables fits a cell
+_CELL_PX, _CAPTION_PX, _EDGE_PX, _FONT_PX = 200, 44, 4, 14  # a name of 12 syllables fits a cell, a longer one is cut
 _GOOD, _BAD, _INK, _PAPER = (26, 127, 55), (196, 48, 43), (20, 20, 20), (255, 255, 255)
 
 _FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
@@ -90,16 +90,17 @@ def draw(samples: Sequence[Sample], font_path: str | None) -> np.ndarray:
     rows = -(-len(samples) // _COLUMNS)
     panel = Image.new("RGB", (_COLUMNS * _CELL_PX, rows * (_CELL_PX + _CAPTION_PX)), _PAPER)
     for i, (record, jpeg) in enumerate(samples):
-        left, top = i % _COLUMNS * _CELL_PX, i // _COLUMNS * (_CELL_PX + _CAPTION_PX)
-        panel.paste(_picture(record, jpeg), (left, top))
-        pen, place = ImageDraw.Draw(panel), (left + _EDGE_PX, top + _CELL_PX)
         tone = _GOOD if record.correct else _BAD
         if font_path:
-            pen.text(place, f"{i + 1}  {record.label}", fill=_INK, font=font)
-            pen.text((place[0], place[1] + 20), f"→ {record.prediction}", fill=tone, font=font)
+            lines = ((f"{i + 1}  {record.label}", _INK), (f"→ {record.prediction}", tone))
         else:
-            pen.text(place, f"#{i + 1}  {'right' if record.correct else 'wrong'}", fill=tone, font=font)
-            pen.text((place[0], place[1] + 20), "names: see TEXT", fill=_INK, font=font)
+            lines = ((f"#{i + 1}  {'right' if record.correct else 'wrong'}", tone), ("names: see TEXT", _INK))
+        caption = Image.new("RGB", (_CELL_PX, _CAPTION_PX), _PAPER)
+        for number, (text, ink) in enumerate(lines):
+            ImageDraw.Draw(caption).text((_EDGE_PX, 20 * number), text, fill=ink, font=font)
+        left, top = i % _COLUMNS * _CELL_PX, i // _COLUMNS * (_CELL_PX + _CAPTION_PX)
+        panel.paste(_picture(record, jpeg), (left, top))
+        panel.paste(caption, (left, top + _CELL_PX))
     return np.asarray(panel)
 
 

@@ -2,8 +2,9 @@
 
     IMAGE … ──► the packer's own resizing ──► the training prompt ──► greedy answer + beam search ──► JSON lines
 
-Always holds: a picture is seen as training saw it, through the same functions and the adapter's settings; the name is
-the one `kfood eval` would score; a picture that cannot be read is told of in its line and stops no other.
+Always holds: a picture is seen as training saw it, through the same functions and the adapter's settings; no name is
+less likely than one of its alternatives; a picture that cannot be read is told of in its line and stops no other.
+Without alternatives the name is the one that `kfood eval` would score.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.data.images import ImageRejected, prepare_jpeg
-from kfood_dist.data.labels import normalise
+from kfood_dist.data.labels import clean
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
@@ -30,8 +31,9 @@ DEFAULT_RESIZE = "squash"  # the packer's default, where neither an adapter nor 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kfood predict`."""
     parser.description = (
-        "Name the dish on each picture, as one JSON line: image, name, confidence (the probability of exactly that "
-        "answer) and the alternatives. A picture that cannot be read gets a line with an error, and exit status 1."
+        "Name the dish on each picture, as one JSON line: image, the likeliest name found, its confidence (the "
+        "probability of the answers that say it) and the alternatives, likeliest first. A picture that cannot be read "
+        "gets a line with an error, and exit status 1."
     )
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="picture files: JPEG, PNG, GIF, BMP, WebP"
@@ -109,20 +111,25 @@ class OnePicture:
 def name_dish(answerer: "Answerer", collator: "StreamingCollator", num_alternatives: int) -> dict[str, Any]:
     """`name`, `confidence` and `alternatives` of one collated picture."""
     batch = collator[MicroBatch(step=0, micro_step=0, ids=(0,), filler=0)]
-    answer = answerer.answer(batch)[0]
-    name = normalise(answer.text)
-    others = answerer.alternatives(batch, num_alternatives + 1) if num_alternatives else []
-    return {
-        "name": name,
-        "confidence": answer.confidence,
-        "alternatives": rank_others(others, name)[:num_alternatives],
-    }
+    greedy = answerer.answer(batch)[0]
+    found = answerer.alternatives(batch, num_alternatives + 1) if num_alternatives else []
+    likeliest, *others = rank_names(greedy, found)
+    return {**likeliest, "alternatives": others[:num_alternatives]}
 
 
-def rank_others(answers: Sequence["Answer"], name: str) -> list[dict[str, Any]]:
-    """Each other name once, likeliest first; texts that normalise to one name add up their probabilities."""
+def rank_names(greedy: "Answer", found: Sequence["Answer"]) -> list[dict[str, Any]]:
+    """Each name once with its `confidence`, likeliest first: of the greedy answer and of those a beam search `found`.
+
+    Texts that say one name add up their probabilities. The greedy answer may be among those found: it counts once.
+    An answer that says nothing is left out, unless it is the only one.
+    """
+    of_text: dict[str, float] = {}
+    for answer in found:
+        of_text[answer.text] = of_text.get(answer.text, 0.0) + answer.confidence
+    of_text[greedy.text] = max(of_text.get(greedy.text, 0.0), greedy.confidence)
     total: dict[str, float] = {}
-    for answer in answers:
-        total[normalise(answer.text)] = total.get(normalise(answer.text), 0.0) + answer.confidence
-    ranked = sorted(total.items(), key=lambda item: (-item[1], item[0]))
-    return [{"name": n, "confidence": float(f"{p:.6g}")} for n, p in ranked if n and n != name]
+    for text, probability in of_text.items():
+        total[clean(text)] = total.get(clean(text), 0.0) + probability
+    named = {name: probability for name, probability in total.items() if name} or total
+    ranked = sorted(named.items(), key=lambda item: (-item[1], item[0]))
+    return [{"name": name, "confidence": float(f"{min(1.0, probability):.6g}")} for name, probability in ranked]

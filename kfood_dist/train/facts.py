@@ -81,6 +81,15 @@ def machine_facts() -> dict[str, Any]:
     return {"device": device, "versions": versions(), "git_commit": git_commit(), "command": sys.argv}
 
 
+def add_to_run_json(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to `run.json`, or write it anew if it cannot be read. Raises CheckpointError where it cannot be written."""
+    try:
+        known = dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    write_run_json(folder, {**known, **facts})
+
+
 def write_run_json(folder: Path, facts: dict[str, Any]) -> None:
     """Write `run.json`. Raises CheckpointError where it cannot."""
     write_whole(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

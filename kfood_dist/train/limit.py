@@ -74,7 +74,7 @@ def projection(
     yield f"saving    {num_saves:,} × {took_s['save']:.2f} s = {_time(num_saves * took_s['save'])}"
     total_s = num_steps * step_s + num_saves * took_s["save"]
     if recipe.eval.every_steps and "validate" in took_s:  # and not asked to stop meanwhile
-        num_rounds, picture_s = num_steps // recipe.eval.every_steps, took_s["validate"] / num_measured
+        num_rounds, picture_s = -(-num_steps // recipe.eval.every_steps), took_s["validate"] / num_measured
         pictures = len(open_split(recipe.data.shards, recipe.eval.split))
         pictures = min(pictures, recipe.eval.max_samples or pictures)
         yield f"measuring {num_rounds:,} × {pictures:,} pictures × {picture_s:.3f} s = " + _time(

@@ -103,7 +103,7 @@ class Trainer:
 
     def _is_measured_at(self, done: int) -> bool:
         every = self.recipe.eval.every_steps
-        return self.validation is not None and every is not None and done % every == 0
+        return self.validation is not None and every is not None and (done % every == 0 or done == self.max_steps)
 
     def _measure(self, done: int) -> dict[str, float] | None:
         """Validate after `done` steps and say so; None where the run is to stop instead."""
@@ -253,9 +253,6 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         return self.recipe.run.dir / "checkpoints"
-
-    def checkpoint_of(self, step: int) -> checkpoint.Checkpoint:
-        return checkpoint.Checkpoint(self.checkpoints / f"step-{step:08d}", step)
 
     def shut_down(self) -> None:
         """Leave the process group; without it NCCL and gloo complain at exit."""

@@ -14,7 +14,7 @@ from kfood_dist import console
 from kfood_dist.config import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
-from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
+from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.monitor import read_metrics
 from kfood_dist.runtime import (
@@ -145,15 +145,16 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
     quiet_libraries()
     raise_open_file_limit()
     from kfood_dist.train.build import build_trainer  # torch and all the rest
+    from kfood_dist.train.publish import publish_adapter
 
     stop = StopRequest(recipe.run.dir, world.is_main)
     stop.listen()
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest and newest.step >= num_steps(recipe, plan):
         if world.is_main:
-            publish_adapter(newest.adapter, recipe.run.dir / "adapter")
+            published = publish_adapter(recipe)
             write_status(recipe.run.dir, "finished", newest.step)
-            print(f"{recipe.run.dir}: already trained, {newest.step} steps; adapter in {recipe.run.dir / 'adapter'}")
+            print(f"{recipe.run.dir}: already trained, {newest.step} steps; {published}; adapter in adapter/")
         return 0
     if world.is_main:
         write_status(recipe.run.dir, "running", newest.step if newest else 0)
@@ -175,10 +176,12 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
 
 
 def publish(trainer: "Trainer", done: int) -> None:
-    """Publish the adapter of a whole run, or say that it stopped, on rank 0."""
+    """Publish an adapter of a whole run, or say that it stopped, on rank 0."""
+    from kfood_dist.train.publish import publish_adapter
+
     run_dir = trainer.recipe.run.dir
     if done == trainer.max_steps:
-        publish_adapter(trainer.checkpoint_of(done).adapter, run_dir / "adapter")
+        trainer.log.say(str(publish_adapter(trainer.recipe)))
         trainer.log.say(f"done: {done} steps; adapter in {run_dir / 'adapter'}")
     else:
         trainer.log.say(f"stopped after step {done} of {trainer.max_steps}, as asked; started again, it goes on")
@@ -204,21 +207,3 @@ def staged(recipe: Recipe, stage_dir: Path | None, world: World) -> Iterator[Rec
         ]
         data = recipe.data.model_copy(update={"shards": str(main), "mix": tuple(mixed)})
         yield recipe.model_copy(update={"data": data})
-
-
-def publish_adapter(source: Path, target: Path) -> None:
-    """Copy a checkpoint's adapter to where people look for it; the old one stays until the new one is whole.
-
-    Raises CheckpointError if it cannot be written there.
-    """
-    partial = target.with_name(".adapter.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(source, partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except OSError as error:  # shutil.Error too
-        raise CheckpointError(
-            f"the adapter cannot be written to {target} ({str(error)[:200]})",
-            f"make room there and start again, or take it from {source}",
-        ) from None

@@ -30,11 +30,11 @@ from kfood_dist.train import checkpoint
 from kfood_dist.train.zero import deepspeed_config
 
 # What may change between a run's start and its resume: where things lie, how the global batch is cut (the data
-# position checks that it stays the same), how memory is used, when to save and measure, and how long to train. A longer
-# run also stretches the learning rate's decay from the resumed step on.
+# position checks that it stays the same), how memory is used, when to save and measure, what to publish, and how long
+# to train. A longer run also stretches the learning rate's decay from the resumed step on.
 CHANGEABLE = {
     "data.shards", "data.num_workers", "data.worker_start", "data.max_bad_share", "model.base",
-    "train.max_steps", "train.epochs", "train.save_every_steps", "train.keep_checkpoints",
+    "train.max_steps", "train.epochs", "train.save_every_steps", "train.keep_checkpoints", "train.publish",
     "train.micro_batch_size", "train.gradient_accumulation_steps",
     "train.global_batch_size", "train.gradient_checkpointing", "train.zero_stage", "train.deepspeed_config",
     "train.stall_timeout_s", "train.max_skipped_steps", "run.dir", "run.log_every_steps",

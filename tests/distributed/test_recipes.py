@@ -17,12 +17,15 @@ def test_there_are_recipes() -> None:
 def test_a_shipped_recipe_trains(recipe: Path, tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
     run = tmp_path / "run"
     small = [f"model.base={tiny_model}", f"data.shards={tiny_shards}", f"run.dir={run}"]
-    output = train(recipe, 2, [*small, "train.max_steps=2", "eval.every_steps=2"])
+    output = train(recipe, 2, [*small, "train.max_steps=2", "eval.every_steps=3"])
     assert "DeepSpeed ZeRO-2" in output
     assert [row["step"] for row in metrics(run)] == [1, 2]
     facts = json.loads((run / "run.json").read_text())
     assert facts["distributed_type"] == "DEEPSPEED"
     assert facts["quantization"] == "nf4"
     assert facts["optimizer_state_dtypes"] == ["uint8"]
-    assert "accuracy" in (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert "accuracy" in log, "what is measured is measured after the last step too"
+    assert "published the adapter of step 2 of 2: the best by validation, with an accuracy of " in log
+    assert facts["published"]["step"] == json.loads((run / "adapter" / "kfood.json").read_text())["step"] == 2
     assert (run / "adapter" / "adapter_model.safetensors").is_file()

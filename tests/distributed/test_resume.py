@@ -63,7 +63,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
 
     again = train(killed, processes)
-    assert f"already trained, {STEPS} steps" in again
+    assert f"already trained, {STEPS} steps; published the adapter of step {STEPS}" in again
     assert len(exact(run)) == STEPS
 
 

@@ -1,8 +1,10 @@
 import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kfood_dist.data.labels import DishClass, clean, is_match, load_classes, normalise
+from kfood_dist.data.labels import DishClass, clean, is_match, load_classes, normalise, stands_for_two
 from kfood_dist.errors import SourceError
 
 
@@ -16,6 +18,8 @@ from kfood_dist.errors import SourceError
         ("[김치찌개](1)", "김치찌개1"),
         ("김치\u200b찌개\ufeff", "김치찌개"),
         ("김치\x00찌개", "김치찌개"),
+        ("\u1100\u200b\u1161", "가"),
+        ("Spaghetti Carbonara", "SpaghettiCarbonara"),
         ("（약과）", "약과"),
         ("곰탕_설렁탕", "곰탕_설렁탕"),
         ("", ""),
@@ -30,6 +34,13 @@ def test_a_name_is_cleaned_the_same_however_it_was_written(text, name):
 def test_names_end_after_twelve_syllables():
     assert clean("가" * 13) == "가" * 13
     assert normalise("가 " * 13) == "가" * 12
+    assert normalise(unicodedata.normalize("NFD", "가" * 13)) == "가" * 12
+
+
+def test_only_hangul_counts_as_a_syllable():
+    assert normalise("spaghetti_carbonara") == "spaghetti_carbonara"
+    assert normalise("BBQ" + "가" * 12 + "_1") == "BBQ" + "가" * 12 + "_1"
+    assert normalise("BBQ" + "가" * 13 + "_1") == "BBQ" + "가" * 12
 
 
 def test_either_half_and_every_alias_is_right_and_nothing_near_it():
@@ -38,6 +49,46 @@ def test_either_half_and_every_alias_is_right_and_nothing_near_it():
         assert is_match(answer, dish)
     for answer in ("떡국_", "떡", "만두", "떡국만두국", "", "떡국 만두국 입니다"):
         assert not is_match(answer, dish)
+
+
+def test_halves_are_those_of_a_hangul_name_of_a_class_list():
+    for name in ("french_toast", "LA갈비_소갈비", "김치_1", "떡국_soup"):
+        dish = DishClass(name, "")
+        assert dish.accepted() == {name}
+    assert DishClass("떡국_만두국", "", listed=False).accepted() == {"떡국_만두국"}
+    apart = DishClass(unicodedata.normalize("NFD", "떡국_만두국"), "")
+    assert all(is_match(unicodedata.normalize(form, "만두국"), apart) for form in ("NFC", "NFD"))
+    assert DishClass("갑_을__병_", "").accepted() == {"갑_을__병_", "갑", "을", "병"}
+
+
+def test_a_found_label_is_matched_whole():
+    long, longer = (DishClass("가" * count, "", listed=False) for count in (12, 13))
+    assert is_match("가 " * 13, longer) and not is_match("가 " * 13, long)
+    assert not is_match("가" * 14, longer)
+    assert is_match("가" * 13, DishClass("가" * 12, ""))  # of a class list: an answer ends after 12 syllables
+
+
+NAMES = st.text(st.sampled_from("가나_a \u200b"), min_size=1, max_size=30)
+
+
+@given(st.lists(NAMES, max_size=6), NAMES)
+def test_an_answer_is_right_for_one_of_the_labels_found(labels, answer):
+    classes = [DishClass(name, "", listed=False) for name in {clean(label) for label in labels} - {""}]
+    assert stands_for_two(classes) is None
+    assert sum(is_match(answer, dish) for dish in classes) == (clean(answer) in {dish.name for dish in classes})
+
+
+@given(st.lists(st.tuples(NAMES, NAMES), max_size=4), NAMES)
+def test_an_answer_is_right_for_one_class_of_a_list_that_is_accepted(tmp_path_factory, rows, answer):
+    path = tmp_path_factory.getbasetemp() / "classes.tsv"
+    lines = ["category\tname\taliases", *(f"\t{name}\t{alias}" for name, alias in rows)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    try:
+        classes = load_classes(path)
+    except SourceError:
+        return
+    answers = {answer, *(half for name, _ in rows for half in (name, *name.split("_")))}
+    assert all(sum(is_match(text, dish) for dish in classes) <= 1 for text in answers)
 
 
 def test_the_shipped_list_holds_the_150_classes(request):
@@ -60,6 +111,11 @@ def test_the_shipped_list_holds_the_150_classes(request):
         ("category\tname\n한과\t\n", "empty name"),
         ("category\tname\n한과\t약과\n한과\t약 과\n", "'약과' stands for both"),
         ("category\tname\taliases\n면\t짜장면\t\n면\t자장\t짜장면\n", "'짜장면' stands for both"),
+        (
+            "category\tname\taliases\n국\t떡국_만두국\t\n국\t만둣국\t만두 국\n",
+            "'만두국' stands for both 떡국_만두국 and 만둣국",
+        ),
+        (f"category\tname\n밥\t{'가' * 13}\n", "'가{13}' has 13 syllables, more than 12"),
     ],
 )
 def test_a_faulty_class_list_is_refused(tmp_path, content, fault):
@@ -67,6 +123,15 @@ def test_a_faulty_class_list_is_refused(tmp_path, content, fault):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(SourceError, match=fault):
         load_classes(path)
+
+
+def test_a_class_list_of_other_letters_has_no_halves_and_no_limit(tmp_path):
+    path = tmp_path / "classes.tsv"
+    names = ["french_toast", "french_fries", "french", "spaghetti_carbonara", "spaghetti_bolognese"]
+    path.write_text("\n".join(["category\tname", *(f"\t{name}" for name in names)]), encoding="utf-8")
+    classes = load_classes(path)
+    for name in (*names, "spaghetti", "fries", "spaghetti_carbonar"):
+        assert [dish.name for dish in classes if is_match(name, dish)] == [n for n in names if n == name]
 
 
 def test_a_class_list_that_is_not_there_or_of_two_encodings_is_refused(tmp_path):

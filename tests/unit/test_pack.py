@@ -23,7 +23,8 @@ from PIL import Image
 
 from kfood_dist.cli import main
 from kfood_dist.data.images import decode_rgb
-from kfood_dist.data.manifest import load_manifest
+from kfood_dist.data.labels import is_match
+from kfood_dist.data.manifest import load_manifest, seal
 from kfood_dist.data.packing import job
 from kfood_dist.data.packing.choose import choose
 from kfood_dist.data.packing.chunks import prepare_chunk
@@ -193,6 +194,61 @@ def test_too_many_refused_leaves_no_out_but_the_list(tmp_path):
     assert len(rejected(out)) == 2
     with pytest.raises(SourceError, match=r"was packed with 10.0% of its inputs refused"):
         pack(source, out, SMALL)
+
+
+def test_labels_of_another_class_list_are_named_with_the_remedy(tmp_path):
+    source = write_folder(tmp_path / "source", {"빵/French toast": 9, "면/라면": 3, "만두/만두": 4})
+    (tmp_path / "classes.tsv").write_text("category\tname\n만두\t만두\n", encoding="utf-8")
+    options = replace(SMALL, classes=tmp_path / "classes.tsv")
+    with pytest.raises(SourceError) as caught:
+        pack(source, tmp_path / "out", options)
+    told = str(caught.value)
+    assert "12 of 16 inputs (75.0%) cannot be used" in told and "more than --max-rejected 0.05" in told
+    assert f"2 labels are not in the class list {options.classes}: Frenchtoast 9, 라면 3 → " in told
+    assert "leave --classes out to take the labels found as the classes, or add them to the list" in told
+    assert "raise --max-rejected" not in told
+    for number in range(20):
+        write_folder(tmp_path / "many", {f"dish {number}": 1})
+    with pytest.raises(SourceError, match=r"20 labels are not in .*: dish0 1, dish1 1, .*, … → "):
+        pack(tmp_path / "many", tmp_path / "out", options)
+
+
+LABELS = (
+    "매운_떡볶이",
+    "매운_라면",
+    "떡국_만두국",
+    "떡국",
+    "french_toast",
+    "french_fries",
+    "spaghetti_carbonara",
+    "가" * 13,
+)
+
+
+def test_an_answer_is_right_for_one_class_whatever_labels_were_found(tmp_path):
+    source = write_folder(tmp_path / "source", dict.fromkeys(LABELS, 3))
+    manifest = pack(source, tmp_path / "out", SMALL).manifest
+    assert manifest.raw["class_list"] is False
+    assert {dish.name for dish in manifest.classes} == set(LABELS)
+    for answer in (*LABELS, "매운", "떡볶이", "만두국", "french", "가" * 12):
+        right = [dish.name for dish in manifest.classes if is_match(answer, dish)]
+        assert right == [name for name in LABELS if name == answer]
+
+
+def test_the_halves_of_a_class_list_stay_with_its_shards_old_ones_too(tmp_path):
+    source = write_folder(tmp_path / "source", {"떡국_만두국": 3, "라면": 3})
+    (tmp_path / "classes.tsv").write_text("category\tname\n국\t떡국_만두국\n면\t라면\n", encoding="utf-8")
+    listed = pack(source, tmp_path / "listed", replace(SMALL, classes=tmp_path / "classes.tsv")).manifest
+    assert listed.raw["class_list"] is True and is_match("만두국", listed.classes[0])
+    found = pack(source, tmp_path / "found", SMALL).manifest
+    assert not any(is_match("만두국", dish) for dish in found.classes)
+    # A manifest of an earlier kfood does not say whether its classes were of a list.
+    old = {key: value for key, value in found.raw.items() if key != "class_list"}
+    (tmp_path / "found" / "manifest.json").write_bytes(seal(old))
+    assert any(is_match("만두국", dish) for dish in load_manifest(tmp_path / "found").classes)
+    old["classes"] = [{"name": name, "category": "", "aliases": []} for name in ("매운_떡볶이", "매운_라면")]
+    (tmp_path / "found" / "manifest.json").write_bytes(seal(old))
+    assert not any(is_match("매운", dish) for dish in load_manifest(tmp_path / "found").classes)
 
 
 def test_nothing_left_is_an_error_whatever_may_be_rejected(tmp_path):

@@ -1,15 +1,19 @@
 """`kfood predict`: the same answers as `kfood eval` gives, from the pictures as they were before packing."""
 
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from test_evaluate import EXACT, likelihood, load, micro_batch, read
 
 from kfood_dist.cli import main
-from kfood_dist.data.labels import normalise
+from kfood_dist.data.labels import clean
 from kfood_dist.evaluate.generate import Answer
-from kfood_dist.evaluate.predict import rank_others
+from kfood_dist.evaluate.predict import name_dish, rank_names
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def test_a_picture_file_is_answered_as_its_packed_self(words, tiny_shards, pictu
     _, records = read(out)
     capsys.readouterr()
     files = [str(pictures / record["source"]) for record in records]
-    assert main(["predict", *files, *words, *EXACT, "--alternatives", "2"]) == 0
+    assert main(["predict", *files, *words, *EXACT, "--alternatives", "0"]) == 0
     found = lines(capsys)
     assert [line["image"] for line in found] == files
     assert [line["name"] for line in found] == [record["prediction"] for record in records]
@@ -60,17 +64,68 @@ def test_alternatives_are_other_names_likeliest_first(words, pictures, capsys):
     others = [other["name"] for other in line["alternatives"]]
     assert 1 <= len(others) <= 3
     assert line["name"] not in others and len(set(others)) == len(others)
-    assert all(normalise(name) == name for name in others)
+    likely = [row["confidence"] for row in (line, *line["alternatives"])]
+    assert likely == sorted(likely, reverse=True)
+    assert all(clean(name) == name for name in others)
     assert main(["predict", file, *words, "--alternatives", "0"]) == 0
     assert lines(capsys)[0]["alternatives"] == []
 
 
+def ranked(greedy: Answer, *found: Answer) -> list[tuple[str, float]]:
+    return [(row["name"], row["confidence"]) for row in rank_names(greedy, found)]
+
+
+def block_of(readme: str) -> str:
+    """The Python that a README shows."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return code
+
+
+def test_the_lines_of_the_readme_name_a_photo_as_predict_does(tiny_model, tiny_adapter, pictures, words, capsys):
+    code = block_of("README.md")
+    assert code == block_of("README.ko.md") and "kfood_dist" not in code and "torchvision" not in code
+    files = [str(path) for path in sorted(pictures.rglob("Img_*"))[:6:2]]
+    assert main(["predict", *files, *words]) == 0
+    told = [line["name"] for line in lines(capsys)]
+    assert len(set(told)) > 1
+    for file, name in zip(files, told, strict=True):
+        named = f"base, adapter, photo = {str(tiny_model)!r}, {str(tiny_adapter)!r}, {file!r}"
+        theirs, replaced = re.subn(r"^base, adapter, photo = .*$", named, code, flags=re.MULTILINE)
+        assert replaced == 1
+        exec(compile(theirs, "README.md", "exec"), {})
+        assert clean(capsys.readouterr().out) == name
+
+
 def test_texts_of_one_name_add_up():
     answers = [Answer("김밥", 0.5), Answer("파전", 0.2), Answer("파 전", 0.1), Answer("만두국", 0.25), Answer("", 0.1)]
-    assert rank_others(answers, "김밥") == [
-        {"name": "파전", "confidence": 0.3},
-        {"name": "만두국", "confidence": 0.25},
-    ]
+    assert ranked(answers[0], *answers) == [("김밥", 0.5), ("파전", 0.3), ("만두국", 0.25)]
+
+
+def test_the_name_is_the_likeliest_of_all_that_were_scored():
+    greedy = Answer("김밥", 0.3)
+    assert ranked(greedy, Answer("파전", 0.4), greedy)[0] == ("파전", 0.4)
+    assert ranked(greedy, Answer("파전", 0.2), Answer("파 전", 0.2))[0] == ("파전", 0.4)
+    assert ranked(greedy, Answer("김밥", 0.29), Answer("파전", 0.25)) == [("김밥", 0.3), ("파전", 0.25)]
+    assert ranked(greedy, Answer("파전", 0.3)) == [("김밥", 0.3), ("파전", 0.3)]
+    assert ranked(Answer("", 0.9), Answer("파전", 0.1)) == [("파전", 0.1)]
+    assert ranked(Answer("", 0.9)) == [("", 0.9)]
+
+
+class Scored:
+    """An answerer whose greedy start led to a less likely name than a beam search finds."""
+
+    def answer(self, batch):
+        return [Answer("김밥", 0.3)]
+
+    def alternatives(self, batch, num_beams):
+        return [Answer("파전", 0.4), Answer("김밥", 0.3), Answer("만두국", 0.1), Answer("", 0.05)][:num_beams]
+
+
+def test_no_name_is_less_likely_than_one_of_its_alternatives():
+    told = name_dish(Scored(), defaultdict(str), 2)
+    assert (told["name"], told["confidence"]) == ("파전", 0.4)
+    assert told["alternatives"] == [{"name": "김밥", "confidence": 0.3}, {"name": "만두국", "confidence": 0.1}]
+    assert name_dish(Scored(), defaultdict(str), 0) == {"name": "김밥", "confidence": 0.3, "alternatives": []}
 
 
 def test_what_cannot_be_read_stops_no_other(words, pictures, tmp_path, capsys):

@@ -162,14 +162,30 @@ def test_something_that_is_no_file_is_not_waited_for(tmp_path):
 
 
 def test_labels_are_those_of_the_class_list_when_there_is_one(tmp_path):
-    for name in ("국/만둣국", "국/떡국", "빵/식빵", "국/" + "가" * 13):
+    for name in ("국/만둣국", "국/떡국", "빵/식빵", "국/" + "가" * 13, "pasta/spaghetti_carbonara", "pasta/carbonara"):
         put(tmp_path / name / "a.jpg")
-    classes = [DishClass("떡국_만두국", "국물", ("만둣국",)), DishClass("약과", "한과")]
+    classes = [
+        DishClass("떡국_만두국", "국물", ("만둣국",)),
+        DishClass("약과", "한과"),
+        DishClass("spaghetti_carbonara", "pasta"),
+    ]
     records = {r.source.split("/")[1]: r for r in scan(tmp_path, classes=classes)}
     assert (records["만둣국"].label, records["만둣국"].category) == ("떡국_만두국", "국물")
     assert (records["떡국"].label, records["떡국"].problem) == ("떡국_만두국", None)
     assert records["식빵"].problem == "unknown_label"
-    assert records["가" * 13].problem == "bad_label"
+    assert (records["가" * 13].problem, records["가" * 13].detail) == ("bad_label", "13 syllables")
+    assert (records["spaghetti_carbonara"].label, records["spaghetti_carbonara"].problem) == (
+        "spaghetti_carbonara",
+        None,
+    )
+    assert records["carbonara"].problem == "unknown_label"
+
+
+def test_a_label_that_was_found_may_be_of_any_length(tmp_path):
+    names = {"spaghetti_carbonara", "grilled_salmon", "가" * 13, "BBQ" + "나" * 13}
+    for name in names:
+        put(tmp_path / name / "a.jpg")
+    assert {(r.label, r.problem) for r in scan(tmp_path)} == {(name, None) for name in names}
 
 
 # --- CSV
@@ -363,7 +379,8 @@ def test_every_faulty_row_is_named_and_costs_no_other(tmp_path):
         ("list.csv:7", "bad_row"): 1,
         ("불고기/none.jpg", "missing"): 1,
         ("불고기/b.jpg", "label_disagrees"): 1,
-        ("약과/c.jpg", "bad_label"): 2,
+        ("약과/c.jpg", "bad_label"): 1,
+        ("약과/c.jpg", "label_disagrees"): 1,
         ("약과/c.jpg", None): 1,
         ("d.jpg", None): 1,
         ("불고기/\0.jpg", "missing"): 1,

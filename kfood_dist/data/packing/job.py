@@ -65,6 +65,7 @@ from kfood_dist.errors import KfoodError, ShardError, SourceError
 _OVERHEAD_BYTES = 2600
 # A class id is a u2 in the index.
 _MAX_CLASSES = 2**16
+_LABELS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         "source": job.source,
         "chosen": _chosen(job, pictures, classes),
         "crop_boxes": _count_boxes(pictures) if options.crop_boxes else None,
+        "class_list": options.classes is not None,
         "classes": [{"name": c.name, "category": c.category, "aliases": c.aliases} for c in classes],
         "splits": writer.splits,
         "random_split_would_leak": leaked_at_random(pictures, groups, options.fractions, options.seed),
@@ -298,11 +300,25 @@ def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
     kept = _kept_list(job.out)
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_bytes(_rejected_csv(refused))
-    hint = " name the folder where the paths start with --image-root;" if next(iter(reasons)) == "missing" else ""
     above = "" if len(refused) == num_inputs else f", more than --max-rejected {limit}"
+    told, remedy = _why_refused(next(iter(reasons)), refused, job.options)
     raise SourceError(
-        f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}",
-        f"each is named in {kept};{hint} mend the source, or raise --max-rejected",
+        f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}{told}",
+        f"each is named in {kept}; {remedy}",
+    )
+
+
+def _why_refused(reason: str, refused: Sequence[Refusal], options: PackOptions) -> tuple[str, str]:
+    """What else to say of the commonest reason, and its remedy."""
+    if reason == "missing":
+        return "", "name the folder where the paths start with --image-root; mend the source, or raise --max-rejected"
+    if reason != "unknown_label":
+        return "", "mend the source, or raise --max-rejected"
+    labels = Counter(refusal.label for refusal in refused if refusal.reason == reason)
+    some = counted(dict(labels.most_common(_LABELS_SHOWN))) + (", …" if len(labels) > _LABELS_SHOWN else "")
+    return (
+        f"; {len(labels):,} labels are not in the class list {options.classes}: {some}",
+        "leave --classes out to take the labels found as the classes, or add them to the list",
     )
 
 

@@ -48,7 +48,7 @@ def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
     for picture in pictures:
         categories[picture.record.label][picture.record.category] += 1
     return [
-        DishClass(name, min(counts, key=lambda category: (-counts[category], category)))
+        DishClass(name, min(counts, key=lambda category: (-counts[category], category)), listed=False)
         for name, counts in sorted(categories.items())
     ]
 

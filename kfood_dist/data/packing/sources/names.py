@@ -17,7 +17,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from kfood_dist.data.encoding import UTF8, name_text, side_of
-from kfood_dist.data.labels import normalise
+from kfood_dist.data.labels import clean
 from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 
 # APPNOTE.TXT 4.4.4: general purpose bit 11, the name is UTF-8.
@@ -117,7 +117,7 @@ def _num_wrapping(places: Iterable[tuple[str, ...]]) -> int:
     ends = zip(min(places, default=()), max(places, default=()), strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends)) if len(places) > 1 else 0
     below = [place[shared:] for place in places]
-    if all(len(p) >= 2 for p in below) and any(normalise(p[-2]) != normalise(p[-1]) for p in below):
+    if all(len(p) >= 2 for p in below) and any(clean(p[-2]) != clean(p[-1]) for p in below):
         return shared
     return 0
 
@@ -130,7 +130,7 @@ def category(folders: Sequence[str]) -> str:
     then three in a row (`kfood/만두/만두/만두`) are that dish in its doubled category.
     """
     above = [unicodedata.normalize("NFC", name).strip() for name in folders[:-1]]
-    dish = normalise(folders[-1]) if folders else ""
-    others = [name for name in above if normalise(name) != dish]
-    own_name = above[-2:] if len(above) >= 2 and all(normalise(name) == dish for name in above[-2:]) else []
+    dish = clean(folders[-1]) if folders else ""
+    others = [name for name in above if clean(name) != dish]
+    own_name = above[-2:] if len(above) >= 2 and all(clean(name) == dish for name in above[-2:]) else []
     return (own_name or others or above or [""])[-1]

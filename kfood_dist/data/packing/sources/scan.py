@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kfood_dist.data.labels import MAX_SYLLABLES, DishClass, clean
+from kfood_dist.data.labels import MAX_SYLLABLES, DishClass, clean, num_syllables
 from kfood_dist.data.packing.sources.boxes import BoxCount, give_boxes, read_list_file
 from kfood_dist.data.packing.sources.files import list_folder
 from kfood_dist.data.packing.sources.names import file_name, named
@@ -129,17 +129,18 @@ _LISTING = {"folder": _list_folder, "zip": _list_zip}
 
 
 def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Record:
-    """The record with its label normalised, or with the problem of its label; `known`: classes by name."""
+    """The record with its label cleaned, or with the problem of its label; `known`: a class list's classes by name."""
     if record.problem not in _STILL_CHECKED:
         return record
     cleaned = clean(record.label)
     if "\ufffd" in cleaned:
         return replace(record, label=cleaned, problem="bad_label", detail="written in no known encoding")
-    if not 0 < len(cleaned) <= MAX_SYLLABLES:
-        detail = f"{len(cleaned)} syllables" if cleaned else "no label"
-        return replace(record, label=cleaned, problem="bad_label", detail=detail)
+    if not cleaned:
+        return replace(record, label=cleaned, problem="bad_label", detail="no label")
     if known is None:
         return replace(record, label=cleaned)
+    if (length := num_syllables(cleaned)) > MAX_SYLLABLES:
+        return replace(record, label=cleaned, problem="bad_label", detail=f"{length} syllables")
     dish = known.get(cleaned)
     if dish is None:
         return replace(record, label=cleaned, problem="unknown_label", detail="not in the class list")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kfood_dist.data.encoding import read_text
-from kfood_dist.data.labels import DishClass, clean, normalise
+from kfood_dist.data.labels import DishClass, clean
 from kfood_dist.data.packing.sources.cells import Row, Table
 from kfood_dist.data.packing.sources.files import file_record
 from kfood_dist.data.packing.sources.names import category, file_name
@@ -107,7 +107,7 @@ def check_rows(records: Sequence[Record], known: Mapping[str, DishClass] | None)
         labels = {name: dish.name for name, dish in known.items()}
     seen: set[tuple[str, str]] = set()
     for record in records:
-        folder = labels.get(normalise(posixpath.basename(posixpath.dirname(record.source))))
+        folder = labels.get(clean(posixpath.basename(posixpath.dirname(record.source))))
         if record.problem is not None:
             yield record
         elif folder not in (None, record.label):

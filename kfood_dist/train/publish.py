@@ -1,0 +1,70 @@
+"""What a finished run hands out: the adapter of its best checkpoint by validation, or of its last.
+
+    checkpoints, train.publish ──► choose ──► adapter/ (its kfood.json has the step), run.json, a line for the log
+
+Always holds: an adapter that was published before stays until the new one is whole.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kfood_dist.config import Recipe
+from kfood_dist.errors import CheckpointError
+from kfood_dist.train import checkpoint
+from kfood_dist.train.checkpoint import Checkpoint
+from kfood_dist.train.facts import add_to_run_json
+
+
+@dataclass(frozen=True)
+class Published:
+    """The step whose adapter was published, of how many steps, its validation accuracy if that decided, and why it."""
+
+    step: int
+    last_step: int
+    accuracy: float | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"published the adapter of step {self.step} of {self.last_step}: {self.why}"
+
+
+def publish_adapter(recipe: Recipe) -> Published:
+    """Publish the adapter of a finished run as `train.publish` says, and note in run.json which step it is of.
+
+    Raises CheckpointError if the chosen checkpoint is damaged, or if something cannot be written.
+    """
+    chosen, published = choose(recipe.run.dir / "checkpoints", recipe.train.publish)
+    chosen.require_whole()
+    _copy(chosen.adapter, recipe.run.dir / "adapter")
+    add_to_run_json(recipe.run.dir, {"published": asdict(published)})
+    return published
+
+
+def choose(checkpoints: Path, which: str) -> tuple[Checkpoint, Published]:
+    """The best or the last of the complete checkpoints, of which there is one at least; best where none was measured
+    is the last.
+    """
+    last, best = checkpoint.newest(checkpoints), checkpoint.best(checkpoints)
+    assert last is not None
+    if which == "best" and best is not None:
+        chosen, accuracy = best
+        return chosen, Published(
+            chosen.step, last.step, accuracy, f"the best by validation, with an accuracy of {accuracy:.4g}"
+        )
+    why = "the last, as nothing was measured on the way" if which == "best" else "the last, as train.publish says"
+    return last, Published(last.step, last.step, None, why)
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(".adapter.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except OSError as error:  # shutil.Error too
+        raise CheckpointError(
+            f"the adapter cannot be written to {target} ({str(error)[:200]})",
+            f"make room there and start again, or take it from {source}",
+        ) from None

@@ -1,0 +1,95 @@
+"""A finished run publishes its best checkpoint's adapter, and says which step that is of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kfood_dist.config import Recipe
+from kfood_dist.errors import CheckpointError
+from kfood_dist.runtime import World
+from kfood_dist.train import checkpoint
+from kfood_dist.train.main import publish, train
+from kfood_dist.train.publish import publish_adapter
+from kfood_dist.train.stop import StopRequest
+
+FACTS = {
+    "data": {"epoch": 0}, "base_fingerprint": "f", "world_size": 1, "distributed_type": "NO", "zero_stage": 0
+}  # fmt: skip
+
+
+def write_some(target: checkpoint.Checkpoint) -> None:
+    target.adapter.mkdir()
+    (target.adapter / "adapter_model.safetensors").write_text(str(target.step))
+    (target.adapter / "kfood.json").write_text(json.dumps({"step": target.step}))
+
+
+def trained(folder: Path, accuracies: dict[int, float | None], keep: int = 1) -> Path:
+    for step, accuracy in accuracies.items():
+        validation = None if accuracy is None else {"accuracy": accuracy, "loss": 1.0}
+        checkpoint.save(folder / "checkpoints", step, {**FACTS, "validation": validation}, World(), write_some, keep)
+    (folder / "run.json").write_text(json.dumps({"world_size": 1}))
+    return folder
+
+
+def recipe(run: Path, **train_section: object) -> Recipe:
+    section = {"max_steps": 9, **train_section}
+    tree = {"data": {"shards": "shards"}, "model": {"base": "base"}, "run": {"dir": run}, "train": section}
+    return Recipe.model_validate(tree)
+
+
+def published_step(run: Path) -> int:
+    """The step, which weights, kfood.json and run.json agree on."""
+    weights = int((run / "adapter" / "adapter_model.safetensors").read_text())
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["world_size"] == 1, "what else is in run.json stays"
+    assert json.loads((run / "adapter" / "kfood.json").read_text())["step"] == weights == facts["published"]["step"]
+    assert not (run / ".adapter.partial").exists()
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "section", "step", "told"),
+    [
+        ({3: 0.2, 6: 0.75, 9: 0.5}, {}, 6, "step 6 of 9: the best by validation, with an accuracy of 0.75"),
+        ({3: 0.2, 6: 0.75, 9: 0.5}, {"publish": "last"}, 9, "step 9 of 9: the last, as train.publish says"),
+        ({3: 0.2, 6: 0.75, 9: 0.75}, {}, 9, "step 9 of 9: the best by validation, with an accuracy of 0.75"),
+        ({3: 0.0, 6: None, 9: None}, {}, 3, "step 3 of 9: the best by validation, with an accuracy of 0"),
+        ({3: None, 9: None}, {}, 9, "step 9 of 9: the last, as nothing was measured on the way"),
+    ],
+)
+def test_the_best_by_validation_or_the_last(tmp_path, accuracies, section, step, told) -> None:
+    run = trained(tmp_path, accuracies)
+    assert str(publish_adapter(recipe(run, **section))) == f"published the adapter of {told}"
+    assert published_step(run) == step
+
+
+def test_a_finished_run_that_is_started_again_publishes_by_the_key_it_is_given(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(StopRequest, "listen", lambda self: None)
+    run = trained(tmp_path, {3: 0.5, 6: 0.75, 9: 0.5})
+    for which, step in (("best", 6), ("last", 9), ("best", 6)):
+        assert train(recipe(run, publish=which), None, World(), publish) == 0  # type: ignore[arg-type]
+        told = f"already trained, 9 steps; published the adapter of step {step} of 9"
+        assert told in capsys.readouterr().out and told in (run / "log.txt").read_text().splitlines()[-1]
+        assert published_step(run) == step
+    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 9}
+
+
+def test_a_best_checkpoint_that_is_damaged_is_named_and_the_adapter_published_before_stays(tmp_path) -> None:
+    run = trained(tmp_path, {3: 0.5, 6: 0.75, 9: 0.5}, keep=3)
+    publish_adapter(recipe(run, publish="last"))
+    best = run / "checkpoints" / "step-00000006"
+    (best / "adapter" / "adapter_model.safetensors").write_text("rotten")
+    with pytest.raises(CheckpointError, match=r"step-00000006/adapter/.* has not the bytes that were written → delete"):
+        publish_adapter(recipe(run))
+    assert published_step(run) == 9
+    (best / "COMPLETE").unlink()
+    assert publish_adapter(recipe(run)).step == 9
+
+
+def test_a_run_json_that_cannot_be_read_is_written_anew(tmp_path) -> None:
+    run = trained(tmp_path, {9: None})
+    for text in ("", "{", "[1]"):
+        (run / "run.json").write_text(text)
+        publish_adapter(recipe(run))
+        assert json.loads((run / "run.json").read_text())["published"]["step"] == 9
