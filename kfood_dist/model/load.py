@@ -13,6 +13,7 @@ from torch import nn
 
 from kfood_dist.errors import ModelError
 from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
+from kfood_dist.model.files import located
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -54,12 +55,13 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     # Under fp16 all is read as float32 first: fp16 has neither the range nor the small numbers of a bf16 file.
     options["dtype"] = torch.float32 if precision == "fp16" else dtype
     try:
-        model = AutoModelForImageTextToText.from_pretrained(base, attn_implementation=attention, **options)
+        model = AutoModelForImageTextToText.from_pretrained(located(base), attn_implementation=attention, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",
             "run `kfood doctor`, then check model.base, model.quantization and model.attention",
         ) from error
+    model.name_or_path = model.config.name_or_path = base  # what adapters name as their base: never the cache's folder
     if quantization == "nf4":
         require_quantized(model)
     if precision == "fp16":
