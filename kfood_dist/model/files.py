@@ -7,6 +7,7 @@ Always holds: once a hub name is whole in the cache, it is read from there and t
 """
 
 import json
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def require_base(base: str) -> None:
     and holds the tensors that the index maps to it.
     """
     folder = Path(base)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False too for what can be no path
         _refuse(f"base model folder {folder}", list(find_faults(folder)), _folder_remedy(folder))
     elif folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
         raise ModelError(
@@ -63,7 +64,7 @@ def require_base(base: str) -> None:
 
 def base_folder(base: str) -> Path | None:
     """Where the files of `base` lie here: its folder, or its whole snapshot in the hub's cache; else None."""
-    if Path(base).is_dir():
+    if os.path.isdir(base):
         return Path(base)
     snapshot = _snapshot(base)
     return snapshot if snapshot and not any(find_faults(snapshot)) else None
