@@ -67,7 +67,7 @@ def base_folder(base: str) -> Path | None:
     if os.path.isdir(base):
         return Path(base)
     snapshot = _snapshot(base)
-    return snapshot if snapshot and not any(find_faults(snapshot)) else None
+    return snapshot if snapshot and not any(_snapshot_faults(snapshot)) else None
 
 
 def located(base: str) -> str:
@@ -159,7 +159,7 @@ def _folder_remedy(folder: Path) -> str:
 
 def _require_snapshot(name: str, snapshot: Path) -> None:
     """Raise ModelError for a snapshot that has damaged files, or lacks some that the hub cannot be asked for."""
-    faults = list(find_faults(snapshot))
+    faults = list(_snapshot_faults(snapshot))
     where = f"base model '{name}' in the hub cache ({snapshot})"
     if damaged := sorted({fault.name for fault in faults if fault.what != _MISSING}):
         # The hub's client takes a file that is there for whole, and would not fetch it again by itself.
@@ -167,6 +167,16 @@ def _require_snapshot(name: str, snapshot: Path) -> None:
     if faults and (reason := _ask_hub(name)):
         remedy = f"complete the download where the hub can be reached: `hf download {name}`"
         _refuse(where, faults, f"{remedy} (from here: {reason})")
+
+
+def _snapshot_faults(snapshot: Path) -> Iterator[Fault]:
+    """Faults of a snapshot. One without a chat template counts as incomplete, since the hub may still have it."""
+    yield from find_faults(snapshot)
+    configs = [snapshot / name for name in ("tokenizer_config.json", "processor_config.json")]
+    kept = [snapshot / name for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")]
+    inside = any(b'"chat_template"' in path.read_bytes() for path in configs if path.is_file())
+    if not inside and not any(path.exists() for path in kept):
+        yield Fault("its chat template", _MISSING)
 
 
 def _snapshot(name: str) -> Path | None:

@@ -177,8 +177,9 @@ def test_a_chat_template_that_cannot_be_read_is_told(base: Path) -> None:
             load_tokenizer(str(base))
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{")]
+)
 def test_a_damaged_tokenizer_is_told(base: Path, name: str, text: str) -> None:
     (base / name).write_text(text)
     with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be read"):

@@ -194,15 +194,23 @@ def test_an_adapter_carries_the_hub_name(tiny_model, tiny_shards, tmp_path, cach
     assert tried == []
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json"])
-def test_an_incomplete_cache_without_a_network_says_how_to_complete_it(tiny_model, cache, tried, name) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("tokenizer.json", "tokenizer.json"),
+        ("tokenizer_config.json", "tokenizer_config.json"),
+        ("model.safetensors", "*.safetensors"),
+        ("config.json", "config.json"),
+        ("chat_template.jinja", "its chat template"),
+    ],
+)
+def test_an_incomplete_cache_without_a_network_says_how_to_complete_it(tiny_model, cache, tried, name, told) -> None:
     snapshot = put_into_cache(tiny_model, cache, NAME)
     (snapshot / name).resolve().unlink()  # the link stays, as after a copy of the links alone
     assert base_folder(NAME) is None and located(NAME) == NAME
     with pytest.raises(ModelError) as caught:
         require_base(NAME)
-    wanted = "*.safetensors" if name.startswith("model") else name
-    assert f"in the hub cache ({snapshot}) is incomplete: lacks {wanted}" in caught.value.what
+    assert f"in the hub cache ({snapshot}) is incomplete: lacks {told}" in caught.value.what
     assert f"`hf download {NAME}`" in caught.value.remedy
 
 
