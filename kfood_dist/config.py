@@ -70,7 +70,7 @@ class Data(Section):
 
 
 class Model(Section):
-    base: FolderOrName = Field(description="local folder or hub name of a Qwen2.5-VL")
+    base: FolderOrName = Field(description="local folder or hub name of a Qwen2.5-VL or Qwen2-VL")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NF4 with double quantisation, or none")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16",

@@ -298,14 +298,18 @@ def check_shards(folder: Path) -> Iterator[Finding]:
 
 
 def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
-    """The base model's files are there and its tokenizer, config and picture settings read; no weights."""
+    """The base model's files are whole, and the template is built of them as training does; no weights are read."""
     from kfood_dist.config import Data
     from kfood_dist.data.manifest import load_manifest
-    from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
+    from kfood_dist.model.base import build_template, load_config
+    from kfood_dist.model.files import base_folder, require_base
 
     require_base(base)
-    config = load_config(base)
+    if base_folder(base) is None:
+        yield Finding(WARN, f"{base} is on the hub, not here", f"hf download {base}, or let training fetch it")
+        return
     image_size = Data.model_fields["image_size"].default if shards is None else load_manifest(shards).image_size
-    vision = load_vision_spec(base, config, image_size)
-    load_tokenizer(base)
-    yield Finding(OK, f"{base}: {config.model_type}, {vision.unit} pixels per image token")
+    # How long a sample may be is the recipe's to say.
+    asked = Data(shards=str(shards or "."), image_size=image_size, max_length=sys.maxsize)
+    template = build_template(base, asked)
+    yield Finding(OK, f"{base}: {load_config(base).model_type}, {template.vision.unit} pixels per image token")

@@ -19,6 +19,8 @@ from kfood_dist.errors import ModelError, RecipeError
 # A data set of dishes has a few hundred answers; one of free text must not fill the memory.
 _MOST_REMEMBERED = 4096
 
+_OTHER = "use the chat template and tokenizer that were published with this very model; a text model's do not serve"
+
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -55,12 +57,15 @@ class Template:
     """Encodes (image grids, answer) for one system text and prompt; picklable, so workers can hold it.
 
     `tokenizer` is a transformers tokenizer with a chat template. Raises ModelError if it has none, or if the
-    template does not place the image; RecipeError if a text holds a special token.
+    template refuses a picture or does not place it; RecipeError if a text holds a special token.
     """
 
     def __init__(self, tokenizer: Any, vision: VisionSpec, system: str, prompt: str, max_length: int):
         if not tokenizer.chat_template:
-            raise ModelError("the base model's tokenizer has no chat template", "use an Instruct model")
+            raise ModelError(
+                "the base model's tokenizer has no chat template",
+                "use an Instruct model, with its chat_template.jinja, chat_template.json or tokenizer_config.json",
+            )
         if found := [token for token in tokenizer.all_special_tokens if token in system + prompt]:
             raise RecipeError(
                 f"data.system or data.prompt holds {found[0]}, which is a token of the chat template", "leave it out"
@@ -71,10 +76,16 @@ class Template:
         self.prompt = prompt
         self.max_length = max_length
         self._encoded: dict[tuple[tuple[int, int, int], str | None], Encoded] = {}
-        if (self._context == vision.image_token_id).sum() != 1:
+        try:
+            placed = (self._context == vision.image_token_id).sum()
+        except Exception as error:  # a chat template is a program, and may raise anything
+            first_line = (str(error).strip().splitlines() or [""])[0][:200]
             raise ModelError(
-                "the base model's chat template does not place exactly one image token for one picture",
-                "use a Qwen2.5-VL tokenizer that belongs to the model",
+                f"the base model's chat template refuses a picture ({type(error).__name__}: {first_line})", _OTHER
+            ) from None
+        if placed != 1:
+            raise ModelError(
+                "the base model's chat template does not place exactly one image token for one picture", _OTHER
             )
 
     @cached_property

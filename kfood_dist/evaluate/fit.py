@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist.data.manifest import Manifest
-from kfood_dist.data.patches import grid_of
-from kfood_dist.data.template import SampleTooLong, Template
+from kfood_dist.data.template import Template
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.evaluate.settings import Settings
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec, require_base
+from kfood_dist.model import base as base_model
+from kfood_dist.model.files import require_base
 
 
 def require_same_pictures(settings: Settings, manifest: Manifest) -> None:
@@ -40,15 +40,7 @@ def build_template(settings: Settings, base: str, adapter: Path | None) -> Templ
     of that size does not fit the model or the length.
     """
     require_base(base)
-    vision = load_vision_spec(base, load_config(base), settings.image_size)
-    template = Template(load_tokenizer(base), vision, settings.system, settings.prompt, settings.max_length)
-    try:
-        template.encode(grid_of(settings.image_size, vision), None)
-    except SampleTooLong:
-        raise RecipeError(
-            f"data.max_length {settings.max_length} is too short for a picture of {settings.image_size} pixels",
-            "raise data.max_length",
-        ) from None
+    template = base_model.build_template(base, settings)
     if adapter is not None:
         require_adapter_fits(base, adapter)
     return template
@@ -64,7 +56,7 @@ def require_adapter_fits(base: str, adapter: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(load_config(base))
+        model = AutoModelForImageTextToText.from_config(base_model.load_config(base))
     try:
         with safe_open(adapter / "adapter_model.safetensors", "np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -20,7 +20,7 @@ from kfood_dist import config
 from kfood_dist.config import Data, Eval, Model, Recipe
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.errors import ModelError, RecipeError
-from kfood_dist.model.base import base_folder
+from kfood_dist.model.files import base_folder
 
 DATA_KEYS = ("system", "prompt", "image_size", "max_length")
 MODEL_KEYS = ("quantization", "precision", "attention")

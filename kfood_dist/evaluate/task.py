@@ -18,7 +18,7 @@ from kfood_dist.evaluate.settings import (
     resolve_settings,
 )
 from kfood_dist.model.adapters import read_adapter_facts
-from kfood_dist.model.base import require_base
+from kfood_dist.model.files import require_base
 from kfood_dist.runtime import World, require_folder_possible
 
 
@@ -52,9 +52,8 @@ def check(args: argparse.Namespace) -> Task:
     settings = replace(settings, resize=shards.manifest.resize)
     batch_size = args.batch_size or recipe_eval.batch_size
     max_new_tokens = args.max_new_tokens or recipe_eval.max_new_tokens
+    require_base(args.model)
     fingerprint = base_fingerprint(args.model)
-    if fingerprint is None:
-        require_base(args.model)
     return Task(
         shards=shards,
         source=shards.manifest.where,

@@ -4,113 +4,105 @@
 """
 
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kfood_dist.data.patches import VisionSpec
-from kfood_dist.errors import ModelError
+from kfood_dist.data.patches import VisionSpec, grid_of
+from kfood_dist.data.template import SampleTooLong, Template
+from kfood_dist.errors import ModelError, RecipeError
+from kfood_dist.model.files import located
 
 # Where the parts of a Qwen2.5-VL lie in transformers 5, as module paths from the model's root.
 LANGUAGE_MODEL = "model.language_model"
 VISION_TOWER = "model.visual"
 HEAD = "lm_head"
 
-HUB_TIMEOUT_S = 5.0
+# model_type of a config: what was tested, and under which name people know it.
+SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen2_vl": "Qwen2-VL"}
 
 
-def require_base(base: str) -> None:
-    """Raise ModelError, within seconds, unless `base` is a complete local folder or a reachable hub name."""
-    folder = Path(base)
-    if folder.is_dir():
-        _require_files(folder)
-    elif folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
-        raise ModelError(
-            f"base model folder {folder} does not exist",
-            "set model.base to a folder that holds config.json and *.safetensors, or to a hub name like owner/name",
-        )
-    else:
-        _require_on_hub(base)
+class Asked(Protocol):
+    """What is asked of a model: a recipe's `data`, or an evaluation's settings."""
+
+    @property
+    def system(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
 
 
-def _require_files(folder: Path) -> None:
-    missing = [
-        pattern
-        for pattern in ("config.json", "*.safetensors", "tokenizer_config.json")
-        if not any(folder.glob(pattern))
-    ]
-    if missing:
-        raise ModelError(
-            f"base model folder {folder} lacks {', '.join(missing)}",
-            "download the whole model into it, or set model.base to another folder",
-        )
+def build_template(base: str, asked: Asked) -> Template:
+    """The template of a base model, known to fit the picture size and the length.
 
-
-def _require_on_hub(name: str) -> None:
-    import huggingface_hub
-
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return
+    Raises ModelError if the model's small files are not usable, RecipeError if what is asked does not fit it.
+    """
+    vision = load_vision_spec(base, load_config(base), asked.image_size)
+    template = Template(load_tokenizer(base), vision, asked.system, asked.prompt, asked.max_length)
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # the hub client's errors have no common root; all mean: not to be had from here
-        raise ModelError(
-            f"base model '{name}' is neither a folder here, nor in the hub cache, nor reachable on the hub "
-            f"({type(error).__name__})",
-            f"check the name, or on a machine with access run `hf download {name} --local-dir DIR`, copy DIR here "
-            "and set model.base=DIR",
+        template.encode(grid_of(asked.image_size, vision), None)
+    except SampleTooLong:
+        raise RecipeError(
+            f"data.max_length {asked.max_length} is too short for a picture of {asked.image_size} pixels",
+            "raise data.max_length",
         ) from None
-
-
-def base_folder(base: str) -> Path | None:
-    """Where the files of `base` lie on this machine: its folder, or that of the hub's cache; None if not here yet."""
-    if os.path.isdir(base):
-        return Path(base)
-    import huggingface_hub
-
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(base, "config.json")
-    except ValueError:  # not a hub name; `require_base` says so
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
-def fetched_folder(base: str) -> Path:
-    """Where the files of `base` lie on this machine, its weights too; from the hub, they are downloaded first."""
-    if os.path.isdir(base):
-        return Path(base)
-    import huggingface_hub
-
-    return Path(huggingface_hub.snapshot_download(base, allow_patterns=["*.json", "*.safetensors"]))
+    return template
 
 
 def load_config(base: str) -> Any:
-    """The transformers config of `base`."""
+    """The transformers config of `base`. Raises ModelError, also for a type of model that was not tested."""
     from transformers import AutoConfig
+    from transformers.configuration_utils import PretrainedConfig
 
+    where = located(base)
     try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
+        # The type first: for one that it does not know, AutoConfig asks at the console whether to run foreign code.
+        _require_supported(base, PretrainedConfig.get_config_dict(where)[0].get("model_type"))
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers 5 has an error class of its own for each field's fault
         raise ModelError(
             f"the config of base model {base} cannot be read ({_first_line(error)})", _REDOWNLOAD
         ) from None
-    if not hasattr(config, "vision_config") or not hasattr(config, "image_token_id"):
-        raise ModelError(
-            f"base model {base} is a {config.model_type}, which has no vision tower this trainer knows",
-            "use a Qwen2.5-VL model",
-        )
-    return config
+
+
+def _require_supported(base: str, model_type: Any) -> None:
+    if model_type not in list(SUPPORTED):
+        known = " or ".join(f"{name} ({kind})" for kind, name in SUPPORTED.items())
+        what = f"is a {model_type}, which this trainer was not tested with" if model_type else "names no type of model"
+        raise ModelError(f"base model {base} {what}", f"use a {known}")
 
 
 def load_tokenizer(base: str) -> Any:
-    """The tokenizer of `base`, with its chat template."""
+    """The tokenizer of `base`, with the chat template that its processor would use. Raises ModelError."""
     from transformers import AutoTokenizer
 
+    where = located(base)
     try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ModelError(f"the tokenizer of {base} cannot be read ({_first_line(error)})", _REDOWNLOAD) from None
+    try:
+        tokenizer.chat_template = _chat_template(where) or tokenizer.chat_template
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"the chat template of {base} cannot be read ({_first_line(error)})", _REDOWNLOAD) from None
+    return tokenizer
+
+
+def _chat_template(where: str) -> Any:
+    """The chat template that belongs to the processor, wherever it is kept; None if only the tokenizer has one.
+
+    Of several templates it is the one named "default", or the only one.
+    """
+    from transformers.processing_utils import ProcessorMixin
+
+    found = ProcessorMixin.get_processor_dict(where)[0].get("chat_template")
+    if isinstance(found, dict) and "default" not in found and len(found) == 1:
+        return next(iter(found.values()))
+    return found
 
 
 def load_vision_spec(base: str, config: Any, image_size: int) -> VisionSpec:
@@ -123,25 +115,50 @@ def load_vision_spec(base: str, config: Any, image_size: int) -> VisionSpec:
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(base)
-        mean, std = settings["image_mean"], settings["image_std"]
-    except (OSError, ValueError, KeyError) as error:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(located(base))
+        spec = _read_spec(config, settings)
+        alone = _is_patches_alone(settings, spec, image_size)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"the image processor of {base} cannot be read ({_first_line(error)})", _REDOWNLOAD) from None
+    spec.require_fitting(image_size)
+    return spec if alone else replace(spec, own_processor=_load_processor(base, config if _is_qwen(settings) else None))
+
+
+# What transformers' Qwen2VLImageProcessor takes for settings that are not written down.
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_PIXEL_LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+
+
+def _read_spec(config: Any, settings: dict[str, Any]) -> VisionSpec:
     vision = config.vision_config
-    spec = VisionSpec(
+    return VisionSpec(
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=_by_colour(settings.get("image_mean", _CLIP_MEAN)),
+        std=_by_colour(settings.get("image_std", _CLIP_STD)),
         image_token_id=config.image_token_id,
         vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id,
     )
-    spec.require_fitting(image_size)
-    if _is_patches_alone(settings, spec, image_size):
-        return spec
-    return replace(spec, own_processor=_load_processor(base))
+
+
+def _by_colour(value: Any) -> tuple[float, ...]:
+    """Red, green and blue of a setting, which may be one number for all. Raises ValueError or TypeError."""
+    red, green, blue = (value,) * 3 if isinstance(value, int | float) else value
+    return float(red), float(green), float(blue)
+
+
+def _is_qwen(settings: dict[str, Any]) -> bool:
+    """Whether settings are those of Qwen2VLImageProcessor, by any of the names that it has had.
+
+    Qwen2_5_VLImageProcessor, of transformers 4.49, does the same. Fast and Pil are its backends. Settings without a
+    type go by the model's, as transformers does.
+    """
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "Qwen2VLImageProcessor"
+    name = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    return name in ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
 
 
 def _is_patches_alone(settings: dict[str, Any], spec: VisionSpec, image_size: int) -> bool:
@@ -149,16 +166,16 @@ def _is_patches_alone(settings: dict[str, Any], spec: VisionSpec, image_size: in
 
     Names and defaults are those of transformers' Qwen2VLImageProcessor; outside its limits it would resize.
     """
-    size = settings.get("size") or {}
-    fewest_pixels = settings.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-    most_pixels = settings.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    size: dict[str, Any] = settings.get("size") or _PIXEL_LIMITS
+    fewest_pixels: float = settings.get("min_pixels") or size.get("shortest_edge", math.inf)
+    most_pixels: float = settings.get("max_pixels") or size.get("longest_edge", 0)
     geometry = {
         "patch_size": spec.patch_size,
         "merge_size": spec.merge_size,
         "temporal_patch_size": spec.temporal_patch_size,
     }
     return (
-        str(settings.get("image_processor_type")).removesuffix("Fast") == "Qwen2VLImageProcessor"
+        _is_qwen(settings)
         and all(settings.get(name, value) == value for name, value in geometry.items())
         and settings.get("do_rescale", True)
         and settings.get("do_normalize", True)
@@ -167,15 +184,17 @@ def _is_patches_alone(settings: dict[str, Any], spec: VisionSpec, image_size: in
     )
 
 
-def _load_processor(base: str) -> Any:
+def _load_processor(base: str, config: Any) -> Any:
+    """transformers' own image processor; with a `config`, the one that belongs to its type of model."""
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(base)
-    except (OSError, ValueError, ImportError) as error:
+        processor = AutoImageProcessor.from_pretrained(located(base), config=config, trust_remote_code=False)
+    except Exception as error:  # settings of any form reach the library
         raise ModelError(
             f"the image processor of {base} cannot be loaded ({_first_line(error)})",
-            "install torchvision if it asks for it (pip install 'kfood_dist[gpu]'), or pack pictures of another size",
+            "install torchvision if it asks for it (pip install 'kfood_dist[gpu]'), pack pictures of another size, or "
+            "take the preprocessor_config.json of the model that this one was tuned from",
         ) from None
     if "image_grid_thw" not in processor.model_input_names:
         raise ModelError(

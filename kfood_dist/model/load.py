@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from kfood_dist.errors import ModelError
-from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER, fetched_folder, load_config
+from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER, load_config
+from kfood_dist.model.files import fetched_folder
 from kfood_dist.model.tensors import require_fitting, require_loaded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,7 +62,7 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
         if not is_packed:
             require_fitting(base, folder, config)
         model, found = AutoModelForImageTextToText.from_pretrained(
-            base,
+            folder,
             attn_implementation=attention,
             ignore_mismatched_sizes=is_packed,
             output_loading_info=True,
@@ -74,6 +75,7 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
             f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",
             "run `kfood doctor`, then check model.base, model.quantization and model.attention",
         ) from error
+    model.name_or_path = model.config.name_or_path = base  # what adapters name as their base: never the cache's folder
     if quantization == "nf4":
         require_quantized(model)
     if precision == "fp16":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kfood_dist.errors import ModelError
+from kfood_dist.model.files import INDEX, WEIGHTS
 
 _LISTED = 5
 
@@ -29,18 +30,12 @@ class Tensor(NamedTuple):
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads the weights from: the whole model in one, else the shards of the index."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file():
         return [whole]
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     return sorted(folder.glob("*.safetensors"))
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a base model's weights are all there; of a hub model, the config may be here before them."""
-    files = weight_files(folder)
-    return bool(files) and all(path.is_file() for path in files)
 
 
 def headers(folder: Path) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import Template
 from kfood_dist.errors import CheckpointError
 from kfood_dist.model.adapters import attach_lora, load_adapter
-from kfood_dist.model.base import LANGUAGE_MODEL, base_folder
+from kfood_dist.model.base import LANGUAGE_MODEL, build_template
+from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
 from kfood_dist.model.load import load_base, recompute_activations
 from kfood_dist.model.loss import AnswerLoss
@@ -27,7 +28,7 @@ from kfood_dist.train.engine import Engine, build_accelerator, build_engine
 from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
-from kfood_dist.train.preflight import build_template, num_steps, require_same_base
+from kfood_dist.train.preflight import num_steps, require_same_base
 from kfood_dist.train.skips import SkipWatch
 from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
@@ -39,7 +40,7 @@ def build_trainer(
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
     accelerator = build_accelerator(recipe, plan, world)
     _require_agreement(world, plan, newest)
-    template = build_template(recipe)
+    template = build_template(recipe.model.base, recipe.data)
     collator = StreamingCollator(open_mixture(recipe.data, "train"), template, unreadable="replace")
     module = build_module(recipe, template.vision, accelerator.device)
     if recipe.model.adapter and not newest:

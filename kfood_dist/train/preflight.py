@@ -11,20 +11,12 @@ from typing import Any
 from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.data.manifest import Manifest
 from kfood_dist.data.mix import build_data_order, open_mixture
-from kfood_dist.data.patches import grid_of
 from kfood_dist.data.plan import Plan, accumulation_for, cut_anew
 from kfood_dist.data.shards import open_split
-from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import CheckpointError, RecipeError
-from kfood_dist.model.base import (
-    base_folder,
-    load_config,
-    load_tokenizer,
-    load_vision_spec,
-    require_base,
-)
+from kfood_dist.model.base import build_template
+from kfood_dist.model.files import base_folder, require_base
 from kfood_dist.model.identity import config_changes, fingerprint, fingerprint_of_files, read_config
-from kfood_dist.model.tensors import has_weights
 from kfood_dist.runtime import require_folder_possible
 from kfood_dist.train import checkpoint
 from kfood_dist.train.zero import deepspeed_config
@@ -70,11 +62,11 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
         if look_at_files:
             measured.require_files()
     require_base(recipe.model.base)
-    build_template(recipe)
+    build_template(recipe.model.base, recipe.data)
     if newest:
         if plan.resume(newest.record().data) != newest.step:
             raise CheckpointError(f"checkpoint {newest.folder} has the data position of another step", "delete it")
-        if (folder := base_folder(recipe.model.base)) and has_weights(folder):
+        if folder := base_folder(recipe.model.base):
             require_same_base(newest, folder, recipe.model.base)
     return plan
 
@@ -107,24 +99,6 @@ def _resumed_cut(recipe: Recipe, world_size: int, newest: checkpoint.Checkpoint)
 def num_steps(recipe: Recipe, plan: Plan) -> int:
     """Optimiser steps of the whole run: `train.max_steps`, or as many as `train.epochs` take."""
     return recipe.train.max_steps or recipe.train.epochs * plan.steps_per_epoch
-
-
-def build_template(recipe: Recipe) -> Template:
-    """The template of a recipe's base model, known to fit the picture size and the length.
-
-    Raises ModelError or RecipeError.
-    """
-    base, data = recipe.model.base, recipe.data
-    vision = load_vision_spec(base, load_config(base), data.image_size)
-    template = Template(load_tokenizer(base), vision, data.system, data.prompt, data.max_length)
-    try:
-        template.encode(grid_of(data.image_size, vision), None)
-    except SampleTooLong:
-        raise RecipeError(
-            f"data.max_length {data.max_length} is less than one picture of {data.image_size} px takes",
-            "raise data.max_length",
-        ) from None
-    return template
 
 
 def require_image_size(manifest: Manifest, image_size: int) -> None:

@@ -12,17 +12,18 @@ from kfood_dist.data.collate import StreamingCollator
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.template import IGNORED
 from kfood_dist.model.adapters import attach_lora
+from kfood_dist.model.base import build_template
 from kfood_dist.model.load import load_base
 from kfood_dist.model.loss import normalise_patches
 from kfood_dist.train.optim import learning_rate_at
-from kfood_dist.train.preflight import build_template, preflight
+from kfood_dist.train.preflight import preflight
 
 
 def plain_losses(path: Path) -> list[float]:
     """The loss of each step of a recipe in bf16, as one process takes them."""
     recipe = load_recipe(path)
     plan, steps = preflight(recipe, world_size=1), recipe.train.max_steps
-    template = build_template(recipe)
+    template = build_template(recipe.model.base, recipe.data)
     collator = StreamingCollator(open_split(recipe.data.shards, "train"), template)
     base = load_base(recipe.model.base, recipe.model.quantization, "bf16", "sdpa", torch.device("cpu"))
     torch.manual_seed(recipe.train.seed)

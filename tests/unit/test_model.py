@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_
 from kfood_dist.config import LINEAR_LAYERS, Lora
 from kfood_dist.errors import ModelError
 from kfood_dist.model.adapters import adapted_modules, attach_lora, read_adapter_facts, save_adapter, target_pattern
-from kfood_dist.model.base import LANGUAGE_MODEL, VISION_TOWER, load_config, require_base
+from kfood_dist.model.base import LANGUAGE_MODEL, VISION_TOWER, load_config
+from kfood_dist.model.files import require_base
 from kfood_dist.model.load import count_parameters, linear_types, load_base, quantization_config, require_quantized
 
 CPU = torch.device("cpu")
@@ -199,7 +200,27 @@ def test_a_hub_name_out_of_reach_says_how_to_bring_the_model(monkeypatch: pytest
         require_base("nobody/no-such-model")
 
 
-def test_a_model_without_a_vision_tower_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(ModelError, match="has no vision tower"):
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_vl", "phi3_v", "llava"])
+def test_a_type_that_was_not_tested_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    """Also one with code of its own, about which transformers would ask at the console."""
+    foreign = {"AutoConfig": "configuration_x.Config", "AutoModelForCausalLM": "modeling_x.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": foreign}))
+    told = rf"is a {kind}, which .* → use a Qwen2.5-VL \(qwen2_5_vl\) or Qwen2-VL \(qwen2_vl\)"
+    with pytest.raises(ModelError, match=told):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}", "names no type of model"),
+        ("[]", "cannot be read"),
+        ("{", "cannot be read"),
+        ('{"model_type": ["qwen2_vl"]}', r"is a \['qwen2_vl'\]"),
+        ('{"model_type": "qwen2_5_vl", "hidden_size": "wide"}', "cannot be read .*'hidden_size'"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=told):
         load_config(str(tmp_path))

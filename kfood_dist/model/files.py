@@ -1,0 +1,219 @@
+"""Where a base model's files lie, and whether they are whole. Reads headers alone, so a 72B model takes a second.
+
+    model.base ──► require_base ──► a whole folder, a whole snapshot in the hub's cache, or a hub that answers
+              └──► located ──► what every load is given: that folder; the hub name only until it is downloaded
+
+Always holds: once a hub name is whole in the cache, it is read from there and the network is asked nothing.
+"""
+
+import json
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kfood_dist.errors import ModelError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_TIMEOUT_S = 5.0
+
+# Each line is one need besides config.json and the weights: any file of it, or any pair, will do.
+_SMALL_FILES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("tokenizer_config.json",),),
+    (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    (("preprocessor_config.json",), ("processor_config.json",)),
+)
+_POINTER = b"version https://git-lfs"
+_MISSING = "is missing"
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One file that is not as it should be: `what` goes on from its name, such as "is empty"."""
+
+    name: str
+    what: str
+
+
+def require_base(base: str) -> None:
+    """Raise ModelError, within seconds, unless `base` is a whole local folder, whole in the hub's cache or on the hub.
+
+    Whole means: every file that loading needs is there, every shard of the index has its header and its full length,
+    and holds the tensors that the index maps to it.
+    """
+    folder = Path(base)
+    if os.path.isdir(folder):  # False too for what can be no path
+        _refuse(f"base model folder {folder}", list(find_faults(folder)), _folder_remedy(folder))
+    elif folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
+        raise ModelError(
+            f"base model folder {folder} does not exist",
+            "set model.base to a folder that holds config.json and *.safetensors, or to a hub name like owner/name",
+        )
+    elif snapshot := _snapshot(base):
+        _require_snapshot(base, snapshot)
+    elif reason := _ask_hub(base):
+        raise ModelError(
+            f"base model '{base}' is neither a folder here, nor in the hub cache, nor reachable on the hub ({reason})",
+            f"check the name, or on a machine with access run `hf download {base} --local-dir DIR`, copy DIR here "
+            "and set model.base=DIR",
+        )
+
+
+def base_folder(base: str) -> Path | None:
+    """Where the files of `base` lie here: its folder, or its whole snapshot in the hub's cache; else None."""
+    if os.path.isdir(base):
+        return Path(base)
+    snapshot = _snapshot(base)
+    return snapshot if snapshot and not any(_snapshot_faults(snapshot)) else None
+
+
+def fetched_folder(base: str) -> Path:
+    """Where the files of `base` lie here, its weights too; from the hub, they are downloaded first."""
+    if folder := base_folder(base):
+        return folder
+    import huggingface_hub
+
+    return Path(huggingface_hub.snapshot_download(base, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
+
+
+def located(base: str) -> str:
+    """What transformers is given to load `base`: the folder of its files, or its hub name if they are still missing."""
+    return str(base_folder(base) or base)
+
+
+def find_faults(folder: Path) -> Iterator[Fault]:
+    """What keeps the model in `folder` from being loaded, file by file; nothing if it is whole."""
+    if fault := _file_fault(folder / "config.json"):
+        yield fault
+    if (folder / WEIGHTS).exists():  # transformers prefers it to an index
+        yield from _shard_faults(folder / WEIGHTS, set())
+    elif (folder / INDEX).exists():
+        yield from _index_faults(folder)
+    else:
+        yield Fault("*.safetensors", _MISSING)
+    for choices in _SMALL_FILES:
+        faults = [[fault for name in names if (fault := _file_fault(folder / name))] for names in choices]
+        if all(faults):  # then the first choice tells, unless another one is there and damaged
+            yield from next((found for found in faults if any(f.what != _MISSING for f in found)), faults[0])
+
+
+def _index_faults(folder: Path) -> Iterator[Fault]:
+    fault = _file_fault(folder / INDEX)
+    tensors: dict[str, set[str]] = defaultdict(set)
+    try:
+        for tensor, shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+            tensors[str(shard)].add(tensor)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        fault = fault or Fault(INDEX, "is damaged")
+    if fault or not tensors:
+        yield fault or Fault(INDEX, "names no tensors")
+    for shard, names in sorted(tensors.items()):
+        yield from _shard_faults(folder / shard, names)
+
+
+def _shard_faults(path: Path, wanted: set[str]) -> Iterator[Fault]:
+    """Faults of one safetensors file: the library checks on opening that header, offsets and file size agree."""
+    from safetensors import SafetensorError, safe_open
+
+    if fault := _file_fault(path):
+        yield fault
+        return
+    try:
+        with safe_open(path, "np") as file:
+            lacking = sorted(wanted.difference(file.keys()))
+    except (OSError, SafetensorError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        yield Fault(path.name, f"is cut off or damaged ({reason})")
+        return
+    if lacking:
+        yield Fault(path.name, f"lacks {lacking[0]}, which the index maps to it ({len(lacking)} such tensors)")
+
+
+def _file_fault(path: Path) -> Fault | None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_POINTER))
+    except FileNotFoundError:  # also a link of the cache whose target is gone
+        return Fault(path.name, _MISSING)
+    except OSError as error:
+        return Fault(path.name, f"cannot be read ({error.strerror})")
+    if not head:
+        return Fault(path.name, "is empty")
+    return Fault(path.name, "is a git-lfs pointer, not the file itself") if head == _POINTER else None
+
+
+def _refuse(where: str, faults: list[Fault], remedy: str) -> None:
+    """Raise ModelError if there are faults. Several missing files are told as one."""
+    missing = [fault.name for fault in faults if fault.what == _MISSING]
+    told = [f"lacks {_listed(missing)}"] if missing else []
+    told += [f"{fault.name} {fault.what}" for fault in faults if fault.what != _MISSING][:_SHOWN]
+    if told:
+        raise ModelError(f"{where} is incomplete: {'; '.join(told)}", remedy)
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _folder_remedy(folder: Path) -> str:
+    return (
+        f"complete the download: `hf download OWNER/NAME --local-dir {folder}`, or `git lfs pull` in a git checkout; "
+        "or set model.base to another folder"
+    )
+
+
+def _require_snapshot(name: str, snapshot: Path) -> None:
+    """Raise ModelError for a snapshot that has damaged files, or lacks some that the hub cannot be asked for."""
+    faults = list(_snapshot_faults(snapshot))
+    where = f"base model '{name}' in the hub cache ({snapshot})"
+    if damaged := sorted({fault.name for fault in faults if fault.what != _MISSING}):
+        # The hub's client takes a file that is there for whole, and would not fetch it again by itself.
+        _refuse(where, faults, f"fetch them again: `hf download {name} {' '.join(damaged)} --force-download`")
+    if faults and (reason := _ask_hub(name)):
+        remedy = f"complete the download where the hub can be reached: `hf download {name}`"
+        _refuse(where, faults, f"{remedy} (from here: {reason})")
+
+
+def _snapshot_faults(snapshot: Path) -> Iterator[Fault]:
+    """Faults of a snapshot. One without a chat template counts as incomplete, since the hub may still have it."""
+    yield from find_faults(snapshot)
+    configs = [snapshot / name for name in ("tokenizer_config.json", "processor_config.json")]
+    kept = [snapshot / name for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")]
+    inside = any(b'"chat_template"' in path.read_bytes() for path in configs if path.is_file())
+    if not inside and not any(path.exists() for path in kept):
+        yield Fault("its chat template", _MISSING)
+
+
+def _snapshot(name: str) -> Path | None:
+    """The folder in the hub's cache with the files of `name` that were downloaded so far, or None."""
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    try:
+        snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        return snapshot if snapshot.is_dir() else None
+    except (OSError, ValueError):  # no such folder, or no name that could be one
+        return None
+
+
+def _ask_hub(name: str) -> str | None:
+    """Why the hub does not give `name`, or None if it does. Waits at most HUB_TIMEOUT_S, even for a name server."""
+    import huggingface_hub
+
+    reasons: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+            reasons.append(None)
+        except Exception as error:  # the client's errors have no common root; all mean: not to be had from here
+            reasons.append(type(error).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return reasons[0] if reasons else f"no answer in {HUB_TIMEOUT_S:.0f} s"
