@@ -1,4 +1,4 @@
-"""Pictures listed in a CSV: `image_path,label`, the paths starting at one folder.
+"""Pictures listed in a CSV: `image_path,label`, the paths starting at one folder; `split` if the publisher has one.
 
 A faulty row becomes a record that names it and costs no other; a row whose file is not there is `missing`.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from kfood_dist.data.labels import DishClass, normalise
 from kfood_dist.data.packing.sources.files import file_record
-from kfood_dist.data.packing.sources.names import category, file_name
+from kfood_dist.data.packing.sources.layout import split_of
+from kfood_dist.data.packing.sources.names import file_name
 from kfood_dist.data.packing.sources.record import Record
 from kfood_dist.errors import SourceError
 
@@ -34,6 +35,7 @@ def list_table(path: Path, image_root: Path) -> Iterator[Record]:
             "give it a first line `image_path,label`",
         )
     at_path, at_label = header.index("image_path"), header.index("label")
+    at_split = header.index("split") if "split" in header else None
     for number, line in enumerate(lines, start=2):
         row = _split_row(line)
         if row == []:
@@ -42,7 +44,9 @@ def list_table(path: Path, image_root: Path) -> Iterator[Record]:
             detail = f"not {len(header)} columns: {line.strip()[:200]}"
             yield Record(path, f"{file_name(path.name)}:{number}", "", "", problem="bad_row", detail=detail)
             continue
-        yield _row_record(image_root, row[at_path].strip().replace("\\", "/"), row[at_label])
+        split = "" if at_split is None else row[at_split].strip()
+        record = _row_record(image_root, row[at_path].strip().replace("\\", "/"), row[at_label])
+        yield replace(record, split=split_of(split) or split)
 
 
 def _read_text(path: Path) -> str:
@@ -74,8 +78,7 @@ def _row_record(image_root: Path, text: str, label: str) -> Record:
     source = posixpath.normpath(text)
     if posixpath.isabs(source) and Path(source).is_relative_to(image_root.absolute()):
         source = Path(source).relative_to(image_root.absolute()).as_posix()
-    folders = [part for part in source.split("/")[:-1] if part not in ("", "..")]
-    return replace(file_record(found, source), label=label, category=category(folders))
+    return replace(file_record(found, source), label=label)
 
 
 def check_rows(records: Sequence[Record], known: Mapping[str, DishClass] | None) -> Iterator[Record]:
