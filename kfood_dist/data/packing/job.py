@@ -287,6 +287,7 @@ def _describe_split(own: SourceSplit | None, groups: Sequence[int], splits: Sequ
     return {
         "given": own.given,
         "kept": own.is_kept,
+        "outside": own.num_outside,
         "from_train": own.from_train,
         "groups_across": groups_across,
         "look_alike_in_train": in_train,

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,20 +170,27 @@ def _describe_split(own: dict[str, Any] | None) -> Iterator[str]:
     """What became of the split that the source came with, if it has one."""
     if own is None:
         return
-    given, from_train = " and ".join(own["given"]), " and ".join(own["from_train"])
+    given, from_train = _listed(own["given"]), _listed(own["from_train"])
     if not own["kept"]:
-        yield f"split    dealt by --split; the source's own {given} is not kept"
+        yield f"split    dealt anew by --split; the source's own split ({given}) is not kept"
         return
     lacking = [split for split in SPLITS if split not in own["given"]]
     taken = f"; it has no {from_train}: taken from its train by the usual share" if from_train else ""
-    empty = f"; it has no {' and '.join(lacking)}: empty" if lacking and not from_train else ""
-    yield f"split    the source's own {given} kept{taken}{empty}; --split deals all anew"
+    empty = f"; it has no {_listed(lacking)}: empty" if lacking and not from_train else ""
+    yield f"split    the source's own: {given} kept{taken}{empty}; --split deals all anew"
+    if own["outside"]:
+        yield f"WARNING  {own['outside']:,} pictures lie in no split of the source and are left out"
     if own["groups_across"]:
         in_train = own["look_alike_in_train"]
         yield (
             f"WARNING  {own['groups_across']:,} groups of look-alikes lie in several splits of the source: "
             f"{in_train['val']:,} pictures of val and {in_train['test']:,} of test have one in train. Nothing was moved"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`train, val and test`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _describe_passed(passed: dict[str, Any], source: Path) -> Iterator[str]:

@@ -18,10 +18,11 @@ from kfood_dist.data.packing.split import assign_splits
 
 @dataclass(frozen=True)
 class SourceSplit:
-    """The splits that a source names, in the order train, val, test, and whether they are kept."""
+    """The splits that a source names, in the order train, val, test; whether they are kept; what lies in none."""
 
     given: tuple[str, ...]
     is_kept: bool
+    num_outside: int
 
     @property
     def from_train(self) -> tuple[str, ...]:
@@ -40,9 +41,11 @@ def settle(records: Sequence[Record], is_dealt: bool) -> tuple[list[Record], Sou
         return list(records), None
     named = {record.split for record in records if record.problem is None}
     given = tuple(split for split in SPLITS if split in named)
+    num_outside = sum(record.problem is None and record.split not in given for record in records)
+    own = SourceSplit(given, not is_dealt, num_outside)
     if is_dealt:
-        return [replace(record, split="") for record in records], SourceSplit(given, is_kept=False)
-    return [_in_a_split(record, given) for record in records], SourceSplit(given, is_kept=True)
+        return [replace(record, split="") for record in records], own
+    return [_in_a_split(record, given) for record in records], own
 
 
 def _in_a_split(record: Record, given: Sequence[str]) -> Record:

@@ -11,7 +11,7 @@ is a question to the user.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +38,11 @@ _BRACKETED = re.compile(
     r"\[(?P<part>원천|라벨)(?:링)?(?:데이터)?\]\s*(?P<rest>.*?)(?:_(?P<split>tr|val?|te|ts))?", re.IGNORECASE
 )
 _LETTERS = {"t": "train", "tr": "train", "v": "val", "va": "val", "val": "val", "te": "test", "ts": "test"}
+_PAIRED = re.compile(
+    r"(?i)(?P<before>.+)[\s._-]+(?P<last>{words})[\d\s._-]*|(?P<first>{words})[\s._-]+(?P<after>.+)".format(
+        words="|".join(_WORDS)
+    )
+)
 _WRAPPINGS = frozenset({"원천데이터", "원천", "데이터"})
 _LABELS = frozenset({"라벨링데이터", "라벨데이터", "라벨링", "라벨"})
 
@@ -87,7 +92,9 @@ def resolved(splits: Iterable[str]) -> dict[str, str]:
 
 def holds_labels(source: str) -> bool:
     """Whether a path leads through a folder or zip of labels, where masks may lie but no pictures."""
-    return any(_read(without_zip(part)).is_labels for part in source.split("/"))
+    *folders, last = source.split("/")
+    zips = [last] if suffix(last) == ".zip" else []
+    return any(_read(without_zip(name)).is_labels for name in folders + zips)
 
 
 def without_zip(name: str) -> str:
@@ -102,8 +109,10 @@ def read_places(places: Iterable[Folders], is_dish: Callable[[str], bool], ask: 
     a split or a dish.
     """
     places = set(places)
-    beside = _children(places)
-    read = {place: _read_place(place, beside, is_dish, ask) for place in places}
+    names = _read_names(places, is_dish)
+    if ask:
+        _require_no_dish(names)
+    read = {place: _read_place(place, names) for place in places}
     means = resolved(one.split for one, _ in read.values())
     # A folder around all splits means nothing, if a dish is left below each.
     heads = {one.folders[:at] for one, at in read.values()}
@@ -112,23 +121,41 @@ def read_places(places: Iterable[Folders], is_dish: Callable[[str], bool], ask: 
     return {place: Place(means[one.split], one.folders[wrapping:]) for place, (one, _) in read.items()}
 
 
-def _children(places: Iterable[Folders]) -> Mapping[Folders, set[str]]:
-    children: dict[Folders, set[str]] = defaultdict(set)
+def _read_names(places: Iterable[Folders], is_dish: Callable[[str], bool]) -> dict[Folders, _Name]:
+    """What each folder on the way to the places says by its name."""
+    beside: dict[Folders, set[str]] = defaultdict(set)
     for place in places:
         for i, name in enumerate(place):
-            children[place[:i]].add(name)
-    return children
+            beside[place[:i]].add(name)
+    read = dict[Folders, _Name]()
+    for above, names in beside.items():
+        pairs = _read_pairs(names, {name for name in names if (*above, name) in beside})
+        for name in names:
+            alone = _Name("", name) if is_dish(name) else _read(name)
+            read[*above, name] = alone if alone.split or is_dish(name) else pairs.get(name, alone)
+    return read
 
 
-def _read_place(
-    place: Folders, beside: Mapping[Folders, set[str]], is_dish: Callable[[str], bool], ask: bool
-) -> tuple[Place, int]:
+def _read_pairs(names: Iterable[str], holding_folders: Collection[str]) -> dict[str, _Name]:
+    """What names beside each other say that differ in the split alone, such as `kfood_train` and `kfood_test`."""
+    families: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        if found := _PAIRED.fullmatch(name):
+            families[found["before"] or found["after"]][name] = _WORDS[(found["first"] or found["last"]).lower()]
+    families = {rest: splits for rest, splits in families.items() if len(set(splits.values())) > 1}
+    return {
+        # One name for all means nothing, unless there is no other for the dish.
+        name: _Name(split, "" if len(families) == 1 and name in holding_folders else rest)
+        for rest, splits in families.items()
+        for name, split in splits.items()
+    }
+
+
+def _read_place(place: Folders, names: Mapping[Folders, _Name]) -> tuple[Place, int]:
     """What one place says, and how many of its folders lie above its split."""
     split, at, folders = "", 0, list[str]()
-    for i, name in enumerate(place):
-        found = _Name("", name) if is_dish(name) else _read(name)
-        if ask and found.split and not found.rest:
-            _require_no_dish(place[: i + 1], beside)
+    for i in range(len(place)):
+        found = names[place[: i + 1]]
         if found.split and not split:
             split, at = found.split, len(folders)
         if found.rest:
@@ -136,13 +163,15 @@ def _read_place(
     return Place(split, tuple(folders)), at
 
 
-def _require_no_dish(place: Folders, beside: Mapping[Folders, set[str]]) -> None:
-    """Raise SourceError if a folder that is called like a split is the only one of its kind, and holds no others."""
-    others = sorted(name for name in beside[place[:-1]] if not _read(name).split and _read(name).rest)
-    if others and place not in beside:
-        raise SourceError(
-            f"folder {'/'.join(place)} holds pictures and is called like a split, but {others[0]} beside it is none: "
-            "is it a dish?",
-            "if so, rename it, or name all dishes with --classes; if it is a split, sort its pictures into folders of "
-            "dishes",
-        )
+def _require_no_dish(names: Mapping[Folders, _Name]) -> None:
+    """Raise SourceError for a folder called like a split that holds no folders, beside one that is no split."""
+    dishes = {place[:-1]: place[-1] for place, name in sorted(names.items()) if name.rest and not name.split}
+    above = {place[:-1] for place in names}
+    for place, name in sorted(names.items()):
+        if name.split and not name.rest and place not in above and place[:-1] in dishes:
+            raise SourceError(
+                f"folder {'/'.join(place)} holds pictures and is called like a split, but {dishes[place[:-1]]} beside "
+                "it is none: is it a dish?",
+                "if so, rename it, or name all dishes with --classes; if it is a split, sort its pictures into folders "
+                "of dishes",
+            )

@@ -17,7 +17,8 @@ from typing import Any
 
 from kfood_dist.data.packing.sources.record import suffix
 
-# What NAS, Windows, macOS, Linux and tools leave beside a user's files. Names with a dot in front are added as `.*`.
+# What NAS, Windows, macOS, Linux and tools leave beside a user's files.
+# Any other name with a dot in front is `(hidden)`.
 _MACHINE_MADE = {
     name.casefold(): name
     for name in (
@@ -39,8 +40,9 @@ _NUMBERED = {
 # Each holds older states of the whole source: such a folder counts as one and is not entered.
 _SNAPSHOTS = {"#snapshot", "@Recently-Snapshot", "~snapshot", ".snapshot", ".snapshots", ".zfs"}
 
-_NUMBERED_SUFFIX = re.compile(r"(\.[a-z]*)\d+")
-_MAX_SUFFIX = 16
+_NUMBERED_SUFFIX = re.compile(r"(\.(?:part|z|r|))\d+")
+_MAX_SUFFIX = 16  # in characters
+_MAX_SUFFIXES = 100
 
 # Kind of a container → its names in small letters. The first that fits counts.
 _CONTAINERS = {
@@ -48,13 +50,14 @@ _CONTAINERS = {
     "split_zip": re.compile(r".*\.z\d\d"),
     "split_7z": re.compile(r".*\.7z\.\d+"),
     "rar": re.compile(r".*\.(rar|r\d\d)"),
-    "parts": re.compile(
-        r".*(\.part[-_.]?\d+|\.\d{3}|\.(zip|tar|tgz|gz|xz|bz2|zst|part)[-_.]?(part)?[-_.]?(\d+|[a-z]{2}))"
-    ),
+    "parts": re.compile(r".*\.part[-_.]?(\d+|[a-z]{2})"),
+    "numbered": re.compile(r".*(\.\d{3}|\.(zip|tar|tgz|gz|xz|bz2|zst)[-_.]?(\d+|[a-z]{2}))"),
     "archive": re.compile(r".*\.(7z|alz|egg|zipx|gz|bz2|xz|zst|lz4|lzma|lzh|lha|cab|arj|ace|iso|cbz|cbr)"),
     "table": re.compile(
-        r".*\.(parquet|arrow|feather|orc|avro|tfrecords?(-\d+-of-\d+)?|lmdb|mdb|h5|hdf5?|npy|npz|mat|pkl|pickle|rec"
-        r"|msgpack|sqlite3?|beton|pt|pth)"
+        r".*\.(parquet|arrow|feather|tfrecords?(-\d+-of-\d+)?|lmdb|mdb|h5|hdf5?|npy|npz|mat|pkl|pickle|rec)"
+    ),
+    "other_picture": re.compile(
+        r".*\.(psd|psb|tga|pcx|dds|sgi|qoi|exr|hdr|jxl|jxr|svg|raw|dng|cr2|cr3|crw|nef|nrw|arw|raf|orf|rw2|pef|srw)"
     ),
 }
 _PART_NUMBER = re.compile(r"(\d+|[a-z]{2})$", re.IGNORECASE)
@@ -89,7 +92,7 @@ class PassedBy:
     def as_json(self) -> dict[str, Any]:
         """What the manifest says of it, in an order of its own."""
         return {
-            "by_suffix": dict(_by_number(self.by_suffix)),
+            "by_suffix": dict(_by_number(self.by_suffix)[:_MAX_SUFFIXES]),
             "machine_made": dict(_by_number(+self.machine_made)),
             "containers": {
                 kind: {"count": count, "first": first} for kind, (count, first) in sorted(self.containers.items())
@@ -107,7 +110,7 @@ def _machine_key(name: str) -> str | None:
     if folded in _MACHINE_MADE:
         return _MACHINE_MADE[folded]
     numbered = next((key for pattern, key in _NUMBERED.items() if pattern.fullmatch(folded)), None)
-    return numbered or (".*" if name.startswith(".") and name != ".." else None)
+    return numbered or ("(hidden)" if name.startswith(".") and name != ".." else None)
 
 
 def container_kind(name: str) -> str | None:
@@ -118,7 +121,7 @@ def container_kind(name: str) -> str | None:
 
 def how_to_read(kind: str, path: str) -> str:
     """What makes pictures, or a zip, of a container at `path`: a sentence for a person, with the command."""
-    if kind == "parts":
+    if kind in ("parts", "numbered"):
         start = _PART_NUMBER.sub("", path, count=1)
         whole = _PART_WORD.sub("", start, count=1)
         joined = whole if suffix(whole) else f"{whole}.zip"
@@ -133,17 +136,17 @@ def how_to_read(kind: str, path: str) -> str:
         "rar": f"unpack it: unrar x {name}",
         "extracted": "the folder it was extracted to lies beside it and is read instead",
         "archive": f"unpack it: 7z x {name} (an .egg or .alz: with ALZip or Bandizip)",
+        "other_picture": f"make a JPEG or PNG of it: magick {name} {shlex.quote(stem + '.png')}",
         "table": "write its pictures out as files, each in a folder named like its dish, or listed in a CSV of "
         "image_path,label",
     }[kind]
 
 
 def _suffix_key(source: str) -> str:
-    """The suffix to count a file under; numbers and what is too long for a suffix are one each."""
+    """The suffix to count a file under: one for all parts of archives, `.partN`, `.zN` or `.N`."""
     found = suffix(source.rpartition("/")[2])
     if numbered := _NUMBERED_SUFFIX.fullmatch(found):
-        is_part = numbered[1] in (".", ".part", ".z", ".r")
-        return f"{numbered[1]}*" if is_part else found
+        return f"{numbered[1]}N"
     return found if 0 < len(found) <= _MAX_SUFFIX else "(none)"
 
 

@@ -58,7 +58,10 @@ def scan_source(source: Path, image_root: Path | None = None, classes: Sequence[
     known = None if classes is None else {name: dish for dish in classes for name in dish.accepted()}
     passed = PassedBy()
     try:
-        records, boxes = _LISTING[kind](source, image_root, passed)
+        if kind == "csv":
+            records, boxes = _list_csv(source, image_root or source.parent)
+        else:
+            records, boxes = _LISTING[kind](source, passed)
     finally:
         close_all()
     if kind == "csv":
@@ -118,19 +121,14 @@ def _kind(source: Path) -> str:
     if not exists:
         raise SourceError(f"source {source} does not exist", "name a folder of pictures, a .zip or a .csv")
     kind = "folder" if source.is_dir() else source.suffix.lower().removeprefix(".")
-    if (container := container_kind(source.name)) is not None and kind not in _LISTING:
-        what = f"source {source} is neither a folder nor a .zip or .csv"
-        raise SourceError(what, how_to_read(container, str(source)))
-    if kind not in _LISTING:
-        raise SourceError(f"source {source} is neither a folder nor a .zip or .csv", "name one of these")
+    if kind not in (*_LISTING, "csv"):
+        container = container_kind(source.name)
+        remedy = how_to_read(container, str(source)) if container else "name one of these"
+        raise SourceError(f"source {source} is neither a folder nor a .zip or .csv", remedy)
     return kind
 
 
-def _list_folder(source: Path, _: Path | None, passed: PassedBy) -> tuple[list[Record], BoxCount]:
-    return list_folder(source, passed)
-
-
-def _list_zip(source: Path, _: Path | None, passed: PassedBy) -> tuple[list[Record], BoxCount]:
+def _list_zip(source: Path, passed: PassedBy) -> tuple[list[Record], BoxCount]:
     try:
         return list_zip(source, "", passed)
     except ZipRejected as rejected:
@@ -141,14 +139,14 @@ def _list_zip(source: Path, _: Path | None, passed: PassedBy) -> tuple[list[Reco
         raise SourceError(f"{source} cannot be read ({error.strerror})", "check its permissions") from None
 
 
-def _list_csv(source: Path, image_root: Path | None, _: PassedBy) -> tuple[list[Record], BoxCount]:
-    records = list(list_table(source, image_root or source.parent))
+def _list_csv(source: Path, image_root: Path) -> tuple[list[Record], BoxCount]:
+    records = list(list_table(source, image_root))
     records, boxes = give_boxes(records, lambda record: str(record.path.parent), read_list_file)
     # A table may well name some of a folder's pictures only.
     return records, replace(boxes, lines_unmatched=0)
 
 
-_LISTING = {"folder": _list_folder, "zip": _list_zip, "csv": _list_csv}
+_LISTING = {"folder": list_folder, "zip": _list_zip}
 
 
 def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Record:
