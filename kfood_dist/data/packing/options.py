@@ -105,6 +105,6 @@ def fingerprint(kind: str, records: Sequence[Record], classes: Sequence[DishClas
             for r in records
         ],
     }
-    if any(r.split for r in records):
+    if any(r.split for r in records if r.problem is None):
         settled["publisher_split"] = [r.split for r in records]
     return hashlib.sha256(json.dumps(settled, sort_keys=True).encode("ascii")).hexdigest()

@@ -37,9 +37,9 @@ def settle(records: Sequence[Record], is_dealt: bool) -> tuple[list[Record], Sou
 
     `is_dealt` deals all anew: then no record has a split.
     """
-    if not any(record.split for record in records):
-        return list(records), None
     named = {record.split for record in records if record.problem is None}
+    if not any(named):
+        return list(records), None
     given = tuple(split for split in SPLITS if split in named)
     num_outside = sum(record.problem is None and record.split not in given for record in records)
     own = SourceSplit(given, not is_dealt, num_outside)
@@ -51,7 +51,7 @@ def settle(records: Sequence[Record], is_dealt: bool) -> tuple[list[Record], Sou
 def _in_a_split(record: Record, given: Sequence[str]) -> Record:
     if record.problem is not None or record.split in given:
         return record
-    called = f"its split is called {record.split}" if record.split else f"lies in none of {', '.join(given)}"
+    called = f"its split is called {record.split}" if record.split else "lies in no split of the source"
     return replace(record, problem="no_split", detail=called, split="")
 
 
