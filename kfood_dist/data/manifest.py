@@ -68,6 +68,12 @@ class Manifest:
         raise ShardError(f"{self.where} is no local folder, which this needs", "copy it to a disk first")
 
     @property
+    def groups_across(self) -> int:
+        """How many groups lie in several splits, as the source's own split has them."""
+        own = self.raw.get("source_split")
+        return 0 if own is None else own["groups_across"]
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have samples, in the order train, val, test."""
         present = {s.split for s in self.shards if s.samples}
@@ -166,6 +172,8 @@ def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
     )
     _count(raw["rejected"]["count"]), float(raw["rejected"]["share"]), dict(raw["rejected"]["by_reason"])
     str(raw["rejected"]["sha256"])
+    if (own := raw.get("source_split")) is not None:
+        _count(own["groups_across"])
     for split in SPLITS:
         _count(raw["splits"][split]["samples"])
     return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), shards, raw)

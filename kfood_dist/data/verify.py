@@ -200,7 +200,10 @@ def _check_folder(manifest: Manifest) -> Iterator[Fault]:
 
 
 def _check_counts(manifest: Manifest, indexes: list[np.ndarray]) -> Iterator[Fault]:
-    """The manifest's counts against the indexes, keys that occur once, and groups that lie in one split."""
+    """The manifest's counts against the indexes, keys that occur once, and groups that lie in one split.
+
+    The split that a source came with may tear groups apart; the manifest says how many.
+    """
     by_split: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for shard, index in zip(manifest.shards, indexes, strict=True):
         by_split[shard.split].append(index)
@@ -208,11 +211,16 @@ def _check_counts(manifest: Manifest, indexes: list[np.ndarray]) -> Iterator[Fau
     if manifest.raw.get("splits") != counts:
         yield Fault(MANIFEST_NAME, "states other numbers of samples, groups or pictures per class than the indexes")
     owner: dict[int, str] = {}
+    torn: dict[str, set[int]] = {}
     for split, parts in by_split.items():
         keys = [key for part in parts for key in part["key"].tolist()]
         if keys != [sample_key(split, number).encode("ascii") for number in range(len(keys))]:
             yield Fault(MANIFEST_NAME, f"has keys in {split} that do not count its samples")
         groups = {group for part in parts for group in part["group"].tolist()}
-        torn = sum(owner.setdefault(group, split) != split for group in groups)
-        if torn:
-            yield Fault(MANIFEST_NAME, f"has {torn} groups in {split} that lie in another split too")
+        torn[split] = {group for group in groups if owner.setdefault(group, split) != split}
+    if (stated := manifest.groups_across) == 0:
+        for split, groups in torn.items():
+            if groups:
+                yield Fault(MANIFEST_NAME, f"has {len(groups)} groups in {split} that lie in another split too")
+    elif (across := len(set().union(*torn.values()))) != stated:
+        yield Fault(MANIFEST_NAME, f"states {stated} groups that lie in several splits, the indexes have {across}")

@@ -22,7 +22,7 @@ from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.labels import load_classes
 from kfood_dist.data.packing.chunks import cut, load_chunk, prepare_chunk
 from kfood_dist.data.packing.prepare import PictureSettings, Prepared, Refusal, in_processes
-from kfood_dist.data.packing.sources import opened, read, read_picture, scan, zips
+from kfood_dist.data.packing.sources import opened, read, read_picture, scan, scan_source, zips
 from kfood_dist.errors import SourceError
 
 CLASSES = Path(__file__).resolve().parents[2] / "shards" / "kfood150.tsv"
@@ -196,7 +196,13 @@ def test_a_name_in_no_known_encoding_is_still_a_picture(tmp_path):
 
 def test_a_zip_beside_the_folder_it_was_extracted_to_is_not_read_twice(tmp_path):
     as_folder(tmp_path, {"구이/불고기/a.jpg": JPEG, "구이.zip": zipped({"불고기/a.jpg": JPEG})})
-    assert said(scan(tmp_path)) == {"구이.zip": "extracted", "구이/불고기/a.jpg": ("구이", "불고기")}
+    found = scan_source(tmp_path)
+    assert said(found.records) == {"구이/불고기/a.jpg": ("구이", "불고기")}
+    assert found.passed.as_json() == {
+        "by_suffix": {".zip": 1},
+        "machine_made": {},
+        "containers": {"extracted": {"count": 1, "first": "구이.zip"}},
+    }
 
 
 def test_records_are_small_and_a_changed_picture_is_told_by_its_crc(tmp_path):
@@ -400,14 +406,15 @@ def test_an_inner_zip_whose_size_is_told_wrong_is_refused(tmp_path):
         }
 
 
-def test_a_zip_without_pictures_is_told(tmp_path):
-    for members in ({}, {"org_url.csv": b"a"}):
-        with pytest.raises(SourceError, match="holds no pictures"):
+def test_a_zip_without_pictures_is_no_refused_picture_and_is_counted(tmp_path):
+    for members, fault in (({}, "holds no pictures → "), ({"org_url.csv": b"a"}, r"holds no pictures, but \.csv 1 → ")):
+        with pytest.raises(SourceError, match=fault):
             scan(put(tmp_path / "kfood.zip", zipped(members)))
     inner = {"구이.zip": zipped({}), "국.zip": zipped({"a.txt": b""}), "면.zip": zipped({"라면/a.jpg": JPEG})}
-    expected = {"구이.zip": "empty", "국.zip": "empty", "면.zip/라면/a.jpg": ("면", "라면")}
-    assert said(scan(put(tmp_path / "outer.zip", zipped(inner)))) == expected
-    assert said(scan(as_folder(tmp_path / "folder", inner))) == expected
+    for source in (put(tmp_path / "outer.zip", zipped(inner)), as_folder(tmp_path / "folder", inner)):
+        found = scan_source(source)
+        assert said(found.records) == {"면.zip/라면/a.jpg": ("면", "라면")}
+        assert found.passed.by_suffix == {".zip": 2, ".txt": 1}
 
 
 def test_a_third_zip_is_refused_and_costs_no_other(tmp_path):

@@ -41,6 +41,7 @@ from kfood_dist.data.packing.groups import group_pictures
 from kfood_dist.data.packing.options import PackOptions, fingerprint
 from kfood_dist.data.packing.place import classes_of, leaked_at_random, part_ambiguous, place
 from kfood_dist.data.packing.prepare import Prepared, Refusal, in_processes
+from kfood_dist.data.packing.publisher import SourceSplit, assign, count_across, settle
 from kfood_dist.data.packing.sources import Record, scan_source
 from kfood_dist.data.packing.sources.names import file_name
 from kfood_dist.data.packing.workspace import (
@@ -63,6 +64,11 @@ from kfood_dist.errors import KfoodError, ShardError, SourceError
 
 # A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
 _OVERHEAD_BYTES = 2600
+# By the commonest reason.
+_HINTS = {
+    "missing": "name the folder where the paths start with --image-root; ",
+    "no_split": "put them into the source's splits, or deal all anew with --split 0.8,0.1,0.1; ",
+}
 # A class id is a u2 in the index.
 _MAX_CLASSES = 2**16
 _LABELS_SHOWN = 10
@@ -89,6 +95,7 @@ class _Job:
     records: list[Record]
     source: dict[str, Any]
     chosen_from: frozenset[str]
+    own_split: SourceSplit | None
 
 
 def pack(source: Path, out: Path, options: PackOptions) -> Packed:
@@ -159,14 +166,16 @@ def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
             f"{num_classes:,} classes are more than the {_MAX_CLASSES:,} that a data set has room for",
             "name the classes with --classes, or check that the labels are dishes' names",
         )
-    records, chosen_from = choose(found.records, options.per_class, options.subset, options.seed)
+    settled, own_split = settle(found.records, is_dealt=options.fractions is not None)
+    records, chosen_from = choose(settled, options.per_class, options.subset, options.seed)
     origin = {
         "kind": found.kind,
         "name": unicodedata.normalize("NFC", file_name(source.resolve().name)),
         "fingerprint": fingerprint(found.kind, records, listed, options),
         "crop_lists": asdict(found.boxes),
+        "passed_by": found.passed.as_json(),
     }
-    return _Job(out, options, records, origin, chosen_from)
+    return _Job(out, options, records, origin, chosen_from, own_split)
 
 
 def _existing(job: _Job) -> Manifest | None:
@@ -211,13 +220,15 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
     _require_enough(job, refused)
     classes = classes_of(pictures) if options.classes is None else load_classes(options.classes)
     groups = group_pictures(pictures)
+    fractions, seed = options.shares(), options.seed
+    splits = assign(groups, [picture.record for picture in pictures], job.own_split, fractions, seed)
 
     result = shard_folder(work, _shards_name(job, pictures))
     written = sum(path.stat().st_size for path in result.iterdir())
     require_space(result, sum(p.num_bytes + _OVERHEAD_BYTES for p in pictures) - written)
     storage = open_storage(work / "chunks")
     writer = ShardWriter(result, storage, classes, options.image_size, options.shard_size)
-    for split, samples in place(pictures, groups, classes, options.fractions, options.seed).items():
+    for split, samples in place(pictures, groups, splits, classes, seed).items():
         writer.write(split, samples)
     storage.close()
     rejected_csv = _rejected_csv(refused)
@@ -234,7 +245,8 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         "class_list": options.classes is not None,
         "classes": [{"name": c.name, "category": c.category, "aliases": c.aliases} for c in classes],
         "splits": writer.splits,
-        "random_split_would_leak": leaked_at_random(pictures, groups, options.fractions, options.seed),
+        "source_split": _describe_split(job.own_split, groups, splits),
+        "random_split_would_leak": leaked_at_random(pictures, groups, fractions, seed),
         "rejected": {
             "count": len(refused),
             "share": round(len(refused) / len(job.records), 6),
@@ -267,6 +279,21 @@ def _chosen(job: _Job, pictures: Sequence[Prepared], classes: Sequence[DishClass
     names = {*job.chosen_from, *(dish.name for dish in classes)}
     short = count_short(per_class, names, (picture.record.label for picture in pictures))
     return {"per_class": per_class, "subset": subset, "short": short}
+
+
+def _describe_split(own: SourceSplit | None, groups: Sequence[int], splits: Sequence[str]) -> dict[str, Any] | None:
+    """The source's own split and what became of it; None if it has none."""
+    if own is None:
+        return None
+    groups_across, in_train = count_across(groups, splits)
+    return {
+        "given": own.given,
+        "kept": own.is_kept,
+        "outside": own.num_outside,
+        "from_train": own.from_train,
+        "groups_across": groups_across,
+        "look_alike_in_train": in_train,
+    }
 
 
 def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prepared], list[Refusal]]:
@@ -310,10 +337,8 @@ def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
 
 def _why_refused(reason: str, refused: Sequence[Refusal], options: PackOptions) -> tuple[str, str]:
     """What else to say of the commonest reason, and its remedy."""
-    if reason == "missing":
-        return "", "name the folder where the paths start with --image-root; mend the source, or raise --max-rejected"
     if reason != "unknown_label":
-        return "", "mend the source, or raise --max-rejected"
+        return "", f"{_HINTS.get(reason, '')}mend the source, or raise --max-rejected"
     labels = Counter(refusal.label for refusal in refused if refusal.reason == reason)
     some = counted(dict(labels.most_common(_LABELS_SHOWN))) + (", …" if len(labels) > _LABELS_SHOWN else "")
     return (

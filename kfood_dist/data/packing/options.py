@@ -14,6 +14,8 @@ from kfood_dist.data.packing.sources import Record
 from kfood_dist.data.packing.split import parse_fractions
 from kfood_dist.errors import SourceError
 
+USUAL_FRACTIONS = parse_fractions("0.8,0.1,0.1")
+
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -23,7 +25,8 @@ class PackOptions:
     resize: str = "squash"
     quality: int = 90
     min_side: int = 32
-    fractions: Mapping[str, float] = field(default_factory=lambda: parse_fractions("0.8,0.1,0.1"))
+    # None: the publisher's split if the source has one, else USUAL_FRACTIONS.
+    fractions: Mapping[str, float] | None = None
     seed: int = 0
     # At 224 px some 35 MB: the 150-class set gives about 60 training shards, enough for any reader to deal to
     # its ranks and workers, and a damaged file costs little.
@@ -42,6 +45,10 @@ class PackOptions:
     def picture_settings(self) -> PictureSettings:
         """The part that the workers need."""
         return PictureSettings(self.image_size, self.resize, self.quality, self.min_side, self.crop_boxes)
+
+    def shares(self) -> Mapping[str, float]:
+        """The shares of train, val and test that are dealt."""
+        return USUAL_FRACTIONS if self.fractions is None else self.fractions
 
     def check(self) -> None:
         """Raise SourceError at the first option that cannot be meant."""
@@ -92,7 +99,7 @@ def fingerprint(kind: str, records: Sequence[Record], classes: Sequence[DishClas
     settled = {
         "kind": kind,
         "picture": vars(options.picture_settings()),
-        "fractions": dict(options.fractions),
+        "fractions": dict(options.shares()),
         "seed": options.seed,
         "shard_size": options.shard_size,
         "chosen": [options.per_class, options.subset],
@@ -102,4 +109,6 @@ def fingerprint(kind: str, records: Sequence[Record], classes: Sequence[DishClas
             for r in records
         ],
     }
+    if any(r.split for r in records if r.problem is None):
+        settled["publisher_split"] = [r.split for r in records]
     return hashlib.sha256(json.dumps(settled, sort_keys=True).encode("ascii")).hexdigest()

@@ -2,17 +2,19 @@
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.data.manifest import REJECTED_NAME, SPLITS, Manifest
 from kfood_dist.data.packing.job import Packed, counted, pack
 from kfood_dist.data.packing.options import PackOptions, parse_part
+from kfood_dist.data.packing.sources.passed import how_to_read, list_counts
 from kfood_dist.data.packing.split import parse_fractions
 
 # Inputs that stand for many: one such line may hide a hundred pictures.
-_WHOLE_ARCHIVES = ("unreadable_archive", "nested_archive", "extracted")
+_WHOLE_ARCHIVES = ("unreadable_archive", "nested_archive")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="cut pictures to their box in crop_area.properties, where there is one",
     )
-    add("--split", default="0.8,0.1,0.1", metavar="A,B,C", help="shares of train, val, test (%(default)s)")
+    add(
+        "--split",
+        metavar="A,B,C",
+        help="shares of train, val, test (0.8,0.1,0.1; a source with train, val or test folders keeps its own split)",
+    )
     add("--seed", type=int, default=default.seed, help="of subsets, splits and the order of samples (%(default)s)")
     add("--per-class", type=int, metavar="N", help="so many pictures of each class (all)")
     add(
@@ -93,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         quality=args.quality,
         min_side=args.min_side,
         crop_boxes=args.crop_boxes,
-        fractions=parse_fractions(args.split),
+        fractions=None if args.split is None else parse_fractions(args.split),
         seed=args.seed,
         per_class=args.per_class,
         subset=args.subset,
@@ -108,11 +114,11 @@ def run(args: argparse.Namespace) -> int:
     )
     started = time.perf_counter()
     packed = pack(args.source, args.out, options)
-    print("\n".join(_summary(packed, args.out, options, time.perf_counter() - started)))
+    print("\n".join(_summary(packed, args.source, args.out, options, time.perf_counter() - started)))
     return 0
 
 
-def _summary(packed: Packed, out: Path, options: PackOptions, seconds: float) -> Iterator[str]:
+def _summary(packed: Packed, source: Path, out: Path, options: PackOptions, seconds: float) -> Iterator[str]:
     if packed.manifest is None:
         yield f"part     {options.part} of {options.parts} is prepared; " + (
             f"{packed.missing_chunks:,} chunks of other parts are missing yet"
@@ -123,24 +129,26 @@ def _summary(packed: Packed, out: Path, options: PackOptions, seconds: float) ->
     if packed.reused:
         how = "another packer finished it" if packed.by_another else "complete, and made"
         yield f"reused   {out}: {how}, from this source with these options"
-    yield from _describe(packed.manifest, out)
+    yield from _describe(packed.manifest, source, out)
     num_packed = sum(shard.samples for shard in packed.manifest.shards)
     pace = "" if packed.reused else f", {seconds:.1f} s, {num_packed / seconds:,.0f} pictures/s"
     num_bytes = sum(shard.bytes for shard in packed.manifest.shards)
     yield f"holds    {num_bytes:,} bytes in {len(packed.manifest.shards)} shards{pace}: {out}"
 
 
-def _describe(manifest: Manifest, out: Path) -> Iterator[str]:
+def _describe(manifest: Manifest, source: Path, out: Path) -> Iterator[str]:
     raw = manifest.raw
     counts = {split: raw["splits"][split]["samples"] for split in SPLITS}
     groups = sum(raw["splits"][split]["groups"] for split in SPLITS)
     by_split = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     yield f"packed   {sum(counts.values()):,} pictures of {len(manifest.classes)} classes: {by_split}"
+    yield from _describe_split(raw.get("source_split"))
     leaked = raw["random_split_would_leak"]
-    yield (
-        f"groups   {groups:,} of look-alikes, each in one split; dealt singly, {leaked['val']:,} pictures of val and "
-        f"{leaked['test']:,} of test would have had one in train"
-    )
+    if manifest.groups_across == 0:
+        yield (
+            f"groups   {groups:,} of look-alikes, each in one split; dealt singly, {leaked['val']:,} pictures of val "
+            f"and {leaked['test']:,} of test would have had one in train"
+        )
     if raw["chosen"] and (short := raw["chosen"]["short"]):
         some = ", ".join(f"{name} {count}" for name, count in list(short.items())[:5])
         more = ", …" if len(short) > 5 else ""
@@ -153,5 +161,46 @@ def _describe(manifest: Manifest, out: Path) -> Iterator[str]:
     reasons = counted(refused["by_reason"])
     where = f": {reasons}; all named in {out / REJECTED_NAME}" if reasons else ""
     yield f"refused  {refused['count']:,} ({refused['share']:.2%}){where}"
+    # One that an earlier version packed has no such count.
+    if passed := raw["source"].get("passed_by"):
+        yield from _describe_passed(passed, source)
     if whole := sum(refused["by_reason"].get(reason, 0) for reason in _WHOLE_ARCHIVES):
         yield f"WARNING  {whole} of these are whole archives, each with any number of pictures: see {REJECTED_NAME}"
+
+
+def _describe_split(own: dict[str, Any] | None) -> Iterator[str]:
+    """What became of the split that the source came with, if it has one."""
+    if own is None:
+        return
+    given, from_train = _listed(own["given"]), _listed(own["from_train"])
+    if not own["kept"]:
+        yield f"split    dealt anew by --split; the source's own split ({given}) is not kept"
+        return
+    lacking = [split for split in SPLITS if split not in own["given"]]
+    taken = f"; it has no {from_train}: taken from its train by the usual share" if from_train else ""
+    empty = f"; it has no {_listed(lacking)}: empty" if lacking and not from_train else ""
+    yield f"split    the source's own: {given} kept{taken}{empty}; --split deals all anew"
+    if own["outside"]:
+        yield f"WARNING  {own['outside']:,} pictures lie in no split of the source and are left out"
+    if own["groups_across"]:
+        in_train = own["look_alike_in_train"]
+        yield (
+            f"WARNING  {own['groups_across']:,} groups of look-alikes lie in several splits of the source: "
+            f"{in_train['val']:,} pictures of val and {in_train['test']:,} of test have one in train. Nothing was moved"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`train, val and test`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _describe_passed(passed: dict[str, Any], source: Path) -> Iterator[str]:
+    """What the source holds besides pictures, and how to read what may hold some."""
+    if by_suffix := passed["by_suffix"]:
+        yield f"passed   {sum(by_suffix.values()):,} files that are no pictures: {list_counts(by_suffix)}"
+    if made := passed["machine_made"]:
+        yield f"passed   {sum(made.values()):,} hidden files or files that a machine made: {list_counts(made)}"
+    for kind, found in passed["containers"].items():
+        more = f" and {found['count'] - 1:,} more" if found["count"] > 1 else ""
+        yield f"WARNING  {found['first']}{more}: not read; {how_to_read(kind, str(source / found['first']))}"

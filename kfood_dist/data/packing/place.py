@@ -2,7 +2,7 @@
 
     prepared pictures ──► part_ambiguous ──► those whose bytes have one label only
                       ──► classes_of     ──► class list (unless one was given)
-    and their groups  ──► place          ──► the samples of each split, in a seeded shuffled order
+    and their splits  ──► place          ──► the samples of each split, in a seeded shuffled order
 
 Always holds: the order of the pictures that come in decides nothing.
 """
@@ -56,13 +56,12 @@ def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
 def place(
     pictures: Sequence[Prepared],
     groups: Sequence[int],
+    splits: Sequence[str],
     classes: Sequence[DishClass],
-    fractions: Mapping[str, float],
     seed: int,
 ) -> dict[str, list[Sample]]:
-    """The samples of train, val and test, each in its shuffled order."""
+    """The samples of train, val and test, each in its shuffled order, from a group and a split for each picture."""
     ids = {dish.name: i for i, dish in enumerate(classes)}
-    splits = assign_splits(groups, [picture.record.label for picture in pictures], fractions, seed)
     placed: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for picture, group, split in zip(pictures, groups, splits, strict=True):
         placed[split].append(Sample(picture, ids[picture.record.label], group))

@@ -11,54 +11,70 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from kfood_dist.data.packing.sources.boxes import BoxCount, give_boxes, read_list_file
+from kfood_dist.data.packing.sources.boxes import LIST_NAME, BoxCount, give_boxes, read_list_file
 from kfood_dist.data.packing.sources.names import file_name, file_side
+from kfood_dist.data.packing.sources.passed import PassedBy, made_by_machine
 from kfood_dist.data.packing.sources.read import is_fault_of_one_file
 from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 from kfood_dist.data.packing.sources.zips import ZipRejected, list_zip
 from kfood_dist.errors import SourceError
 
 
-def list_folder(root: Path) -> tuple[list[Record], BoxCount]:
-    """The pictures under a folder; raises SourceError when a folder cannot be listed."""
+def list_folder(root: Path, passed: PassedBy) -> tuple[list[Record], BoxCount]:
+    """The pictures under a folder; what is none is counted in `passed`.
+
+    Raises SourceError when a folder cannot be listed.
+    """
     pictures, zipped, count = list[Record](), list[Record](), BoxCount()
-    paths = [(path, path.relative_to(root).parts) for path in _walk(root)]
+    paths = [(path, path.relative_to(root).parts) for path in _walk(root, passed)]
     side = file_side(part for _, parts in paths for part in parts)
     for path, parts in paths:
-        record = file_record(path, "/".join(file_name(part, side) for part in parts))
+        source = "/".join(file_name(part, side) for part in parts)
+        if suffix(path.name) not in SUFFIXES | {".zip"}:
+            passed.add(source)
+            continue
+        record = file_record(path, source)
         if suffix(path.name) != ".zip" or record.problem is not None:
             pictures.append(record)
             continue
-        found, found_count = _zip_in_folder(record)
+        found, found_count = _zip_in_folder(record, passed)
         zipped += found
         count += found_count
     pictures, own_count = give_boxes(pictures, lambda record: str(record.path.parent), read_list_file)
     return pictures + zipped, count + own_count
 
 
-def _zip_in_folder(record: Record) -> tuple[list[Record], BoxCount]:
-    if folder := _extracted_beside(record.path):
-        detail = f"lies beside the folder {file_name(folder)}, which is read instead; remove one of the two"
-        return [replace(record, problem="extracted", detail=detail)], BoxCount()
+def _zip_in_folder(record: Record, passed: PassedBy) -> tuple[list[Record], BoxCount]:
+    if _is_extracted(record.path):
+        passed.add(record.source, "extracted")
+        return [], BoxCount()
     try:
-        found, count = list_zip(record.path, record.source)
-        if not found:
-            raise ZipRejected("empty", "a zip that holds no pictures")
-        return found, count
+        found, count = list_zip(record.path, record.source, passed)
     except ZipRejected as rejected:
+        if _is_last_part(record.path):
+            passed.add(record.source)
+            return [], BoxCount()
         return [replace(record, problem=rejected.reason, detail=rejected.detail)], BoxCount()
     except OSError as error:
         if is_fault_of_one_file(error):
             detail = f"cannot be read ({error.strerror})"
             return [replace(record, problem="unreadable_archive", detail=detail)], BoxCount()
         raise SourceError(f"{record.path} cannot be read ({error.strerror})", "check its disk") from None
+    if not found:
+        passed.add(record.source)
+    return found, count
 
 
-def _extracted_beside(path: Path) -> str:
-    """The name of the folder a zip was extracted to, "" where there is none beside it."""
+def _is_last_part(path: Path) -> bool:
+    """Whether a zip is the end of one that was cut into .z01, .z02 and so on."""
+    return any(path.with_suffix(first).exists() for first in (".z01", ".Z01"))
+
+
+def _is_extracted(path: Path) -> bool:
+    """Whether the folder that a zip was extracted to lies beside it."""
     stem = path.name[: -len(".zip")]
-    spellings = dict.fromkeys((stem, unicodedata.normalize("NFC", stem), unicodedata.normalize("NFD", stem)))
-    return next((name for name in spellings if name and (path.parent / name).is_dir()), "")
+    spellings = (stem, unicodedata.normalize("NFC", stem), unicodedata.normalize("NFD", stem))
+    return any(name and (path.parent / name).is_dir() for name in spellings)
 
 
 def file_record(path: Path, source: str) -> Record:
@@ -74,8 +90,8 @@ def file_record(path: Path, source: str) -> Record:
     return Record(path, source, num_bytes=status.st_size, changed_ns=changed_ns)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Every file with the suffix of a picture or a zip, hidden ones aside; each real folder is entered once.
+def _walk(root: Path, passed: PassedBy) -> Iterator[Path]:
+    """Every file but lists of boxes and what a machine made, which is counted; each real folder is entered once.
 
     Linked folders come last, so that a picture is named by its real place where it has one in the source, and
     loops end.
@@ -89,14 +105,16 @@ def _walk(root: Path) -> Iterator[Path]:
                 continue
             entered.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as listing:
-                entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda e: e.name)
+                entries = sorted(listing, key=lambda e: e.name)
         except OSError as error:
             raise SourceError(f"folder {folder} cannot be listed ({error.strerror})", "check its permissions") from None
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
+            if made_by := made_by_machine([entry.name]):
+                passed.add_made(Path(entry.path), made_by)
+            elif entry.is_dir(follow_symlinks=False):
                 folders.append(folder / entry.name)
             elif entry.is_symlink() and os.path.isdir(entry.path):
                 links.append(folder / entry.name)
-            elif suffix(entry.name) in SUFFIXES | {".zip"}:
+            elif entry.name != LIST_NAME:
                 yield folder / entry.name
         links.sort()

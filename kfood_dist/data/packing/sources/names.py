@@ -12,12 +12,13 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 from kfood_dist.data.encoding import UTF8, name_text, side_of
 from kfood_dist.data.labels import clean
+from kfood_dist.data.packing.sources.layout import read_places, resolved, without_zip
 from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 
 # APPNOTE.TXT 4.4.4: general purpose bit 11, the name is UTF-8.
@@ -78,15 +79,50 @@ def leads_astray(name: str) -> bool:
     )
 
 
-def named(records: Sequence[Record], root_name: str) -> list[Record]:
-    """The records with label and category by their folders; pictures on top are of the dish `root_name`.
+def named(records: Sequence[Record], root_name: str, dishes: Collection[str] = ()) -> list[Record]:
+    """The records with label, category and the publisher's split by their folders.
 
-    Records that are no pictures (a zip that was refused) or not to be trusted by name stay without.
+    Pictures on top are of the dish `root_name`; `dishes` are the clean names that are dishes, never splits.
+    Records that are no pictures (a zip that was refused) or not to be trusted by name stay without. Raises SourceError
+    for a folder that may be a split or a dish.
     """
-    places = {place: _folders(place) for place in {_place(r) for r in records if _has_dish(r)}}
-    wrapping = _num_wrapping(places.values())
-    means = {place: (parts[-1] if parts else root_name, category(parts[wrapping:])) for place, parts in places.items()}
-    return [_with_dish(r, *means[_place(r)]) if _has_dish(r) else r for r in records]
+    folders = {place: _folders(place) for place in {_place(r) for r in records if _has_dish(r)}}
+    said = read_places(folders.values(), lambda name: clean(name) in dishes)
+    places = {place: said[parts] for place, parts in folders.items()}
+    wrapping = _num_wrapping({place.folders for place in places.values()})
+    have_dish = any(place.folders for place in places.values())
+
+    def with_dish(record: Record) -> Record:
+        place = places[_place(record)]
+        if place.split and not place.folders and have_dish:
+            detail = "lies straight in the folder of a split, in no dish's folder"
+            return replace(record, problem="bad_label", detail=detail, split=place.split)
+        label = place.folders[-1] if place.folders else root_name
+        return replace(record, label=label, category=category(place.folders[wrapping:]), split=place.split)
+
+    return [with_dish(record) if _has_dish(record) else record for record in records]
+
+
+def listed(records: Sequence[Record]) -> list[Record]:
+    """The records of a table with category by their folders; so is the split, if the table itself names none."""
+    folders = {place: tuple(p for p in place.split("/") if p not in ("", "..")) for place in map(_place, records)}
+    # Where somebody keeps the set says nothing about it.
+    above = _num_shared(parts for place, parts in folders.items() if place.startswith("/"))
+    at = {place: above if place.startswith("/") else 0 for place in folders}
+    labels = {clean(record.label) for record in records}
+    said = read_places(
+        (parts[at[place] :] for place, parts in folders.items()), lambda name: clean(name) in labels, ask=False
+    )
+    means = resolved(record.split for record in records)
+    has_column = any(record.split for record in records)
+
+    def with_place(record: Record) -> Record:
+        parts, start = folders[_place(record)], at[_place(record)]
+        place = said[parts[start:]]
+        split = means[record.split] if has_column else place.split
+        return replace(record, category=category((*parts[:start], *place.folders)), split=split)
+
+    return [with_place(record) for record in records]
 
 
 def _has_dish(record: Record) -> bool:
@@ -97,13 +133,8 @@ def _place(record: Record) -> str:
     return record.source.rpartition("/")[0]
 
 
-def _with_dish(record: Record, label: str, category: str) -> Record:
-    return replace(record, label=label, category=category)
-
-
 def _folders(place: str) -> tuple[str, ...]:
-    parts = place.split("/") if place else []
-    return tuple(part[: -len(".zip")] if suffix(part) == ".zip" else part for part in parts)
+    return tuple(map(without_zip, place.split("/"))) if place else ()
 
 
 def _num_wrapping(places: Iterable[tuple[str, ...]]) -> int:
@@ -113,13 +144,19 @@ def _num_wrapping(places: Iterable[tuple[str, ...]]) -> int:
     called differently.
     """
     places = list(places)
-    # What the first and the last in order begin with, all between them do.
-    ends = zip(min(places, default=()), max(places, default=()), strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends)) if len(places) > 1 else 0
+    shared = _num_shared(places) if len(places) > 1 else 0
     below = [place[shared:] for place in places]
     if all(len(p) >= 2 for p in below) and any(clean(p[-2]) != clean(p[-1]) for p in below):
         return shared
     return 0
+
+
+def _num_shared(places: Iterable[tuple[str, ...]]) -> int:
+    """How many folders at the top all places begin with."""
+    places = list(places)
+    # What the first and the last in order begin with, all between them do.
+    ends = zip(min(places, default=()), max(places, default=()), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
 
 
 def category(folders: Sequence[str]) -> str:

@@ -4,7 +4,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"})
+# The formats of Pillow that photographs are kept in, and HEIC.
+SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+        *(".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".avif", ".avifs", ".tif", ".tiff"),
+        *(".heic", ".heics", ".heif", ".heifs", ".hif", ".ppm", ".pgm", ".pbm", ".pnm"),
+    }
+)
 
 # No photograph comes near it; it keeps a mislabelled film, an archive or a zip bomb out of memory.
 MAX_FILE_BYTES = 256 * 2**20
@@ -46,6 +53,7 @@ class Record:
     size, unpacked (0 when missing). `path` is the file to open: the picture's, or that of the zip whose `member`
     it is. `box` is the dish's place in the picture, x, y, width, height in pixels, where a list beside the
     picture gives one. `problem` is None or the reason why it cannot be used, and `detail` says so in words.
+    `split` is the publisher's: train, val, test, another name in a list's column, or "" if the source says none.
     `changed_ns` is when a plain file, or what may be done with it, last changed, in ns since 1970; else 0.
     """
 
@@ -59,6 +67,7 @@ class Record:
     member: Member | None = None
     box: tuple[int, int, int, int] | None = None
     changed_ns: int = 0
+    split: str = ""
 
     @property
     def crc32(self) -> int | None:

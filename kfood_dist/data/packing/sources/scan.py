@@ -15,9 +15,11 @@ from pathlib import Path
 from kfood_dist.data.labels import MAX_SYLLABLES, DishClass, clean, num_syllables
 from kfood_dist.data.packing.sources.boxes import BoxCount, give_boxes, read_list_file
 from kfood_dist.data.packing.sources.files import list_folder
-from kfood_dist.data.packing.sources.names import file_name, named
+from kfood_dist.data.packing.sources.layout import holds_labels, without_zip
+from kfood_dist.data.packing.sources.names import file_name, listed, named
 from kfood_dist.data.packing.sources.opened import close_all
-from kfood_dist.data.packing.sources.record import SUFFIXES, Record
+from kfood_dist.data.packing.sources.passed import PassedBy, container_kind, how_to_read, list_counts
+from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 from kfood_dist.data.packing.sources.table import check_rows, list_table
 from kfood_dist.data.packing.sources.zips import ZipRejected, list_zip
 from kfood_dist.errors import SourceError
@@ -29,11 +31,15 @@ _STILL_CHECKED = (None, "missing")
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds: `kind` is folder, zip or csv; `boxes` says what its lists of boxes were worth."""
+    """What a source holds: `kind` is folder, zip or csv; `boxes` says what its lists of boxes were worth.
+
+    `passed` counts the files that are no pictures.
+    """
 
     kind: str
     records: list[Record]
     boxes: BoxCount
+    passed: PassedBy
 
 
 def scan(
@@ -64,21 +70,57 @@ def scan_source(
         if value is not None and kind != "csv":
             raise SourceError(f"{option} does not go with the {kind} {source}", "leave it out")
     known = None if classes is None else {name: dish for dish in classes for name in dish.accepted()}
+    passed = PassedBy()
     try:
         if kind == "csv":
             records, boxes = _list_csv(source, image_root or source.parent, encoding, known or ())
         else:
-            records, boxes = _LISTING[kind](source)
+            records, boxes = _LISTING[kind](source, passed)
     finally:
         close_all()
+    if kind == "csv":
+        records = listed(records)
+    else:
+        records = _without_labels(records, passed)
+        records = named(records, without_zip(file_name(source.resolve().name)), known or ())
     if not records:
-        raise SourceError(
-            f"source {source} holds no pictures ({' '.join(sorted(SUFFIXES))})",
-            "name the folder or the zip that holds the dishes' folders, or a CSV with rows",
-        )
+        raise _no_pictures(source, passed)
+    if known is None:
+        _require_no_file_names(records)
     records = [_check_label(record, known) for record in records]
     records = list(check_rows(records, known)) if kind == "csv" else _with_own_names(records)
-    return Scan(kind, sorted(records, key=_order), boxes)
+    return Scan(kind, sorted(records, key=_order), boxes, passed)
+
+
+def _no_pictures(source: Path, passed: PassedBy) -> SourceError:
+    remedies = ["name the folder or the zip that holds the dishes' folders, or a CSV with rows"]
+    for kind, (_, first) in sorted(passed.containers.items()):
+        remedies.append(f"{first}: {how_to_read(kind, str(source / first))}")
+    holds = f", but {list_counts(passed.by_suffix)}" if passed.by_suffix else ""
+    return SourceError(f"source {source} holds no pictures{holds}", "; ".join(remedies))
+
+
+def _without_labels(records: Sequence[Record], passed: PassedBy) -> list[Record]:
+    """The records that lie in no folder or zip of labels; the others are counted."""
+    kept = list[Record]()
+    for record in records:
+        if holds_labels(record.source):
+            passed.add(record.source)
+        else:
+            kept.append(record)
+    return kept
+
+
+def _require_no_file_names(records: Sequence[Record]) -> None:
+    """Raise SourceError for a dish or category that is called like a picture's file: its folder is a machine's."""
+    for record in records:
+        for name in (record.label, record.category):
+            if suffix(name.strip()) in SUFFIXES:
+                raise SourceError(
+                    f"{record.source} would be of the dish or category {name}, a picture's name: is that meant?",
+                    "if so, rename its folder, or name all dishes with --classes; if not, take the folder out of the "
+                    "source",
+                )
 
 
 def _order(record: Record) -> tuple[str, str]:
@@ -95,25 +137,21 @@ def _kind(source: Path) -> str:
     kind = "folder" if source.is_dir() else source.suffix.lower().removeprefix(".")
     kind = "csv" if kind == "tsv" else kind
     if kind not in (*_LISTING, "csv"):
-        raise SourceError(f"source {source} is neither a folder nor a .zip or .csv", "name one of these")
+        container = container_kind(source.name)
+        remedy = how_to_read(container, str(source)) if container else "name one of these"
+        raise SourceError(f"source {source} is neither a folder nor a .zip or .csv", remedy)
     return kind
 
 
-def _list_folder(source: Path) -> tuple[list[Record], BoxCount]:
-    records, boxes = list_folder(source)
-    return named(records, file_name(source.resolve().name)), boxes
-
-
-def _list_zip(source: Path) -> tuple[list[Record], BoxCount]:
+def _list_zip(source: Path, passed: PassedBy) -> tuple[list[Record], BoxCount]:
     try:
-        records, boxes = list_zip(source)
+        return list_zip(source, "", passed)
     except ZipRejected as rejected:
         raise SourceError(
             f"{source} cannot be read: {rejected.detail}", "download it again, or mend it with `zip -FF`"
         ) from None
     except OSError as error:
         raise SourceError(f"{source} cannot be read ({error.strerror})", "check its permissions") from None
-    return named(records, file_name(source.resolve().stem)), boxes
 
 
 def _list_csv(
@@ -125,7 +163,7 @@ def _list_csv(
     return records, replace(boxes, lines_unmatched=0)
 
 
-_LISTING = {"folder": _list_folder, "zip": _list_zip}
+_LISTING = {"folder": list_folder, "zip": _list_zip}
 
 
 def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Record:

@@ -1,4 +1,4 @@
-"""Pictures listed in a CSV: `image_path,label`, the paths starting at one folder.
+"""Pictures listed in a CSV: `image_path,label`, the paths starting at one folder; `split` if the publisher has one.
 
     bytes ──► encoding.py: text ──► cells.py: rows ──► spelling.py: the file that each path means ──► records
 
@@ -15,7 +15,8 @@ from kfood_dist.data.encoding import read_text
 from kfood_dist.data.labels import DishClass, clean
 from kfood_dist.data.packing.sources.cells import Row, Table
 from kfood_dist.data.packing.sources.files import file_record
-from kfood_dist.data.packing.sources.names import category, file_name
+from kfood_dist.data.packing.sources.layout import split_of
+from kfood_dist.data.packing.sources.names import file_name
 from kfood_dist.data.packing.sources.record import SUFFIXES, Record, suffix
 from kfood_dist.data.packing.sources.spelling import Files, SeveralFit
 from kfood_dist.errors import SourceError
@@ -49,18 +50,21 @@ def list_table(
             detail = f"not {len(table.header)} columns: {row.text.strip()[:200]}"
             yield Record(path, f"{file_name(path.name)}:{row.line}", "", "", problem="bad_row", detail=detail)
         else:
-            yield _row_record(image_root, files, *row.cells)
+            path_text, label, split = row.cells
+            yield replace(_row_record(image_root, files, path_text, label), split=split_of(split) or split)
 
 
 def _rows(table: Table) -> Iterator[Row]:
-    """The rows of a table, of those that are sound path and label alone."""
+    """The rows of a table, of those that are sound path, label and split alone."""
     at_path, at_label = (table.header.index(name) for name in COLUMNS)
+    at_split = table.header.index("split") if "split" in table.header else None
     for row in table.rows(lambda cells: suffix(cells[at_path].strip()) in SUFFIXES):
         cells = row.cells
         if cells is None or len(cells) != len(table.header) or not cells[at_path].strip():
             yield replace(row, cells=None)
         else:
-            yield replace(row, cells=[cells[at_path].strip().replace("\\", "/"), cells[at_label]])
+            split = "" if at_split is None else cells[at_split].strip()
+            yield replace(row, cells=[cells[at_path].strip().replace("\\", "/"), cells[at_label], split])
 
 
 def _num_fitting(text: str, files: Files, known: Collection[str]) -> int:
@@ -68,7 +72,7 @@ def _num_fitting(text: str, files: Files, known: Collection[str]) -> int:
     table, num_fitting = Table(text, COLUMNS), 0
     if not set(COLUMNS) <= set(table.header):
         return 0
-    for path, label in (row.cells for row in _rows(table) if row.cells is not None):
+    for path, label, _ in (row.cells for row in _rows(table) if row.cells is not None):
         num_fitting += not label.isascii() and clean(label) in known
         try:
             num_fitting += not path.isascii() and files.find(path) is not None
@@ -84,8 +88,7 @@ def _row_record(image_root: Path, files: Files, text: str, label: str) -> Record
         record = Record(image_root / text, _named_from(image_root, text), problem="ambiguous_path")
         return replace(record, label=label, detail=f"any of {several}")
     source = _named_from(image_root, spelled)
-    folders = [part for part in source.split("/")[:-1] if part not in ("", "..")]
-    return replace(file_record(found, source), label=label, category=category(folders))
+    return replace(file_record(found, source), label=label)
 
 
 def _named_from(image_root: Path, text: str) -> str:

@@ -22,12 +22,14 @@ from kfood_dist.data.images import ImageRejected
 from kfood_dist.data.packing.sources.boxes import LIST_NAME, MAX_LIST_BYTES, BoxCount, give_boxes
 from kfood_dist.data.packing.sources.names import leads_astray, member_name, member_side
 from kfood_dist.data.packing.sources.opened import MAX_UNPACKED_BYTES, open_view
+from kfood_dist.data.packing.sources.passed import PassedBy, made_by_machine
 from kfood_dist.data.packing.sources.read import data_offset, read_member
 from kfood_dist.data.packing.sources.record import SUFFIXES, Archive, Member, Record, suffix
 
 # APPNOTE.TXT 4.4.4: general purpose bit 0.
 _ENCRYPTED_FLAG = 0x1
 _LOCAL_HEADER_BYTES = 30
+_INPUTS = SUFFIXES | {".zip"}
 
 
 # What zipfile raises for a damaged directory. ValueError: a name is not the UTF-8 it claims to be; OSError: a
@@ -53,21 +55,22 @@ class _Entry:
     info: zipfile.ZipInfo
 
 
-def list_zip(path: Path, under: str = "") -> tuple[list[Record], BoxCount]:
+def list_zip(path: Path, under: str, passed: PassedBy) -> tuple[list[Record], BoxCount]:
     """The pictures of the zip `path`, which is called `under` itself, and of the zips in it.
 
-    Raises ZipRejected when it is no whole zip, OSError when it cannot be opened.
+    What is no picture is counted in `passed`. Raises ZipRejected when it is no whole zip, OSError when it cannot be
+    opened.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ZipRejected("unreadable_archive", "not a file")
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
     archive = Archive(path, status.st_size, status.st_mtime_ns, start=0, num_bytes=status.st_size)
-    return _list(archive, under, may_hold_zips=True)
+    return _list(archive, under, passed, may_hold_zips=True)
 
 
-def _list(archive: Archive, under: str, may_hold_zips: bool) -> tuple[list[Record], BoxCount]:
-    entries = list(_entries(_directory(archive)))
+def _list(archive: Archive, under: str, passed: PassedBy, may_hold_zips: bool) -> tuple[list[Record], BoxCount]:
+    entries = list(_entries(_directory(archive), under, passed))
     last = {entry.name: entry for entry in entries}
     pictures, inner, lists = list[Record](), list[Record](), dict[str, Member]()
     count = BoxCount()
@@ -75,7 +78,7 @@ def _list(archive: Archive, under: str, may_hold_zips: bool) -> tuple[list[Recor
         source = f"{under}/{entry.name}" if under else entry.name
         member = _member(archive, entry.info)
         record = Record(archive.path, source, num_bytes=entry.info.file_size, member=member)
-        if suffix(entry.name) not in SUFFIXES | {".zip"} and not entry.unsafe:
+        if suffix(entry.name) not in _INPUTS and not entry.unsafe:
             lists[source.rpartition("/")[0]] = member
         elif entry.unsafe:
             pictures.append(_refused(record, "unsafe_path", "its name leads outside the zip"))
@@ -86,7 +89,7 @@ def _list(archive: Archive, under: str, may_hold_zips: bool) -> tuple[list[Recor
         elif suffix(entry.name) in SUFFIXES:
             pictures.append(record)
         else:
-            found, found_count = _list_inner(record, member, may_hold_zips)
+            found, found_count = _list_inner(record, member, passed, may_hold_zips)
             inner += found
             count += found_count
     pictures, own_count = give_boxes(
@@ -97,17 +100,17 @@ def _list(archive: Archive, under: str, may_hold_zips: bool) -> tuple[list[Recor
     return pictures + inner, count + own_count
 
 
-def _list_inner(record: Record, member: Member, may_be_read: bool) -> tuple[list[Record], BoxCount]:
+def _list_inner(record: Record, member: Member, passed: PassedBy, may_be_read: bool) -> tuple[list[Record], BoxCount]:
     """The pictures of a zip inside a zip, or the record of that zip as one refused input."""
     try:
         if not may_be_read:
             raise ZipRejected("nested_archive", "a zip in a zip in a zip; extract the outermost and pack the folder")
-        found, count = _list(_inner(member), record.source, may_hold_zips=False)
-        if not found:
-            raise ZipRejected("empty", "a zip that holds no pictures")
-        return found, count
+        found, count = _list(_inner(member), record.source, passed, may_hold_zips=False)
     except ZipRejected as rejected:
         return [_refused(record, rejected.reason, rejected.detail)], BoxCount()
+    if not found:
+        passed.add(record.source)
+    return found, count
 
 
 def _inner(member: Member) -> Archive:
@@ -148,24 +151,24 @@ def _num_bytes_at_least(info: zipfile.ZipInfo) -> int:
     return _LOCAL_HEADER_BYTES + info.compress_size
 
 
-def _entries(infos: list[zipfile.ZipInfo]) -> Iterator[_Entry]:
-    """The pictures, zips and lists of boxes among the members; directories and hidden ones are passed by."""
+def _entries(infos: list[zipfile.ZipInfo], under: str, passed: PassedBy) -> Iterator[_Entry]:
+    """The pictures, zips and lists of boxes among the members; other files are counted in `passed`."""
     side = member_side(infos)
     for info in infos:
         name = unicodedata.normalize("NFC", member_name(info, side))
         unsafe = leads_astray(name)
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-        if not parts or name.endswith("/") or any(_is_hidden(part) for part in parts):
+        if not parts or name.endswith("/"):
             continue
+        if made_by := made_by_machine(parts):
+            passed.machine_made[made_by] += 1
         # A name with a NUL is one thing to a program that stops there, and another to one that does not.
-        if any(suffix(file) in SUFFIXES | {".zip"} for file in (parts[-1], *parts[-1].split("\0"))):
+        elif any(suffix(file) in _INPUTS for file in (parts[-1], *parts[-1].split("\0"))):
             yield _Entry(name if unsafe else "/".join(parts), unsafe, info)
         elif not unsafe and parts[-1] == LIST_NAME:
             yield _Entry("/".join(parts), False, info)
-
-
-def _is_hidden(part: str) -> bool:
-    return (part.startswith(".") and part != "..") or part == "__MACOSX"
+        else:
+            passed.add("/".join([under, *parts] if under else parts))
 
 
 def _member(archive: Archive, info: zipfile.ZipInfo) -> Member:
