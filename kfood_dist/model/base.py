@@ -10,15 +10,12 @@ from typing import Any, Protocol
 from kfood_dist.data.patches import VisionSpec, grid_of
 from kfood_dist.data.template import SampleTooLong, Template
 from kfood_dist.errors import ModelError, RecipeError
-from kfood_dist.model.files import located
+from kfood_dist.model.files import located, require_supported
 
 # Where the parts of a Qwen2.5-VL lie in transformers 5, as module paths from the model's root.
 LANGUAGE_MODEL = "model.language_model"
 VISION_TOWER = "model.visual"
 HEAD = "lm_head"
-
-# model_type of a config: what was tested, and under which name people know it.
-SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen2_vl": "Qwen2-VL"}
 
 
 class Asked(Protocol):
@@ -59,7 +56,7 @@ def load_config(base: str) -> Any:
     where = located(base)
     try:
         # The type first: for one that it does not know, AutoConfig asks at the console whether to run foreign code.
-        _require_supported(base, PretrainedConfig.get_config_dict(where)[0].get("model_type"))
+        require_supported(base, PretrainedConfig.get_config_dict(where)[0].get("model_type"))
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except ModelError:
         raise
@@ -67,13 +64,6 @@ def load_config(base: str) -> Any:
         raise ModelError(
             f"the config of base model {base} cannot be read ({_first_line(error)})", _REDOWNLOAD
         ) from None
-
-
-def _require_supported(base: str, model_type: Any) -> None:
-    if model_type not in list(SUPPORTED):
-        known = " or ".join(f"{name} ({kind})" for kind, name in SUPPORTED.items())
-        what = f"is a {model_type}, which this trainer was not tested with" if model_type else "names no type of model"
-        raise ModelError(f"base model {base} {what}", f"use a {known}")
 
 
 def load_tokenizer(base: str) -> Any:

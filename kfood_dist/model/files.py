@@ -13,11 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kfood_dist.errors import ModelError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_TIMEOUT_S = 5.0
+
+# model_type of a config: what was tested, and under which name people know it.
+SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen2_vl": "Qwen2-VL"}
 
 # Each line is one need besides config.json and the weights: any file of it, or any pair, will do.
 _SMALL_FILES: tuple[tuple[tuple[str, ...], ...], ...] = (
@@ -42,10 +46,11 @@ def require_base(base: str) -> None:
     """Raise ModelError, within seconds, unless `base` is a whole local folder, whole in the hub's cache or on the hub.
 
     Whole means: every file that loading needs is there, every shard of the index has its header and its full length,
-    and holds the tensors that the index maps to it.
+    and holds the tensors that the index maps to it. A type of model that was not tested is refused too.
     """
     folder = Path(base)
     if os.path.isdir(folder):  # False too for what can be no path
+        _require_type(base, folder)  # first: a text model lacks no files
         _refuse(f"base model folder {folder}", list(find_faults(folder)), _folder_remedy(folder))
     elif folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
         raise ModelError(
@@ -60,6 +65,23 @@ def require_base(base: str) -> None:
             f"check the name, or on a machine with access run `hf download {base} --local-dir DIR`, copy DIR here "
             "and set model.base=DIR",
         )
+
+
+def require_supported(base: str, model_type: Any) -> None:
+    """Raise ModelError unless the trainer was tested with this `model_type` of a config."""
+    if model_type not in list(SUPPORTED):
+        known = " or ".join(f"{name} ({kind})" for kind, name in SUPPORTED.items())
+        what = f"is a {model_type}, which this trainer was not tested with" if model_type else "names no type of model"
+        raise ModelError(f"base model {base} {what}", f"use a {known}")
+
+
+def _require_type(base: str, folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # told as a fault of the file, or by who reads it
+        return
+    if isinstance(config, dict):
+        require_supported(base, config.get("model_type"))
 
 
 def base_folder(base: str) -> Path | None:
@@ -168,6 +190,7 @@ def _folder_remedy(folder: Path) -> str:
 
 def _require_snapshot(name: str, snapshot: Path) -> None:
     """Raise ModelError for a snapshot that has damaged files, or lacks some that the hub cannot be asked for."""
+    _require_type(name, snapshot)
     faults = list(_snapshot_faults(snapshot))
     where = f"base model '{name}' in the hub cache ({snapshot})"
     if damaged := sorted({fault.name for fault in faults if fault.what != _MISSING}):

@@ -1,7 +1,6 @@
 """What a user gets wrong is said in one message with its remedy, before anything loads or is written."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def test_a_run_directory_that_cannot_be_made(recipe: Path, tmp_path: Path) -> No
 
 
 def test_a_picture_that_does_not_fit_the_length(recipe: Path) -> None:
-    refused(recipe, "data.max_length 10 is less than one picture", "data.max_length=10")
+    refused(recipe, "data.max_length 10 is too short for a picture", "data.max_length=10")
 
 
 def test_a_deepspeed_json_that_conflicts(recipe: Path, tmp_path: Path) -> None:
@@ -92,10 +91,14 @@ def test_a_source_with_nothing_in_it(tmp_path: Path, make: bool) -> None:
 def test_a_mistake_that_only_a_rank_can_find_ends_with_its_status(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int
 ) -> None:
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    os.truncate(model / "model.safetensors", 100_000)
-    recipe = write_recipe(tmp_path / "recipe.yaml", model, tiny_shards, train={"zero_stage": 0})
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tiny_model,
+        tiny_shards,
+        train={"zero_stage": 0},
+        lora={"target_modules": ["q_proj", "qkv"]},
+    )
     process = start(recipe, processes)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
-    assert f"base model {model} cannot be loaded" in output and "Traceback" not in output
+    assert "lora.target_modules ['qkv'] are not in each of" in output and "Traceback" not in output

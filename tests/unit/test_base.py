@@ -10,6 +10,7 @@ import pytest
 import torch
 from bases import edit
 
+from kfood_dist import doctor
 from kfood_dist.config import Data
 from kfood_dist.data.patches import encode_picture
 from kfood_dist.errors import ModelError
@@ -167,6 +168,8 @@ def test_a_text_models_template_is_refused_in_one_line(base: Path, text: str) ->
     (base / "chat_template.jinja").write_text(text)
     with pytest.raises(ModelError, match=r"refuses a picture \(|does not place exactly one image token") as caught:
         build_template(str(base), Data(shards="."))
+    (found,) = doctor.examine("model", lambda: doctor.check_model(str(base), None))
+    assert found.level == doctor.FAULT and found.what == f"model: {caught.value.what}"
     assert "\n" not in str(caught.value) and caught.value.remedy.startswith("use the chat template and tokenizer")
 
 
