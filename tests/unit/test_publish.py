@@ -70,7 +70,7 @@ def test_a_finished_run_that_is_started_again_publishes_by_the_key_it_is_given(t
     for which, step in (("best", 6), ("last", 9), ("best", 6)):
         assert train(recipe(run, publish=which), None, World(), publish) == 0  # type: ignore[arg-type]
         told = f"already trained, 9 steps; published the adapter of step {step} of 9"
-        assert told in capsys.readouterr().out and told in (run / "log.txt").read_text().splitlines()[-1]
+        assert told in capsys.readouterr().out
         assert published_step(run) == step
     assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 9}
 
