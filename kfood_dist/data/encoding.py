@@ -21,6 +21,8 @@ UTF8, CP949 = "utf-8", "cp949"
 _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 # Bytes that end a name or a cell, and are never the second byte of a letter in CP949.
 _PIECE = re.compile(rb"[^\x00-\x1f\"',./:;<=>|\\_-]+")
+# 가 and 힝 in CP949: the 2,350 syllables that are in use lie between, with a second byte from that of 가.
+_FIRST, _LAST = "가힝".encode(CP949)[:2], "가힝".encode(CP949)[2:]
 # A letter of Western or Central Europe inside a word, as in `crème`.
 _INSIDE_A_WORD = re.compile("[a-z][À-ſ]|[À-ſ][a-z]")
 
@@ -76,12 +78,13 @@ def require_encoding(name: str) -> None:
 
 
 def wide_encoding(data: bytes) -> str | None:
-    """UTF-16, or UTF-32 by its mark, where that can be told; such a text begins with a letter of ASCII."""
+    """UTF-16 or UTF-32 by its mark, or UTF-16 by its NULs, which are the other halves of ASCII letters; else None."""
+    num_even, num_odd = data[::2].count(0), data[1::2].count(0)
     found = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
-    if found is None and len(data) > 1 and (data[0] == 0) != (data[1] == 0):
-        found = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    if found is None and max(num_even, num_odd) > max(len(data) // 8, 4 * min(num_even, num_odd)):
+        found = "utf-16-be" if num_even > num_odd else "utf-16-le"
     # Every such text has ASCII in it, at least its line breaks, and so NULs.
-    return found if found and b"\0" in data and _fault(data, found) is None else None
+    return found if found and num_even + num_odd and _fault(data, found) is None else None
 
 
 def _encoding_of(data: bytes, fits: Callable[[str], int]) -> str:
@@ -141,15 +144,17 @@ def _sure(piece: bytes) -> str | None:
     """The encoding in which a piece has Hangul and which it alone can have, damaged or not; None if it is not sure."""
     if piece.isascii():
         return None
-    utf8 = piece.decode(UTF8, errors="replace")
+    utf8, cp949 = piece.decode(UTF8, errors="replace"), _read(piece, CP949)
     num_damaged = utf8.count("\ufffd")
-    cp949 = _read(piece, CP949)
-    num_others = 0 if cp949 is None else sum(not c.isascii() for c in cp949) - _num_hangul(cp949)
-    if num_damaged and cp949 is not None and not num_others:
+    letters = [c.encode(CP949) for c in cp949 or "" if not c.isascii()]
+    in_use = [letter for letter in letters if _FIRST <= letter <= _LAST and letter[1] >= _FIRST[1]]
+    if num_damaged and letters and len(in_use) == len(letters):
         return CP949
-    if _num_hangul(utf8) >= max(num_damaged, 1):
+    # Hangul in UTF-8 begins with one of these bytes, which lead Chinese letters in CP949.
+    is_misread = any(0xEA <= letter[0] <= 0xED for letter in letters)
+    if _num_hangul(utf8) and (is_misread or _num_hangul(utf8) >= num_damaged):
         return UTF8
-    return CP949 if num_damaged and cp949 is not None and _num_hangul(cp949) >= max(num_others, 1) else None
+    return CP949 if num_damaged and 2 * len(in_use) >= max(len(letters), 1) else None
 
 
 def _all_likely(pieces: Iterable[bytes]) -> str | None:
@@ -166,7 +171,7 @@ def _likely(piece: bytes, is_name: bool = False) -> str | None:
     utf8, cp949 = _read(piece, UTF8), _read(piece, CP949)
     if piece.isascii() or utf8 is None:
         return None
-    in_use = all(byte < 0x80 or byte > 0xA0 for byte in piece)
+    in_use = all(byte < 0x80 or byte >= _FIRST[1] for byte in piece)
     if cp949 is None or not in_use or _num_hangul(cp949) < sum(not c.isascii() for c in cp949):
         return UTF8
     if _INSIDE_A_WORD.search(utf8):

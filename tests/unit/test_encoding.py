@@ -28,6 +28,12 @@ def test_what_is_no_hangul_stays_what_it_is(text: str) -> None:
     assert read_text(HEADER + text.encode(), "a.csv") == "image_path,label\n" + text
 
 
+def test_utf16_without_a_mark_is_told_whatever_its_first_letter_and_one_nul_does_not_make_it() -> None:
+    text = "라벨,image_path,label\r\n가각,가.jpg,가가가\r\n"
+    assert [read_text(text.encode(f"utf-16-{end}"), "a.csv") for end in ("le", "be")] == [text, text]
+    assert read_text(("\0" + text).encode(), "a.csv") == "\0" + text
+
+
 def test_rare_syllables_and_signs_of_korean_windows_are_read() -> None:
     text = "똠양꿍,펲,㎖ 湯 불고기\n"
     assert read_text(text.encode("cp949"), "a.csv") == text
@@ -50,6 +56,12 @@ def test_rare_syllables_and_signs_of_korean_windows_are_read() -> None:
         (both("a.jpg,불고기\nb.jpg,", "") + b"\xc8\n", r"mostly UTF-8, but not here: line 3, byte 39 of the"),
         (HEADER + "a.jpg,불고기".encode()[:-1], r"mostly UTF-8, but not here: line 2, byte 29 of the"),
         (b"\xef\xbb\xbf" + both("a.jpg,", "약과\n"), r"line 2, byte 26 of the"),
+        (both("a.jpg,갈비", "구이\n"), r"mostly UTF-8, but not here: line 2, byte 29"),
+        (
+            both("", "a.jpg,불고기\nb.jpg,약과\n") + "c.jpg,갈비".encode() + b"\xb1\xb8\n",
+            r"but UTF-8 here: line 4, byte 47",
+        ),
+        (HEADER + "a.jpg,寿司\n".encode("shift-jis"), r"no Hangul as CP949: line 2, byte 23"),
         (HEADER + "a.jpg,Käse\n".encode("latin-1"), r"neither UTF-8 nor CP949 nor UTF-16 text: line 2, byte 24"),
         (HEADER + "a.jpg,ﾗｰﾒﾝ\n".encode("shift-jis"), r"no Hangul as CP949: line 2, byte 25"),
         ("a.jpg,불고기\n".encode("utf-16")[:-1], r"neither UTF-8 nor CP949 nor UTF-16 text: line 1, byte 0"),

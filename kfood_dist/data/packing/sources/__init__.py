@@ -8,7 +8,7 @@
 
 Names are compared in NFC, whatever the file system or the zip kept (macOS writes NFD); files are opened by their
 real path, members of zips by their place. Only listings and sizes are read here, no picture, and nothing is
-ever unpacked to disk.
+ever unpacked to disk. A CSV's rows are read by cells.py, and its paths found by spelling.py.
 """
 
 from kfood_dist.data.packing.sources.boxes import BoxCount
