@@ -74,8 +74,8 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     if newest:
         if plan.resume(newest.record().data) != newest.step:
             raise CheckpointError(f"checkpoint {newest.folder} has the data position of another step", "delete it")
-        if (folder := base_folder(recipe.model.base)) and has_weights(folder):
-            require_same_base(newest, folder, recipe.model.base)
+        if (base := base_folder(recipe.model.base)) and has_weights(base):
+            require_same_base(newest, base, recipe.model.base)
     return plan
 
 
