@@ -8,9 +8,12 @@ import logging
 import os
 import resource
 import signal
+import sys
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +95,43 @@ class World:
     def barrier(self) -> None:
         """Return once every rank is here."""
         if self.size > 1:
+            import torch
             import torch.distributed as dist
 
-            dist.barrier()
+            # NCCL would have to guess this rank's device, and a wrong guess hangs.
+            on_gpu = dist.get_backend() == dist.Backend.NCCL
+            dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+
+
+def limit_waits(timeout: timedelta) -> None:
+    """Let every process group there is wait so long in a collective, and no longer.
+
+    A library's own groups have c10d's default otherwise: ten minutes on NCCL, whatever the first group was given.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(timeout, group)
+
+
+def run_rank(world: World, verb: str, work: Callable[[], int]) -> int:
+    """Do this rank's part of `work`, in which ranks wait for each other; its exit status.
+
+    A mistake that this rank met is told here and now, since no other can tell and the launcher then ends them all.
+    An error of a library goes on up, and Python prints it at once: nothing on the way may wait for another rank.
+    """
+    try:
+        return work()
+    except KfoodError as error:
+        if not world.is_main:  # whose mistakes are told by `cli.main`
+            print(f"kfood {verb}: rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        raise
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        print(f"rank {world.rank}: another rank is gone", file=sys.stderr, flush=True)
+        time.sleep(2)  # so that the launcher meets that one first, which says why
+        return 1
 
 
 def lost_a_peer(error: RuntimeError) -> bool:

@@ -23,7 +23,6 @@ from kfood_dist.data.mix import Mixture
 from kfood_dist.data.plan import EMPTY, MicroBatch, deal
 from kfood_dist.data.shards import ShardSplit
 from kfood_dist.data.template import Template
-from kfood_dist.errors import KfoodError
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.task import Task
@@ -35,15 +34,16 @@ _TIMEOUT = timedelta(hours=1)
 
 @contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """The ranks connected, if there are several: over NCCL where each has its GPU, else over gloo."""
+    """The ranks connected, if there are several: over NCCL where each has its GPU, else over gloo.
+
+    They part only if all went well: NCCL's parting waits for the other ranks, which wait for the one that failed.
+    """
     if world.size == 1:
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
 def any_rank(world: World, flag: bool, device: torch.device) -> bool:
@@ -69,22 +69,19 @@ def my_batches(num_samples: int, batch_size: int, world: World) -> list[tuple[in
     return [tuple(int(i) for i in ids if i != EMPTY) for ids in slots]
 
 
-def answer_part(task: Task, template: Template, world: World, device: torch.device) -> Part | KfoodError:
-    """Answer this rank's batches. A user's mistake is returned, so that rank 0 tells of it whoever met it."""
-    try:
-        collator = StreamingCollator(task.shards, template, for_generation=True)
-        answerer = load_answerer(task.settings, template, task.model, task.adapter, device, task.max_new_tokens)
-        started = time.perf_counter()
-        records: dict[int, Record] = {}
-        refused: list[int] = []
-        batches = my_batches(task.num_samples, task.batch_size, world)
-        for ids in tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True):
-            answered = answer_batch(collator, answerer, ids)
-            records |= answered
-            refused += [i for i in ids if i not in answered]
-        return Part(records, refused, time.perf_counter() - started)
-    except KfoodError as error:
-        return error
+def answer_part(task: Task, template: Template, world: World, device: torch.device) -> Part:
+    """Answer this rank's batches."""
+    collator = StreamingCollator(task.shards, template, for_generation=True)
+    answerer = load_answerer(task.settings, template, task.model, task.adapter, device, task.max_new_tokens)
+    started = time.perf_counter()
+    records: dict[int, Record] = {}
+    refused: list[int] = []
+    batches = my_batches(task.num_samples, task.batch_size, world)
+    for ids in tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True):
+        answered = answer_batch(collator, answerer, ids)
+        records |= answered
+        refused += [i for i in ids if i not in answered]
+    return Part(records, refused, time.perf_counter() - started)
 
 
 def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int, ...]) -> dict[int, Record]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.stage import stage
-from kfood_dist.errors import KfoodError
+from kfood_dist.data.template import Template
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.metrics import Record
@@ -27,7 +27,7 @@ from kfood_dist.evaluate.page import interval, percent, report_page
 from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
 from kfood_dist.evaluate.settings import add_model_arguments, base_fingerprint, sha256_file
 from kfood_dist.evaluate.task import Task, check, find_earlier
-from kfood_dist.runtime import World, end_with_launcher, quiet_libraries
+from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, run_rank
 
 if TYPE_CHECKING:
     import torch
@@ -76,16 +76,21 @@ def run(args: argparse.Namespace) -> int:
     earlier = find_earlier(task) if world.is_main else None
     if world.size == 1 and earlier:
         return reuse(task, earlier)
+    quiet_libraries()
+    template = build_template(task.settings, task.model, task.adapter)
+    return run_rank(world, "eval", lambda: answer(task, earlier, template, world, args.stage))
+
+
+def answer(task: Task, earlier: Report | None, template: Template, world: World, stage_dir: Path | None) -> int:
+    """Answer all pictures, together with the other ranks, unless rank 0 has an `earlier` report."""
     from kfood_dist.evaluate.ask import answer_part, any_rank, process_group
     from kfood_dist.evaluate.generate import pick_device
 
-    quiet_libraries()
-    template = build_template(task.settings, task.model, task.adapter)
     device = pick_device(world)
     with process_group(world, device):
         if any_rank(world, earlier is not None, device):
             return reuse(task, earlier) if earlier else 0
-        with staged(task, args.stage, world) as read_here:
+        with staged(task, stage_dir, world) as read_here:
             parts = world.gather(answer_part(read_here, template, world, device))
             if parts is not None:
                 conclude(read_here, parts, world, device)
@@ -117,20 +122,16 @@ def preflight(args: argparse.Namespace) -> bool:
     return False
 
 
-def conclude(task: Task, parts: list["Part | KfoodError"], world: World, device: "torch.device") -> None:
-    """Put the ranks' parts together and write everything, on rank 0. Raises the first mistake a rank met."""
+def conclude(task: Task, parts: list["Part"], world: World, device: "torch.device") -> None:
+    """Put the ranks' parts together and write everything, on rank 0."""
     from kfood_dist.evaluate.ask import make_record
 
-    for part in parts:
-        if isinstance(part, KfoodError):
-            raise part
-    whole = [part for part in parts if not isinstance(part, KfoodError)]
-    refused = sorted(i for part in whole for i in part.refused)
+    refused = sorted(i for part in parts for i in part.refused)
     found = {i: make_record(task.shards, i, "", 0.0) for i in refused}
-    found |= {i: record for part in whole for i, record in part.records.items()}
+    found |= {i: record for part in parts for i, record in part.records.items()}
     assert sorted(found) == list(range(task.num_samples)), "a picture was left out"
     records = [found[i] for i in range(task.num_samples)]
-    seconds = max(part.seconds for part in whole)
+    seconds = max(part.seconds for part in parts)
     report = build_report(records, [task.shards.key(i) for i in refused], _facts(task, world, device, seconds))
     task.out.mkdir(parents=True, exist_ok=True)
     if task.tensorboard:

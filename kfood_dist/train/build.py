@@ -21,10 +21,10 @@ from kfood_dist.model.identity import fingerprint, read_config
 from kfood_dist.model.load import load_base, recompute_activations
 from kfood_dist.model.loss import AnswerLoss
 from kfood_dist.monitor import RunLog
-from kfood_dist.runtime import World
+from kfood_dist.runtime import World, limit_waits
 from kfood_dist.train import checkpoint
 from kfood_dist.train.checkpoint import Checkpoint
-from kfood_dist.train.engine import Engine, build_accelerator, build_engine
+from kfood_dist.train.engine import Engine, build_accelerator, build_engine, collective_timeout
 from kfood_dist.train.facts import machine_facts, model_facts
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.optim import build_optimizer
@@ -148,7 +148,9 @@ def build_module(recipe: Recipe, vision: VisionSpec, device: torch.device) -> An
 def _build_engine(recipe: Recipe, accelerator: Accelerator, module: AnswerLoss) -> Engine:
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = build_optimizer(trainable, recipe.optim)
-    return build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm, recipe.model.precision)
+    engine = build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm, recipe.model.precision)
+    limit_waits(collective_timeout(recipe))  # of groups that the engine made
+    return engine
 
 
 def _validation(recipe: Recipe, template: Template) -> StreamingCollator | None:

@@ -23,7 +23,7 @@ from kfood_dist.data.collate import Batch
 from kfood_dist.data.plan import Plan
 from kfood_dist.errors import LaunchError
 from kfood_dist.model.load import DTYPES
-from kfood_dist.runtime import World
+from kfood_dist.runtime import World, limit_waits
 from kfood_dist.train import state
 from kfood_dist.train.zero import INITIAL_SCALE_POWER, SCALE_WINDOW, deepspeed_config
 
@@ -72,8 +72,7 @@ def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
     accelerate does not choose gloo for DeepSpeed on CPU, and turns silently into DDP when asked for the CPU.
     """
     cpu = not torch.cuda.is_available()
-    # Longer than the watch waits, which can name the rank that stalls.
-    timeout = timedelta(seconds=2 * recipe.train.stall_timeout_s + 60)
+    timeout = collective_timeout(recipe)
     process_group = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)]
     if recipe.train.zero_stage == 0:
         # PlainEngine casts and scales itself: accelerate has no fp16 on a CPU.
@@ -97,7 +96,24 @@ def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
             f"DeepSpeed was asked for, but accelerate set up {accelerator.distributed_type}",
             "start through launch/train.sh, or set train.zero_stage=0 to train without DeepSpeed",
         )
+    _limit_deepspeed_waits(timeout)
     return accelerator
+
+
+def collective_timeout(recipe: Recipe) -> timedelta:
+    """How long a rank waits for others before the watch begins: longer than the watch does, which names who stalls."""
+    return timedelta(seconds=2 * recipe.train.stall_timeout_s + 60)
+
+
+def _limit_deepspeed_waits(timeout: timedelta) -> None:
+    """Let DeepSpeed's own group of all ranks wait as long as the first: it loads and reduces on that one.
+
+    DeepSpeed makes the group when it is first needed, and gives it no timeout (deepspeed/utils/groups.py).
+    """
+    from deepspeed.utils import groups
+
+    groups._get_data_parallel_group()
+    limit_waits(timeout)
 
 
 def _spare_inference_op() -> None:

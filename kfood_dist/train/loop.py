@@ -70,12 +70,13 @@ class Trainer:
     took_s: dict[str, float] = field(default_factory=dict)  # seconds of the last checkpoint and measurement
 
     def train(self, start: int) -> int:
-        """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved."""
+        """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved.
+
+        The ranks are watched from here on, until `shut_down`.
+        """
         self.watch.start()
         with closing(self._batches(start)) as batches:
-            last = self._take_steps(start, batches)
-        self.watch.stop()
-        return last
+            return self._take_steps(start, batches)
 
     def _take_steps(self, start: int, batches: Iterator[Batch]) -> int:
         recipe, last = self.recipe.train, start
@@ -255,9 +256,13 @@ class Trainer:
         return self.recipe.run.dir / "checkpoints"
 
     def shut_down(self) -> None:
-        """Leave the process group; without it NCCL and gloo complain at exit."""
+        """Leave the process group, when all went well; without it NCCL and gloo complain at exit.
+
+        NCCL waits for the other ranks here. So the watch goes on until that is done.
+        """
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        self.watch.stop()
 
     def _name_left_out(self, step: int, meter: StepMeter) -> None:
         """Name the samples of all ranks that this step left out or replaced; stop the run if too many are bad.

@@ -3,8 +3,6 @@
 import argparse
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -21,9 +19,9 @@ from kfood_dist.runtime import (
     World,
     end_with_launcher,
     has_launcher,
-    lost_a_peer,
     quiet_libraries,
     raise_open_file_limit,
+    run_rank,
 )
 from kfood_dist.supervise import FINISHED, STOPPED
 from kfood_dist.train import checkpoint
@@ -91,20 +89,9 @@ def run(args: argparse.Namespace) -> int:
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         console.keep_in(recipe.run.dir / console.LOG_FILE)
-        try:
-            train(recipe, plan, world, conclude, args.stage)
-            stopped = read_state(recipe.run.dir) == "stopped"
-            return STOPPED if stopped and not has_launcher(os.environ) else FINISHED
-        except KfoodError as error:
-            if not world.is_main:  # what only this rank met, nobody else can tell
-                print(f"rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            raise
-        except RuntimeError as error:
-            if not lost_a_peer(error):
-                raise
-            print(f"rank {world.rank}: another rank is gone", file=sys.stderr, flush=True)
-            time.sleep(2)  # so that the launcher meets that one first, which says why
-            return 1
+        status = run_rank(world, "train", lambda: train(recipe, plan, world, conclude, args.stage))
+        stopped = read_state(recipe.run.dir) == "stopped"
+        return STOPPED if status == FINISHED and stopped and not has_launcher(os.environ) else status
 
 
 def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude]":
@@ -167,8 +154,10 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
         except KfoodError as error:
             error.exit_status = 1  # a disk or a server, say: what was wrong from the start was told before
             raise
+    trainer.watch.beat("the end of the run")
     if world.is_main:
         conclude(trainer, done)
+    trainer.watch.beat("the last meeting of the ranks")
     world.barrier()  # so that every node's ranks end together, and none is taken for one that was left behind
     trainer.log.close()
     trainer.shut_down()

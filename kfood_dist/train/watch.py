@@ -6,6 +6,9 @@
 A rank that has made no beat for `timeout_s` ends the job. Named is the rank whose process does not answer at all, else
 the one that is behind the others: those that wait for it have come further. Each rank that can leaves its threads'
 stacks in the run directory.
+
+While the ranks are watched, collectives have no time limit of their own: it would run on while a job is suspended, and
+end it when it is resumed.
 """
 
 import faulthandler
@@ -16,14 +19,16 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.runtime import World
+from kfood_dist.runtime import World, limit_waits
 
 # A watcher that itself was away for so many of its pauses knows nothing of the others, and begins anew.
 _STOOD_STILL = 3
 _DUMP_TIMEOUT_S = 5
+_NO_LIMIT = timedelta(days=365)  # c10d wants a number
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Watch:
         """Begin to watch; a collective."""
         if self.world.size > 1:
             store = _open_store(self.world)
+            limit_waits(_NO_LIMIT)
             threading.Thread(target=self._exchange, args=(store,), name="beats", daemon=True).start()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from running import environment
 
 from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
-from kfood_dist.runtime import World, require_folder_possible, write_whole
+from kfood_dist.runtime import World, require_folder_possible, run_rank, write_whole
 
 
 def test_a_process_started_alone_is_rank_0_of_1() -> None:
@@ -25,6 +26,28 @@ def test_the_launchers_variables_are_read() -> None:
     world = World.from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
     assert world == World(rank=3, size=4, local_rank=1)
     assert not world.is_main
+
+
+@pytest.mark.parametrize(("backend", "device_ids"), [("nccl", [1]), ("gloo", None)])
+def test_a_barrier_names_the_device_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device_ids: list[int] | None
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda **options: asked.append(options["device_ids"]))
+    World(rank=3, size=4, local_rank=1).barrier()
+    assert asked == [device_ids]
+
+
+def test_a_mistake_is_told_by_the_rank_that_met_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        raise KfoodError("a shard is damaged", "copy it again")
+
+    for rank, told in ((1, "kfood eval: rank 1: a shard is damaged → copy it again\n"), (0, "")):
+        with pytest.raises(KfoodError):
+            run_rank(World(rank=rank, size=2), "eval", work)
+        assert capsys.readouterr().err == told
 
 
 def test_a_rank_that_starts_when_its_launcher_has_ended_ends() -> None:

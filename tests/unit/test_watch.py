@@ -7,11 +7,14 @@ import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from kfood_dist.runtime import World
+from kfood_dist.train.loop import Trainer
 from kfood_dist.train.watch import Seen, Watch, blame
 
 NOW = 1000.0
@@ -42,6 +45,15 @@ def test_while_rank_0_is_silent_nothing_is_known_of_the_others() -> None:
 
 def test_when_all_wait_at_the_same_place_that_is_said() -> None:
     assert blame([seen(12, 61), seen(12, 61)], 60, NOW) == ["all ranks wait at step 7"]
+
+
+def test_the_watch_goes_on_until_the_process_group_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under NCCL leaving it waits for the other ranks, of which one may stall."""
+    watch, watched = Watch(World(), 60, tmp_path), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: watched.append(not watch._ended.is_set()))
+    Trainer.shut_down(SimpleNamespace(watch=watch))  # type: ignore[arg-type]
+    assert watched == [True] and watch._ended.is_set()
 
 
 STALLS = """

@@ -1,0 +1,124 @@
+"""Two ranks over gloo: how long they wait for each other, and how all end if one of them fails."""
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from running import write_recipe
+from safetensors.torch import load_file, save_file
+from torch.distributed import distributed_c10d
+
+from kfood_dist.runtime import World
+
+STALL_S = 50
+EXPECTED_S = 2 * STALL_S + 60
+
+
+def timeouts() -> list[float]:
+    """The timeout of every process group there is, in seconds."""
+    groups = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+    return [backend.options._timeout.total_seconds() for backend in groups]
+
+
+def build_and_train(recipe_path: Path, damaged: str) -> None:
+    """Build a trainer, load a damaged base as it would be loaded, and take a step; prints what it saw as one line."""
+    from kfood_dist.config import load_recipe
+    from kfood_dist.errors import ModelError
+    from kfood_dist.model.load import load_base
+    from kfood_dist.train.build import build_trainer
+    from kfood_dist.train.preflight import preflight
+    from kfood_dist.train.stop import StopRequest
+
+    world, recipe = World.from_environment(), load_recipe(recipe_path)
+    plan = preflight(recipe, world.size)
+    recipe.run.dir.mkdir(exist_ok=True)
+    trainer, start = build_trainer(recipe, plan, world, None, StopRequest(recipe.run.dir, world.is_main))
+    built = timeouts()
+    try:
+        refused = str(load_base(damaged, "none", "bf16", "sdpa", torch.device("cpu")))
+    except ModelError as error:
+        refused = str(error)
+    trainer.train(start)
+    facts = {"stage": trainer.engine.stage, "built": built, "watched": timeouts(), "refused": refused}
+    trainer.shut_down()
+    print(json.dumps(facts), flush=True)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A base without one tensor, with one too many, and one of another shape."""
+    folder = tmp_path_factory.mktemp("damaged")
+    for path in tiny_model.iterdir():
+        os.link(path, folder / path.name)
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["v_head.weight"] = tensors.pop("visual.blocks.1.attn.qkv.weight").clone()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_process_group_waits_longer_than_the_watch(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, damaged: Path, stage: int
+) -> None:
+    """DeepSpeed makes a group of its own. Under stage 3 transformers would load the damaged base without a word."""
+    train = {"max_steps": 1, "zero_stage": stage, "stall_timeout_s": STALL_S}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train=train)
+    for ended in run_ranks(tmp_path, build_and_train, recipe, str(damaged), zero=True):
+        assert ended.status == 0, ended.output
+        facts = json.loads(ended.output.splitlines()[-1])
+        assert facts["stage"] == stage
+        assert len(facts["built"]) > 1 and set(facts["built"]) == {EXPECTED_S}
+        assert min(facts["watched"]) > timedelta(days=300).total_seconds()
+        assert "it lacks model.visual.blocks.1.attn.qkv.weight; " in facts["refused"]
+        assert "norm.weight is (255,), not (256,); the config knows no v_head.weight" in facts["refused"]
+
+
+def meet_late(run_dir: Path) -> None:
+    """Begin to watch in a group with a short limit; then one rank comes much later than the other, as if suspended."""
+    from kfood_dist.train.watch import Watch
+
+    world = World.from_environment()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+    watch = Watch(world, 60, run_dir)
+    watch.start()
+    time.sleep(3 * world.rank)
+    world.barrier()
+    dist.destroy_process_group()
+    watch.stop()
+
+
+def test_while_they_are_watched_ranks_wait_as_long_as_it_takes(tmp_path: Path) -> None:
+    for ended in run_ranks(tmp_path, meet_late, tmp_path):
+        assert ended.status == 0, ended.output
+
+
+def evaluate(words: list[str]) -> int:
+    """`kfood eval`, in which rank 1 runs out of memory; parting from the others would wait for ever, as on NCCL."""
+    from kfood_dist.cli import main
+    from kfood_dist.evaluate.generate import Answerer
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    if World.from_environment().rank == 1:
+        Answerer.answer = out_of_memory  # type: ignore[assignment, method-assign]
+    dist.destroy_process_group = lambda: os._exit(9)
+    return main(["eval", *words])
+
+
+def test_an_error_of_a_library_on_one_rank_is_told_and_ends_all(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
+    words = ["--shards", tiny_shards, "--model", tiny_model, "--out", tmp_path / "out"]
+    first, second = run_ranks(tmp_path, evaluate, [*map(str, words), "--batch-size", "3"])
+    assert first.status == 1 and "rank 0: another rank is gone" in first.output
+    assert second.status == 1 and "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in second.output
+    assert not (tmp_path / "out").exists()
