@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from kfood_dist import console
-from kfood_dist.runtime import LAUNCHER_PID
+from kfood_dist.runtime import LAUNCHER_PID, how_it_ended
 from kfood_dist.train.stop import is_ignored
 
 # How torchrun reads its option from the environment: `PET_` and the name (torch/distributed/argparse_util.py).
@@ -46,7 +46,7 @@ def main() -> int:
         if any(failure.exitcode == 2 for failure in error.failures.values()):
             return 2
         rank, failure = error.get_first_failure()
-        print(f"rank {rank} failed first, {how(failure.exitcode)}", file=sys.stderr)
+        print(f"rank {rank} failed first, {how_it_ended(failure.exitcode)}", file=sys.stderr)
         return 1
     return 0
 
@@ -58,11 +58,6 @@ def handled_signals() -> list[str]:
     """
     requests = [number for number in (signal.SIGTERM, signal.SIGHUP) if not is_ignored(number)]
     return [number.name for number in (signal.SIGINT, signal.SIGQUIT, *requests)]
-
-
-def how(exitcode: int) -> str:
-    """An exit status in words."""
-    return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"with exit status {exitcode}"
 
 
 if __name__ == "__main__":
