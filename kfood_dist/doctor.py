@@ -10,9 +10,12 @@ import argparse
 import importlib
 import importlib.metadata
 import io
+import multiprocessing
 import os
 import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -29,7 +32,9 @@ DISTRIBUTION = "kfood_dist"
 PYTHONS = ((3, 11), (3, 12))  # python_requires in setup.cfg, and what is tested
 _GIB = 2**30
 _NEEDED_GIB, _WANTED_GIB = 2.0, 20.0  # a run of the tiny model; a 3B model in bf16 with room for shards and runs
-_SHM_GIB = 0.25  # Docker gives 64 MiB unless told otherwise: too little for loader processes
+# What NVIDIA names for NCCL, which puts its buffers between GPUs there; Docker gives 64 MiB unless told otherwise
+# (docs.nvidia.com/deeplearning/nccl, "Troubleshooting", shared memory).
+_NCCL_SHM_GIB = 1.0
 
 # QLoRA (arXiv 2305.14314): NF4 of normally distributed weights errs by some 9% of their size, and so does a product.
 _NF4_ERROR = (0.02, 0.2)
@@ -84,6 +89,8 @@ def checks(shards: Path | None, model: str | None) -> dict[str, Check]:
         "compiler": check_compiler,
         "disk": partial(check_disk, Path.cwd()),
         "shared memory": check_shared_memory,
+        "semaphores": check_semaphores,
+        "temporary files": check_temporary_files,
     }
     if shards is not None:
         found["shards"] = partial(check_shards, shards)
@@ -263,16 +270,58 @@ def check_disk(folder: Path, needed_gib: float = _NEEDED_GIB, wanted_gib: float 
         yield Finding(OK, told)
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm"), wanted_gib: float = _SHM_GIB) -> Iterator[Finding]:
-    """Room for the batches that loader processes hand over."""
-    if not folder.is_dir():
-        return
-    total = shutil.disk_usage(folder).total / _GIB
-    if total < wanted_gib:
-        remedy = "start the container with --shm-size=2g, or set data.num_workers=0"
-        yield Finding(WARN, f"only {total * 1024:.0f} MiB of shared memory in {folder}", remedy)
+def check_shared_memory(folder: Path = Path("/dev/shm"), num_gpus: int | None = None) -> Iterator[Finding]:
+    """NCCL has room between GPUs. Loader processes need none.
+
+    `num_gpus` is how many of this machine one run uses, all of them unless given.
+    """
+    if num_gpus is None:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    free = shutil.disk_usage(folder).free / _GIB if folder.is_dir() else 0.0
+    told = f"{free * 1024:,.0f} MiB of shared memory free in {folder}"
+    if num_gpus > 1 and free < _NCCL_SHM_GIB:
+        remedy = "start the container with --shm-size=1g"
+        yield Finding(WARN, f"{told}; NCCL may need {_NCCL_SHM_GIB:g} GiB between {num_gpus} GPUs", remedy)
     else:
-        yield Finding(OK, f"{total:.1f} GiB of shared memory")
+        yield Finding(OK, told)
+
+
+def check_semaphores() -> Iterator[Finding]:
+    """Semaphores can be made, which lie in /dev/shm: packing in several processes needs some."""
+    try:
+        multiprocessing.get_context("fork").Lock()
+        yield Finding(OK, "semaphores can be made")
+    except OSError as error:
+        remedy = "make /dev/shm writable and make room there; until then pack with --workers 1"
+        yield Finding(FAULT, f"no semaphore can be made ({error.strerror})", remedy)
+
+
+def check_temporary_files() -> Iterator[Finding]:
+    """The folder for temporary files, TMPDIR or another, takes a file and a socket as multiprocessing names it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            (Path(folder) / "file").write_bytes(b"some bytes")
+            try:
+                listener.bind(f"{folder}/listener-12345678")
+                too_long = None
+            except OSError as error:
+                too_long = str(error)
+    except OSError as error:
+        yield Finding(FAULT, f"no temporary file can be written ({error})", _TMPDIR_REMEDY)
+        return
+    used, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
+    if wanted and os.path.realpath(wanted) != os.path.realpath(used):
+        yield Finding(WARN, f"TMPDIR is {wanted}, which cannot be written to; {used} is used", _TMPDIR_REMEDY)
+    elif too_long:
+        what = f"no socket can be made in the temporary folder {used} ({too_long}); training needs none, libraries may"
+        yield Finding(WARN, what, _TMPDIR_REMEDY)
+    else:
+        yield Finding(OK, f"temporary files and sockets in {used}")
+
+
+_TMPDIR_REMEDY = "set TMPDIR to a folder of this machine with a short path and room, such as /tmp"
 
 
 def check_shards(folder: Path) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from kfood_dist import console
 from kfood_dist.cli import build_parser as build_verb_parser
 from kfood_dist.cluster import Cluster, require_one_node
 from kfood_dist.config import Recipe, load_recipe
+from kfood_dist.doctor import OK, check_shared_memory
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation
 from kfood_dist.model.adapters import require_adapter
@@ -185,6 +186,7 @@ def train(args: argparse.Namespace) -> int:
             console.keep_in(start.recipe.run.dir / console.LOG_FILE)
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
+        tell_shared_memory(start.launch, machine)
         if tries:  # what a killed one left, before any rank looks there
             shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
         command = accelerate_command(start.launch, start.verb, cluster)
@@ -219,8 +221,16 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     machine = look_around()
     launch = choose(machine, 0, args.processes)
     print(f"launch eval: {launch.why}", flush=True)
+    tell_shared_memory(launch, machine)
     command = accelerate_command(launch, ["eval", *rest])
     os.execve(command[0], command, environment_for(launch, machine))
+
+
+def tell_shared_memory(launch: Launch, machine: Machine) -> None:
+    """Warn where NCCL may find too little shared memory, as in a container: its own error does not name it."""
+    for finding in check_shared_memory(num_gpus=min(launch.processes, machine.num_gpus)):
+        if finding.level != OK:
+            print(f"launch: {finding}", file=sys.stderr, flush=True)
 
 
 def environment_for(launch: Launch, machine: Machine) -> dict[str, str]:

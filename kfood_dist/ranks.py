@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from kfood_dist import console
-from kfood_dist.runtime import LAUNCHER_PID
+from kfood_dist.runtime import LAUNCHER_PID, how_it_ended
 from kfood_dist.train.stop import is_ignored
 from kfood_dist.utf8 import settle_names
 
@@ -48,7 +48,7 @@ def main() -> int:
         if any(failure.exitcode == 2 for failure in error.failures.values()):
             return 2
         rank, failure = error.get_first_failure()
-        print(f"rank {rank} failed first, {how(failure.exitcode)}", file=sys.stderr)
+        print(f"rank {rank} failed first, {how_it_ended(failure.exitcode)}", file=sys.stderr)
         return 1
     return 0
 
@@ -60,11 +60,6 @@ def handled_signals() -> list[str]:
     """
     requests = [number for number in (signal.SIGTERM, signal.SIGHUP) if not is_ignored(number)]
     return [number.name for number in (signal.SIGINT, signal.SIGQUIT, *requests)]
-
-
-def how(exitcode: int) -> str:
-    """An exit status in words."""
-    return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"with exit status {exitcode}"
 
 
 if __name__ == "__main__":

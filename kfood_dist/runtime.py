@@ -204,6 +204,11 @@ def end_with_parent(pid: int, by: int = signal.SIGKILL) -> None:
         os.kill(os.getpid(), by)
 
 
+def how_it_ended(exitcode: int) -> str:
+    """A process's exit status in words, negative for a signal."""
+    return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"with exit status {exitcode}"
+
+
 def keep_freed_memory() -> None:
     """Let malloc keep what a picture took for the next one; nothing where the C library is not glibc.
 
@@ -219,7 +224,7 @@ def keep_freed_memory() -> None:
 
 
 def raise_open_file_limit() -> None:
-    """Allow as many open files as the system grants: each tensor a loader process hands over holds one."""
+    """Allow as many open files as the system grants: a process keeps the shards open that it reads."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -64,13 +64,22 @@ class Batch:
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by DataLoader for its pinning thread."""
+        """The same batch in memory from which a GPU copies at once."""
         return self._each_tensor(torch.Tensor.pin_memory)
+
+    def __reduce__(self) -> "tuple[Callable[[dict[str, Any]], Batch], tuple[dict[str, Any]]]":
+        # As arrays, which pickle passes on as they lie in memory: torch would copy a tensor several times.
+        return _from_arrays, ({name: v.numpy() if torch.is_tensor(v) else v for name, v in vars(self).items()},)
 
     def _each_tensor(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values.update({name: move(value) for name, value in values.items() if torch.is_tensor(value)})
         return Batch(**values)
+
+
+def _from_arrays(values: dict[str, Any]) -> Batch:
+    tensors = {name: torch.from_numpy(v) for name, v in values.items() if isinstance(v, np.ndarray)}
+    return Batch(**values | tensors)
 
 
 class _Sample(NamedTuple):

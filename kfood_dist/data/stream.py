@@ -1,29 +1,42 @@
 """Batches from loader processes, in the plan's order.
 
-    micro-batches of the plan ──► DataLoader's workers: collator ──► Batch, Batch, …
+    micro-batches of the plan ──► loader processes in turn: collator ──► a socket each ──► a thread each ──► Batch, …
 
-Always holds: the order is the plan's whatever the number of workers; workers end with their parent, however that
-ends, and leave nothing in shared memory; a user's mistake met in a worker is raised here as itself.
+Always holds: the order is the plan's whatever the number of workers. A batch crosses as bytes: no shared memory, no
+named socket and no descriptor is needed for it. A worker that ends is noticed at once; workers end with their parent,
+however that ends; a user's mistake met in a worker is raised here as itself.
 """
 
 import atexit
+import errno
 import multiprocessing
-import os
+import pickle
 import signal
-from collections.abc import Generator, Iterator
+import socket
+import struct
+import threading
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
+from itertools import cycle
+from queue import SimpleQueue
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+import torch
 
 from kfood_dist.data.collate import Batch, StreamingCollator
 from kfood_dist.data.plan import MicroBatch
-from kfood_dist.errors import KfoodError
-from kfood_dist.runtime import end_with_parent, keep_freed_memory
+from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.runtime import end_with_parent, how_it_ended, keep_freed_memory
 
-# The signal at which a worker ends; nobody else uses it.
-_GO = signal.SIGRTMIN
 _PATIENCE_S = 5
+_REMEDIES = {
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.EAGAIN: "raise the limit of processes (`ulimit -u`)",
+    errno.ENOMEM: "give the job more memory",
+}
 
 
 def stream(
@@ -41,62 +54,159 @@ def stream(
     At least `ahead` of them are under way at any time, so that a step that takes several at once need not wait.
     `start_method` is multiprocessing's: `fork` starts at once; `spawn` takes seconds, and shares no memory with a
     process whose network driver does not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
+
+    Raises KfoodError: what a worker met, and LaunchError if one cannot be started or ends.
     """
-    if num_workers:
-        _end_what_is_left_at_exit()
-    else:
+    if not num_workers:
         keep_freed_memory()
-    loader: DataLoader[Batch | KfoodError] = DataLoader(
-        _FaultsAsValues(collator),
-        batch_size=None,
-        sampler=micro_batches,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        prefetch_factor=max(2, -(-ahead // num_workers)) if num_workers else None,
-        multiprocessing_context=start_method if num_workers else None,
-        worker_init_fn=_start_worker,
-    )
-    for batch in loader:
-        if isinstance(batch, KfoodError):
-            raise batch
-        yield batch
+        for micro_batch in micro_batches:
+            batch = collator[micro_batch]
+            yield batch.pin_memory() if pin_memory else batch
+        return
+    _end_what_is_left_at_exit()
+    workers: list[_Worker] = []
+    try:
+        for _ in range(num_workers):
+            workers.append(_Worker(collator, start_method, pin_memory))
+        yield from _in_turn(workers, micro_batches, num_workers * max(2, -(-ahead // num_workers)))
+    finally:
+        for worker in workers:
+            worker.end()
 
 
-class _FaultsAsValues(Dataset["Batch | KfoodError"]):
-    """Hands a user's mistake over as a value: raised in a loader process, it would arrive as a RuntimeError."""
+def _in_turn(workers: "list[_Worker]", micro_batches: Iterator[MicroBatch], ahead: int) -> Iterator[Batch]:
+    asked: deque[_Worker] = deque()
+    for worker, micro_batch in zip(cycle(workers), micro_batches, strict=False):
+        worker.ask(micro_batch)
+        asked.append(worker)
+        if len(asked) == ahead:
+            yield asked.popleft().answer()
+    while asked:
+        yield asked.popleft().answer()
 
-    def __init__(self, collator: StreamingCollator):
-        self.collator = collator
 
-    def __getitem__(self, micro_batch: MicroBatch) -> Batch | KfoodError:
+class _Worker:
+    """One loader process, seen from its parent: answers what it is asked, in that order."""
+
+    def __init__(self, collator: StreamingCollator, start_method: str, pin_memory: bool):
+        self._device = torch.cuda.current_device() if pin_memory else None
+        self._answers: SimpleQueue[Any] = SimpleQueue()  # None: there will be no more
         try:
-            return self.collator[micro_batch]
-        except KfoodError as error:
-            return error
+            self._socket, theirs = socket.socketpair()
+            with theirs:  # so that the worker alone holds it, and its end is the connection's
+                context: Any = multiprocessing.get_context(start_method)
+                self._process = context.Process(target=_work, args=(collator, theirs), name="loader", daemon=True)
+                self._process.start()
+        except OSError as error:
+            what = f"a loader process cannot be started ({error.strerror or error})"
+            remedy = _REMEDIES.get(error.errno or 0, "see `kfood doctor`")
+            raise LaunchError(what, f"{remedy}, or set data.num_workers=0") from None
+        # Takes what comes as it comes: the worker goes on to its next batch.
+        self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
+        self._receiver.start()
+
+    def ask(self, micro_batch: MicroBatch) -> None:
+        with suppress(ConnectionError):  # it ended, which the answer tells
+            self._socket.sendall(b"".join(as_bytes(micro_batch)))
+
+    def answer(self) -> Batch:
+        """The batch that was asked for first of those not yet answered. Raises what the worker met."""
+        found = self._answers.get()
+        if found is None:
+            raise self._fault()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(_PATIENCE_S)
+        self._receiver.join(_PATIENCE_S)
+        self._socket.close()
+
+    def _receive(self) -> None:
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
+            while True:
+                found = receive(self._socket)
+                self._answers.put(found if self._device is None or isinstance(found, Exception) else found.pin_memory())
+        except (EOFError, ConnectionError):
+            self._answers.put(None)
+        except Exception as error:
+            self._answers.put(error)
+
+    def _fault(self) -> LaunchError:
+        self._process.join(_PATIENCE_S)
+        status = self._process.exitcode
+        return LaunchError(
+            f"a loader process ended{'' if status is None else f', {how_it_ended(status)}'}",
+            "most likely memory ran out: give the job more, or lower data.num_workers; a new start resumes",
+        )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def as_bytes(value: Any) -> Sequence[bytes | memoryview]:
+    """What to send of a value, one after the other. Arrays in it go as they lie in memory (pickle 5, PEP 574)."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+    return [struct.pack(f"<{1 + len(parts)}Q", len(parts), *map(len, parts)), *parts]
 
 
-def _start_worker(worker: int) -> None:
+def receive(connection: socket.socket) -> Any:
+    """The next value that was sent. Raises EOFError at the end, also if it is in the middle of a value."""
+    (num_parts,) = struct.unpack("<Q", _read(connection, 8))
+    sizes = struct.unpack(f"<{num_parts}Q", _read(connection, 8 * num_parts))
+    head, *buffers = [_read(connection, size) for size in sizes]
+    return pickle.loads(head, buffers=buffers)
+
+
+def _read(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    left = memoryview(data)
+    while left:
+        num_bytes = connection.recv_into(left)
+        if not num_bytes:
+            raise EOFError
+        left = left[num_bytes:]
+    return data
+
+
+def _work(collator: StreamingCollator, connection: socket.socket) -> None:
+    """Answer with a batch for each micro-batch, in a process of its own, until the parent ends it."""
+    _start_worker()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            for part in _answer(collator, receive(connection)):
+                connection.sendall(part)
+
+
+def _answer(collator: StreamingCollator, micro_batch: MicroBatch) -> Sequence[bytes | memoryview]:
+    """What to send of a batch, or of what went wrong with it."""
+    try:
+        return as_bytes(collator[micro_batch])
+    except KfoodError as error:
+        return as_bytes(error)
+    except MemoryError:
+        what, remedy = "a loader process has no memory left", "give the job more, or lower data.num_workers"
+        return as_bytes(LaunchError(what, f"{remedy}; a new start resumes"))
+    except Exception:
+        return as_bytes(RuntimeError(f"in a loader process:\n{traceback.format_exc()}"))
+
+
+def _start_worker() -> None:
     """Signals reach a whole terminal or job, and the parent alone decides; where it is killed, its workers go at once.
 
     Only a second SIGTERM is obeyed, the first may be such a signal.
-
-    They go between two steps of Python's, not by SIGKILL: torch creates a piece of shared memory and takes its name
-    away in one call, and a worker killed within it would leave the piece behind (14 of 233 killed readers did).
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
-    signal.signal(_GO, lambda *_: os._exit(0))
-    end_with_parent(parent.pid, by=_GO)
+    end_with_parent(parent.pid)
     keep_freed_memory()
+    torch.set_num_threads(1)
 
 
 @cache
@@ -106,13 +216,8 @@ def _end_what_is_left_at_exit() -> None:
     """
 
     def end() -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes an ended worker for a fault
-        children = multiprocessing.active_children()
-        for child in children:
-            if child.pid is not None:
-                os.kill(child.pid, _GO)
-        for child in children:
-            child.join(_PATIENCE_S)
+        for child in multiprocessing.active_children():
             child.kill()
+            child.join(_PATIENCE_S)
 
     atexit.register(end)

@@ -1,13 +1,15 @@
 """`kfood doctor`: each check finds what is there, names the remedy for what is not, and survives its own crash."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from running import environment
+from running import ROOT, environment
 
 from kfood_dist import doctor
 from kfood_dist.cli import main
@@ -133,8 +135,54 @@ def test_disk_and_shared_memory(tmp_path: Path):
     assert levels(doctor.check_disk(tmp_path, 0, free / 2)) == [OK]
     assert levels(doctor.check_disk(tmp_path, free / 2, free * 2)) == [WARN]
     assert levels(doctor.check_disk(tmp_path, free * 2, free * 3)) == [FAULT]
-    assert levels(doctor.check_shared_memory(tmp_path, wanted_gib=1e9)) == [WARN]
-    assert levels(doctor.check_shared_memory(tmp_path / "none")) == []
+    # No GPUs, no need: loader processes send bytes. NCCL's need is told where there is less.
+    assert levels(doctor.check_shared_memory(tmp_path / "none", num_gpus=1)) == [OK]
+    (found,) = doctor.check_shared_memory(tmp_path / "none", num_gpus=4)
+    assert str(found) == (
+        f"WARN  0 MiB of shared memory free in {tmp_path / 'none'}; NCCL may need 1 GiB between 4 GPUs "
+        "→ start the container with --shm-size=1g"
+    )
+    assert levels(doctor.check_semaphores()) == [OK]
+
+
+IN_A_SMALL_SHM = 'mount -t tmpfs -o size=4k,nr_inodes=$0 shm /dev/shm && exec "$@"'
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm needs root")
+def test_a_dev_shm_without_room_for_a_semaphore_is_found_and_keeps_packing_from_several_processes(
+    pictures: Path, tmp_path: Path
+):
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["unshare", "-m", "bash", "-c", IN_A_SMALL_SHM, "1", sys.executable, *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, cwd=ROOT)
+
+    doctor_code = "from kfood_dist import doctor; print(*doctor.check_semaphores())"
+    assert run("-c", doctor_code).stdout.startswith("FAULT no semaphore can be made (No space left on device) → ")
+    pack = ["-m", "kfood_dist", "pack", str(pictures), str(tmp_path / "shards"), "--workers"]
+    several = run(*pack, "2")
+    assert several.returncode == 2, several.stderr
+    assert "worker processes cannot be started (No space left on device) → see `kfood doctor`" in several.stderr
+    one = run(*pack, "1")
+    assert one.returncode == 0, one.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "told"),
+    [
+        ("fine", OK, "temporary files and sockets in"),
+        ("x" * 100, WARN, "AF_UNIX path too long"),
+        ("none", WARN, "is used"),
+    ],
+)
+def test_the_folder_for_temporary_files(tmp_path_factory, monkeypatch, name: str, level: str, told: str):
+    folder = tmp_path_factory.mktemp("t") / name
+    if name != "none":
+        folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (found,) = doctor.check_temporary_files()
+    assert found.level == level and told in found.what and str(folder) in found.what
+    assert not list(folder.parent.glob("*/pymp-*"))
 
 
 def test_a_damaged_shard_is_found(tiny_shards: Path, tmp_path: Path):

@@ -1,16 +1,20 @@
 """Loader processes: the plan's order, faults as themselves, an end with the parent, nothing left behind."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from running import ROOT, environment
 
 from kfood_dist.data.collate import Batch, StreamingCollator
@@ -18,7 +22,7 @@ from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import open_split
 from kfood_dist.data.stream import stream
 from kfood_dist.data.template import Template
-from kfood_dist.errors import ShardError
+from kfood_dist.errors import LaunchError, ShardError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 
 
@@ -217,3 +221,105 @@ sys.modules["kept"] = kept  # alive to the very end
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
     assert shared_memory() <= before
+
+
+HANDS_OVER = """
+import itertools, resource, sys
+sys.path[:0] = ["tests/unit"]
+from pathlib import Path
+import numpy
+from kfood_dist.errors import KfoodError
+from kfood_dist.data.stream import stream
+
+class Collator:
+    def __getitem__(self, micro_batch):
+        return numpy.full(8 << 20, micro_batch, dtype=numpy.uint8)
+
+if __name__ == "__main__":
+    limit, method = int(sys.argv[1]), sys.argv[2]
+    kept = [open("/dev/null") for _ in range(limit - 5)] if limit else []
+    if limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    try:
+        batches = stream(Collator(), iter(range(20)), 2, start_method=method)
+        print([(len(batch), int(batch[-1])) for batch in batches] == [(8 << 20, n) for n in range(20)])
+    except KfoodError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm needs root")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_batches_need_no_shared_memory_and_no_path_for_a_socket(tmp_path: Path, method: str) -> None:
+    """8 MiB a batch through a /dev/shm of one page, with a TMPDIR in which no socket could be named."""
+    script, temporary = tmp_path / "script.py", tmp_path / ("x" * 100)
+    script.write_text(HANDS_OVER)
+    temporary.mkdir()
+    small = 'mount -t tmpfs -o size=4k shm /dev/shm && exec "$0" "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", small, sys.executable, str(script), "0", method],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env={**environment(), "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_a_process_without_descriptors_left_says_so_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(HANDS_OVER)
+    done = subprocess.run(
+        [sys.executable, str(script), "40", "fork"], capture_output=True, text=True, timeout=60, cwd=ROOT,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    told = "a loader process cannot be started (Too many open files) → raise the limit of open files (`ulimit -n`), "
+    assert (done.stdout, done.returncode) == (f"{told}or set data.num_workers=0\n", 0), done.stderr
+
+
+class Ends:
+    """In place of a collator: its third batch ends the process that makes it, or raises."""
+
+    def __init__(self, how: Callable[[], Batch]):
+        self.how = how
+
+    def __getitem__(self, micro_batch: int) -> Batch:
+        return torch.zeros(1 << 20) if micro_batch < 2 else self.how()  # type: ignore[return-value]
+
+
+def killed_while_it_sends() -> Batch:
+    pid = os.getpid()
+    threading.Timer(0.2, lambda: os.kill(pid, signal.SIGKILL)).start()
+    return np.zeros(1 << 31, np.uint8)  # type: ignore[return-value]
+
+
+def cannot_be_sent() -> Batch:
+    return threading.Lock()  # type: ignore[return-value]
+
+
+def no_memory() -> Batch:
+    raise MemoryError
+
+
+def fault_of_ours() -> Batch:
+    raise ZeroDivisionError("our own")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended, killed by SIGKILL → most likely memory ran out"),
+        (killed_while_it_sends, "ended, killed by SIGKILL → most likely memory ran out"),
+        (lambda: os._exit(3), "ended, with exit status 3 → "),
+        (no_memory, "has no memory left → give the job more"),
+        (cannot_be_sent, "TypeError: cannot pickle '_thread.lock' object"),
+        (fault_of_ours, "ZeroDivisionError: our own"),
+    ],
+)
+def test_a_worker_that_cannot_answer_ends_the_stream_at_once_with_the_cause(
+    how: Callable[[], Batch], told: str, num_workers: int
+) -> None:
+    batches = stream(Ends(how), iter(range(9)), num_workers)  # type: ignore[arg-type]
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(RuntimeError if how in (cannot_be_sent, fault_of_ours) else LaunchError, match=told):
+        next(batches)
+    assert not multiprocessing.active_children()

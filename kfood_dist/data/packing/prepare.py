@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TypeVar
@@ -148,8 +149,11 @@ def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> I
 def _in_pool(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
     # Spawned, not forked: the caller may have threads, and a forked worker would inherit its locks mid-way.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(do, item): item for item in items}
+    with _starting():  # semaphores, which lie in /dev/shm
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    with pool:
+        with _starting():
+            futures = {pool.submit(do, item): item for item in items}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -157,6 +161,15 @@ def _in_pool(do: Callable[[T], None], items: Sequence[T], workers: int) -> Itera
         finally:
             for future in futures:
                 future.cancel()
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"worker processes cannot be started ({error.strerror or error})"
+        raise SourceError(what, "see `kfood doctor`, or pack with --workers 1") from None
 
 
 def _start_worker() -> None:
