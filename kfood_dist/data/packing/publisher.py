@@ -51,7 +51,8 @@ def settle(records: Sequence[Record], is_dealt: bool) -> tuple[list[Record], Sou
 def _in_a_split(record: Record, given: Sequence[str]) -> Record:
     if record.problem is not None or record.split in given:
         return record
-    called = f"its split is called {record.split}" if record.split else "lies in no split of the source"
+    in_none = f"lies in none of the source's splits ({', '.join(given)})"
+    called = f"its split is called {record.split}" if record.split else in_none
     return replace(record, problem="no_split", detail=called, split="")
 
 
