@@ -2,6 +2,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from pictures import encoded, folder_bytes, picture, write_folder
 from PIL import Image
@@ -29,7 +31,7 @@ from kfood_dist.data.packing.choose import choose
 from kfood_dist.data.packing.chunks import prepare_chunk
 from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.prepare import in_processes
+from kfood_dist.data.packing.prepare import in_processes, made_by
 from kfood_dist.data.packing.sources import scan
 from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.data.tars import write_tar
@@ -176,6 +178,37 @@ def test_each_unusable_input_is_named_and_the_run_goes_on(tmp_path):
     assert manifest.raw["rejected"]["count"] == 7
     assert sum(said["samples"] for said in manifest.raw["splits"].values()) == 60
     assert verify(tmp_path / "out") == []
+
+
+def test_heic_without_its_package_is_refused_by_name_and_used_once_it_is_there(tmp_path, capsys, monkeypatch):
+    source = write_folder(tmp_path / "source", {"한과/약과": 18})
+    for i in range(2):
+        phone = io.BytesIO()
+        pillow_heif.from_pillow(picture(50 + i)).save(phone)
+        (source / "한과" / "약과" / f"phone{i}.jpg").write_bytes(phone.getvalue())  # as a browser's download is called
+    words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        assert main(words) == 2
+        assert "needs_heic_extra 2 → " in (said := capsys.readouterr().err)
+        assert "pip install 'kfood_dist[heic]'; mend the source" in said
+        assert main([*words, "--max-rejected", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "needs_heic_extra 2; all named in" in said
+    assert "WARNING  2 HEIC pictures are left out: pip install 'kfood_dist[heic]', remove" in said
+    assert set(rejected(tmp_path / "out").values()) == {"needs_heic_extra"}
+    assert "pillow-heif → pip install 'kfood_dist[heic]'" in (tmp_path / "out/rejected.csv").read_text()
+    words[2] = str(tmp_path / "again")
+    assert main(words) == 0
+    assert "packed   20 pictures" in capsys.readouterr().out
+
+
+def test_what_was_refused_for_want_of_a_package_is_prepared_again_once_it_is_there(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        without = made_by()
+    assert without["pillow-heif"] is None
+    assert made_by() == {**without, "pillow-heif": version("pillow-heif")}
 
 
 def test_too_many_refused_leaves_no_out_but_the_list(tmp_path):

@@ -25,6 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kfood_dist import __version__
+from kfood_dist.data.decoding import HEIC_REMEDY, NEEDS_HEIC
 from kfood_dist.data.labels import DishClass, load_classes
 from kfood_dist.data.manifest import (
     FORMAT,
@@ -63,6 +64,8 @@ from kfood_dist.errors import KfoodError, ShardError, SourceError
 
 # A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
 _OVERHEAD_BYTES = 2600
+# What helps where this is why most inputs are refused.
+_REMEDIES = {"missing": "name the folder where the paths start with --image-root", NEEDS_HEIC: HEIC_REMEDY}
 # A class id is a u2 in the index.
 _MAX_CLASSES = 2**16
 
@@ -298,7 +301,8 @@ def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
     kept = _kept_list(job.out)
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_bytes(_rejected_csv(refused))
-    hint = " name the folder where the paths start with --image-root;" if next(iter(reasons)) == "missing" else ""
+    commonest = next(iter(reasons))
+    hint = f" {_REMEDIES[commonest]};" if commonest in _REMEDIES else ""
     above = "" if len(refused) == num_inputs else f", more than --max-rejected {limit}"
     raise SourceError(
         f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}",

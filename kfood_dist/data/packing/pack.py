@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from kfood_dist.data.decoding import HEIC_REMEDY, NEEDS_HEIC
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.data.manifest import REJECTED_NAME, SPLITS, Manifest
 from kfood_dist.data.packing.job import Packed, counted, pack
@@ -153,3 +154,5 @@ def _describe(manifest: Manifest, out: Path) -> Iterator[str]:
     yield f"refused  {refused['count']:,} ({refused['share']:.2%}){where}"
     if whole := sum(refused["by_reason"].get(reason, 0) for reason in _WHOLE_ARCHIVES):
         yield f"WARNING  {whole} of these are whole archives, each with any number of pictures: see {REJECTED_NAME}"
+    if heic := refused["by_reason"].get(NEEDS_HEIC):
+        yield f"WARNING  {heic:,} HEIC pictures are left out: {HEIC_REMEDY}, remove {out} and pack again"
