@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         default="1/1",
         metavar="K/N",
-        help="do the K-th of N parts, as a Slurm array's task does; the last to finish puts them together",
+        help="one of several packers, as in a Slurm array: begins with the K-th of N parts, then does what is left",
     )
 
 
@@ -113,11 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(packed: Packed, out: Path, options: PackOptions, seconds: float) -> Iterator[str]:
     if packed.manifest is None:
-        yield f"part     {options.part} of {options.parts} is prepared; " + (
-            f"{packed.missing_chunks:,} chunks of other parts are missing yet"
-            if packed.missing_chunks
-            else f"another packer is putting {out} together"
-        )
+        yield f"part     {options.part} of {options.parts}: all is prepared; another packer is putting {out} together"
         return
     if packed.reused:
         how = "another packer finished it" if packed.by_another else "complete, and made"
