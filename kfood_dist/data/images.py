@@ -1,33 +1,37 @@
 """One way from a picture file to the JPEG that is packed, trained on, evaluated and predicted from.
 
-    file bytes ──► header checks ──► decode (scaled, if JPEG) ──► upright ──► box ──► RGB ──► size×size ──► JPEG bytes
-                                └──► an ordinary JPEG: brightness and colour each by itself, never made RGB ──┘
+    file bytes ──► opened ──► decoded (a JPEG scaled) ──► upright ──► box ──► RGB ──► size×size ──► JPEG bytes
+      decoding.py        └──► an ordinary JPEG: brightness and colour each by itself, never made RGB ──┘
 
 A pure function of its arguments: nothing on disk, no global setting, the same bytes for the same bytes. What
 cannot be used leaves as ImageRejected with a reason that a table can count; want of memory is the machine's fault and
-stays a MemoryError. Colour profiles are ignored, as training pipelines usually do; of an animation the first frame
+stays a MemoryError. Colour profiles are ignored, as training pipelines usually do; of several pages or frames the first
 counts.
 """
 
 import io
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from kfood_dist.data.decoding import (
+    MAX_PIXELS,
+    ImageRejected,
+    decode,
+    is_jpeg,
+    open_jpeg,
+    open_picture,
+    reject_unreadable,
+    require_memory,
+)
 from kfood_dist.data.resample import resample
 
 RESIZE_POLICIES = ("squash", "letterbox", "crop")
-
-# What the AI-Hub set holds; a file is what its bytes say, whatever its suffix. Phones' MPO opens as JPEG.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
-_JPEG = ("JPEG", "MPO")
 
 # The middle of the range: after normalisation it is near zero for every usual mean and deviation.
 _LETTERBOX_RGB = (114, 114, 114)
@@ -45,21 +49,16 @@ _UPRIGHT = {
 }
 _TURNED = (5, 6, 7, 8)  # width and height change places
 
-MAX_PIXELS = 100_000_000
+# Of 255: what is no more opaque than this anywhere would be a white picture.
+_HIDDEN_ALPHA = 12
+# Of 255: rows whose colours differ less than this show nothing. libwebp makes hidden rows nearly one colour each.
+_VISIBLE_RANGE = 8
+
+# Pillow writes a picture's own comment into the JPEG, and fails if it is longer than a segment.
+_MAX_COMMENT_BYTES = 65533
+
 Box = tuple[int, int, int, int]
 _MIN_BOX = 8
-
-
-class ImageRejected(Exception):
-    """A picture that is not used: `reason` is a word to count by, `detail` a sentence for a person."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 def prepare_jpeg(
@@ -75,9 +74,10 @@ def prepare_jpeg(
 
     `squash` ignores the aspect ratio, `letterbox` fits the picture on grey 114, `crop` keeps the centre
     square. Raises ImageRejected with reason `empty` (no bytes), `unreadable` (no picture, or cut short),
-    `too_small` (a side under `min_side` pixels) or `too_large` (over `max_pixels`, refused before any pixel is
-    decoded; or so long that it would be, resized to be cropped). A usable `box` (x, y, width, height in pixels of the
-    upright picture) is all that is kept of it.
+    `too_small` (a side under `min_side` pixels), `too_large` (over `max_pixels` to decode, refused before any is; or
+    so long that it would be, resized to be cropped), `invisible` (all of it transparent, with no colours beneath) or
+    `needs_heic_extra` (pillow-heif is not installed). A JPEG is decoded scaled, so it may be larger than `max_pixels`.
+    A usable `box` (x, y, width, height in pixels of the upright picture) is all that is kept of it.
     """
     return prepare_cropped(data, size, policy, quality, min_side, box, max_pixels)[0]
 
@@ -99,19 +99,21 @@ def prepare_cropped(
     with warnings.catch_warnings():
         # Pillow warns of odd EXIF blocks, palettes and sizes; what matters of that is decided below.
         warnings.simplefilter("ignore")
-        image = _open(data)
-        _check_size(image, min_side, max_pixels)
-        if image.format not in _JPEG:
-            # Now, for a PNG's EXIF may lie behind its pixels: asked for it, Pillow decodes them too.
-            _decode(image, image.size)
+        image, data = open_picture(data, min_side, max_pixels)
         view = _View.of(image, box)
         target = _target(view.size, size, policy)
         _check_target(target, size, max_pixels)
+        if is_jpeg(image):
+            require_memory(image, data, view.scale_for(target), max_pixels)
         cropped = None if box is None else view.box is not None
         if policy == "squash" and (jpeg := _by_planes(data, image, view, size, quality)) is not None:
             return jpeg, cropped
-        image = view.cut(_upright(_decode(image, view.scale_for(target)), view.orientation))
+        if is_jpeg(image):
+            image = decode(image, view.scale_for(target))
+        image = view.cut(_upright(image, view.orientation))
         image = _fit(_to_rgb(image), size, policy)
+    if len(image.info.get("comment", b"")) > _MAX_COMMENT_BYTES:
+        del image.info["comment"]
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue(), cropped
@@ -137,7 +139,7 @@ def decode_rgb(jpeg: bytes) -> np.ndarray:
     try:
         return simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False, strict=True)
     except Exception as error:
-        _reject_unreadable(error)
+        reject_unreadable(error)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality:
     and colour straight to the half-size planes of the result. tests/bench/README.md has what that gains, and how near
     the result is to the exactly resized picture.
     """
-    if image.format not in _JPEG or image.mode != "RGB" or size % 2:
+    if not is_jpeg(image) or image.mode != "RGB" or size % 2:
         return None
     try:
         planes = _decode_planes(data, image, view, size)
@@ -216,7 +218,7 @@ def _decode_planes(data: bytes, image: Image.Image, view: _View, size: int) -> S
     """
     width, height = view.scale_for((size, size))
     if image.info.get("progressive"):
-        image = _open(data)  # should it fail, the other path needs its own as it was
+        image = open_jpeg(data)  # should it fail, the other path needs its own as it was
         image.draft("YCbCr", (width, height))
         return [np.asarray(plane) for plane in image.split()]
     grey = simplejpeg.decode_jpeg(data, "GRAY", min_width=width, min_height=height, strict=True)[:, :, 0]
@@ -248,50 +250,12 @@ def _colour(rgb: np.ndarray) -> np.ndarray:
     return out
 
 
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.UnidentifiedImageError:
-        # Pillow's own text holds a memory address, which would differ from run to run.
-        raise ImageRejected("unreadable", "not a JPEG, PNG, GIF, BMP or WebP file") from None
-    except Image.DecompressionBombError as error:
-        raise ImageRejected("too_large", str(error)) from None
-    except Exception as error:
-        _reject_unreadable(error)
-
-
-def _check_size(image: Image.Image, min_side: int, max_pixels: int) -> None:
-    width, height = image.size
-    if min(width, height) < min_side:
-        raise ImageRejected("too_small", f"{width}×{height}, a side is under {min_side} pixels")
-    if width * height > max_pixels:
-        raise ImageRejected("too_large", f"{width}×{height}, more than {max_pixels:,} pixels")
-
-
 def _check_target(target: tuple[int, int], size: int, max_pixels: int) -> None:
     width, height = target
     if width * height > max(max_pixels, size * size):
         raise ImageRejected(
             "too_large", f"{width}×{height} with its short side at {size}, more than {max_pixels:,} pixels"
         )
-
-
-def _decode(image: Image.Image, least: tuple[int, int]) -> Image.Image:
-    # A JPEG decodes to 1/2, 1/4 or 1/8 almost for free; `draft` takes the smallest that still covers the size.
-    image.draft(None, least)
-    try:
-        image.load()
-    except Exception as error:
-        _reject_unreadable(error)
-    return image
-
-
-def _reject_unreadable(error: Exception) -> NoReturn:
-    if isinstance(error, MemoryError):
-        raise error
-    # Decoders meet hostile bytes here and raise nearly anything; each is counted under its own words.
-    words = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", f"{type(error).__name__}: {error}")
-    raise ImageRejected("unreadable", words[:200]) from None
 
 
 def _target(source: tuple[int, int], size: int, policy: str) -> tuple[int, int]:
@@ -324,16 +288,28 @@ def _upright_plane(plane: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey; Pillow's own conversion clips at 255 and would leave it nearly white.
-        high_bytes = np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8
-        return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        overlay = image.convert("RGBA")
-        paper = Image.new("RGB", overlay.size, (255, 255, 255))
-        paper.paste(overlay, mask=overlay.getchannel("A"))
-        return paper
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """RGB, with transparent parts over white; or the colours alone where transparency would hide them all."""
+    try:
+        if not image.has_transparency_data:
+            return image if image.mode == "RGB" else image.convert("RGB")
+        overlay = image if image.mode == "RGBA" else image.convert("RGBA")
+    except Exception as error:
+        reject_unreadable(error)
+    alpha = overlay.getchannel("A")
+    if not any(alpha.histogram()[_HIDDEN_ALPHA + 1 :]):
+        return _without_alpha(overlay)
+    paper = Image.new("RGB", overlay.size, (255, 255, 255))
+    paper.paste(overlay, mask=alpha)
+    return paper
+
+
+def _without_alpha(overlay: Image.Image) -> Image.Image:
+    colours = overlay.convert("RGB")
+    rows = np.asarray(colours.resize((64, 64), Image.Resampling.NEAREST))
+    low, high = np.percentile(rows, (10, 90), axis=1)
+    if np.mean((high - low).max(axis=-1) < _VISIBLE_RANGE) > 0.9:
+        raise ImageRejected("invisible", "all of it is transparent, and no picture lies beneath")
+    return colours
 
 
 def _fit(image: Image.Image, size: int, policy: str) -> Image.Image:

@@ -1,6 +1,7 @@
 """Drawn pictures and sources for the packing tests."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,29 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def tall_jpeg(width: int, height: int, progressive: bool = False) -> bytes:
+    """A JPEG of any height, made in little memory: 128 rows again and again; `width` is a multiple of 16.
+
+    Each row of blocks is coded for itself (restart markers), so that it can be repeated.
+    """
+    strip = encoded(picture(1, width, 128), restart_marker_rows=1, subsampling="4:2:0", progressive=progressive)
+    parts, at = [strip[:2]], 2
+    while strip[at + 1] != 0xD9:
+        marker, end = strip[at + 1], at + 2 + int.from_bytes(strip[at + 2 : at + 4], "big")
+        segment = strip[at:end]
+        if marker in (0xC0, 0xC2):
+            segment = segment[:5] + height.to_bytes(2, "big") + segment[7:]
+        at = end
+        if marker == 0xDA:
+            at = re.compile(rb"\xff[^\x00\xd0-\xd7]").search(strip, end).start()
+            rows = re.split(rb"\xff[\xd0-\xd7]", strip[end:at])
+            number = -(-height * len(rows) // 128)
+            coded = (rows[i % len(rows)] + bytes([0xFF, 0xD0 + i % 8]) for i in range(number))
+            segment += b"".join(coded)[:-2]
+        parts.append(segment)
+    return b"".join([*parts, strip[at:]])
 
 
 def write_folder(root: Path, dishes: dict[str, int], first_seed: int = 0) -> Path:

@@ -1,11 +1,12 @@
 import io
+import struct
 import tracemalloc
 
 import numpy as np
 import pytest
 import simplejpeg
 from pictures import encoded, picture
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from kfood_dist.data.images import (
@@ -90,18 +91,97 @@ def test_a_broken_exif_block_does_not_cost_the_picture():
         ("RGB", "GIF"),
         ("RGB", "WEBP"),
         ("RGB", "MPO"),
+        ("RGB", "TIFF"),
+        ("RGB", "AVIF"),
+        ("RGB", "JPEG2000"),
         ("CMYK", "JPEG"),
+        ("CMYK", "TIFF"),
+        ("LAB", "TIFF"),
+        ("P", "TIFF"),
         ("P", "PNG"),
         ("P", "GIF"),
         ("RGBA", "PNG"),
     ],
 )
 def test_every_kind_of_file_comes_out_as_the_same_rgb_square(mode, kind):
-    image = quarters().quantize(16) if mode == "P" else quarters().convert(mode)
+    image = {"P": lambda: quarters().quantize(16), "LAB": lambda: as_lab(quarters())}.get(
+        mode, lambda: quarters().convert(mode)
+    )()
     pixels = decode_rgb(prepare_jpeg(encoded(image, kind), 64))
     assert pixels.shape == (64, 64, 3)
     assert pixels.dtype == np.uint8
     assert_colours(corners(pixels), [RED, GREEN, BLUE, WHITE], tolerance=20)
+
+
+def as_lab(image):
+    srgb, lab = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+    return ImageCms.applyTransform(image, ImageCms.buildTransform(srgb, lab, "RGB", "LAB"))
+
+
+def hidden(alpha=0):
+    """The picture in colour, all of it transparent."""
+    image = picture(1).convert("RGBA")
+    image.putalpha(alpha)
+    return image
+
+
+def bmp_with_alpha(image):
+    """A 32-bit BMP with a BITMAPV5HEADER and an alpha mask, which Pillow does not write."""
+    width, height = image.size
+    pixels = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).tobytes("raw", "BGRA")
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII4I", 124, width, height, 1, 32, 3, len(pixels), 2835, 2835, 0, 0, *masks)
+    return struct.pack("<2sIHHI", b"BM", 138 + len(pixels), 0, 0, 138) + header.ljust(124, b"\0") + pixels
+
+
+GREY_HIDDEN = hidden().convert("LA")
+HIDDEN = {
+    "bmp": bmp_with_alpha(hidden()),
+    "png": encoded(hidden(), "PNG"),
+    "png, alpha of 1": encoded(hidden(1), "PNG"),
+    "png, grey": encoded(GREY_HIDDEN, "PNG"),
+    "png, palette": encoded(picture(1).quantize(256), "PNG", transparency=bytes(256)),
+    "webp": encoded(hidden(), "WEBP", lossless=True, exact=True),
+    "tiff": encoded(hidden(), "TIFF"),
+    "avif": encoded(hidden(), "AVIF"),
+    "jpeg 2000": encoded(hidden(), "JPEG2000"),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+@pytest.mark.parametrize("policy", RESIZE_POLICIES)
+def test_an_alpha_that_hides_everything_is_ignored(kind, policy):
+    visible = GREY_HIDDEN.convert("L") if "grey" in kind else picture(1)
+    wanted = decode_rgb(prepare_jpeg(encoded(visible, "PNG"), 64, policy)).astype(int)
+    found = decode_rgb(prepare_jpeg(HIDDEN[kind], 64, policy)).astype(int)
+    assert np.abs(found - wanted).mean() < 12
+
+
+def test_what_is_hidden_with_nothing_beneath_is_refused():
+    """libwebp keeps no hidden colours unless told to: each row of blocks is nearly one colour."""
+    empty = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    blank = Image.new("P", (64, 64))
+    for data in (
+        encoded(empty, "PNG"),
+        bmp_with_alpha(empty),
+        encoded(blank, "GIF", transparency=0),
+        encoded(Image.new("RGB", (64, 64), RED), "PNG", transparency=RED),
+        encoded(hidden().resize((300, 200)), "WEBP"),
+    ):
+        with pytest.raises(ImageRejected, match="invisible: all of it is transparent"):
+            prepare_jpeg(data, 64)
+
+
+def test_what_is_hidden_in_the_box_alone_is_ignored_too():
+    image = picture(1, 200, 100).convert("RGBA")
+    alpha = Image.new("L", (200, 100), 255)
+    alpha.paste(0, (100, 0, 200, 100))
+    image.putalpha(alpha)
+    found, wanted = (
+        decode_rgb(prepare_jpeg(encoded(which, "PNG"), 64, box=(100, 0, 100, 100))).astype(int)
+        for which in (image, picture(1, 200, 100))
+    )
+    assert np.abs(found - wanted).mean() < 1
 
 
 def test_transparent_parts_lie_on_white():
@@ -229,7 +309,8 @@ def test_decoding_something_else_is_refused():
         ("PIL.ImageFile.ImageFile.load", "JPEG", "crop"),
         ("PIL.ImageFile.ImageFile.load", "PNG", "squash"),
         ("PIL.ImageFile.ImageFile.load", "GIF", "letterbox"),
-        ("PIL.Image.open", "JPEG", "squash"),
+        ("kfood_dist.data.decoding.jpeg_factory", "JPEG", "squash"),
+        ("PIL.Image.open", "PNG", "squash"),
     ],
 )
 def test_want_of_memory_is_no_fault_of_a_picture(monkeypatch, decoder, kind, policy):

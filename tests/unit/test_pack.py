@@ -2,6 +2,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from pictures import encoded, folder_bytes, picture, write_folder
 from PIL import Image
@@ -25,12 +27,12 @@ from kfood_dist.cli import main
 from kfood_dist.data.images import decode_rgb
 from kfood_dist.data.labels import is_match
 from kfood_dist.data.manifest import load_manifest, seal
-from kfood_dist.data.packing import job
+from kfood_dist.data.packing import chunks, job
 from kfood_dist.data.packing.choose import choose
 from kfood_dist.data.packing.chunks import prepare_chunk
 from kfood_dist.data.packing.job import pack
 from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.prepare import in_processes
+from kfood_dist.data.packing.prepare import in_processes, made_by
 from kfood_dist.data.packing.sources import scan
 from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.data.tars import write_tar
@@ -177,6 +179,37 @@ def test_each_unusable_input_is_named_and_the_run_goes_on(tmp_path):
     assert manifest.raw["rejected"]["count"] == 7
     assert sum(said["samples"] for said in manifest.raw["splits"].values()) == 60
     assert verify(tmp_path / "out") == []
+
+
+def test_heic_without_its_package_is_refused_by_name_and_used_once_it_is_there(tmp_path, capsys, monkeypatch):
+    source = write_folder(tmp_path / "source", {"한과/약과": 18})
+    for i in range(2):
+        phone = io.BytesIO()
+        pillow_heif.from_pillow(picture(50 + i)).save(phone)
+        (source / "한과" / "약과" / f"phone{i}.jpg").write_bytes(phone.getvalue())  # as a browser's download is called
+    words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        assert main(words) == 2
+        assert "needs_heic_extra 2 → " in (said := capsys.readouterr().err)
+        assert "pip install 'kfood_dist[heic]'; mend the source" in said
+        assert main([*words, "--max-rejected", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "needs_heic_extra 2; all named in" in said
+    assert "WARNING  2 HEIC pictures are left out: pip install 'kfood_dist[heic]', remove" in said
+    assert set(rejected(tmp_path / "out").values()) == {"needs_heic_extra"}
+    assert "pillow-heif → pip install 'kfood_dist[heic]'" in (tmp_path / "out/rejected.csv").read_text()
+    words[2] = str(tmp_path / "again")
+    assert main(words) == 0
+    assert "packed   20 pictures" in capsys.readouterr().out
+
+
+def test_what_was_refused_for_want_of_a_package_is_prepared_again_once_it_is_there(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        without = made_by()
+    assert without["pillow-heif"] is None
+    assert made_by() == {**without, "pillow-heif": version("pillow-heif")}
 
 
 def test_too_many_refused_leaves_no_out_but_the_list(tmp_path):
@@ -431,32 +464,59 @@ def test_parts_of_an_array_end_in_one_data_set_though_one_was_killed(slow, tmp_p
     time.sleep(1)
     packers[1].kill()
     assert [packer.wait(timeout=120) for packer in (packers[0], packers[2])] == [0, 0]
-    assert not out.exists()
-    assert start(source, out, "--part", "2/3").wait(timeout=120) == 0
     assert folder_bytes(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for packer in packers:
         packer.stderr.close()
 
 
-def test_a_part_says_what_is_missing_and_the_last_one_ends_it(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
-    words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
-    assert main([*words, "--part", "2/2"]) == 0
-    assert "part     2 of 2 is prepared; 4 chunks of other parts are missing yet" in capsys.readouterr().out
-    assert main([*words, "--part", "1/2"]) == 0
-    assert "packed   45 pictures" in capsys.readouterr().out
-    assert main([*words, "--part", "2/2"]) == 0
-    assert "reused" in capsys.readouterr().out
-    assert main(["pack", str(source), str(tmp_path / "whole"), *words[3:]]) == 0
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+def killed_after(num_chunks):
+    """What a packer does that is killed when it has prepared so many chunks."""
+
+    def prepare(chunk, **words):
+        prepare_chunk(chunk, **words)
+        done.append(chunk)
+        if len(done) == num_chunks:
+            raise SystemExit("killed")
+
+    done = []
+    return prepare
 
 
-def test_a_plain_packing_finishes_what_parts_left(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", [[(1, 2), (2, 2)], [(1, 3), (3, 3)], [(1, 1)], [(8, 8)], [(4, 9), (6, 9)]])
+def test_an_array_resubmitted_in_part_finishes_with_the_same_bytes(source, tmp_path, monkeypatch, again):
+    """As `--array=3,5` after `--array=0-7`: whatever the tasks and their number, nothing is left undone."""
+    pack(source, tmp_path / "undisturbed", SMALL)
+    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 2)
+    for part in range(1, 9):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr("kfood_dist.data.packing.job.prepare_chunk", killed_after(2 if part in (4, 6) else 3))
+            pack(source, tmp_path / "out", replace(SMALL, part=part, parts=8))
+    assert len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 22
+    packed = [pack(source, tmp_path / "out", replace(SMALL, part=part, parts=parts)) for part, parts in again]
+    assert [one.reused for one in packed] == [False, *[True] * (len(again) - 1)]
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+def test_a_chunk_that_another_packer_prepared_meanwhile_is_not_prepared_again(source, tmp_path, monkeypatch):
+    """Another comes when this one has prepared its first chunk, and prepares all others."""
     monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
-    assert pack(source, tmp_path / "out", replace(SMALL, part=3, parts=5)).missing_chunks == 6
-    assert pack(source, tmp_path / "out", SMALL).manifest
-    assert verify(tmp_path / "out") == []
+    prepared = []
+    real = chunks.prepare_one
+    monkeypatch.setattr(chunks, "prepare_one", lambda *inputs: prepared.append(inputs[0]) or real(*inputs))
+
+    def another_comes(chunk, **words):
+        prepare_chunk(chunk, **words)
+        if len(prepared) == 7:
+            (tmp_path / ".out.partial/merge.lock").touch()
+            with open(tmp_path / ".out.partial/merge.lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                assert pack(source, tmp_path / "out", replace(SMALL, part=2, parts=2)).manifest is None
+
+    monkeypatch.setattr(job, "prepare_chunk", another_comes)
+    assert pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2)).manifest
+    assert len(prepared) == 45
 
 
 @pytest.mark.parametrize(("part", "parts", "held"), [(1, 1, "part-1-of-1.lock"), (2, 3, "part-2-of-3.lock")])
@@ -495,7 +555,9 @@ def test_a_damaged_chunk_is_made_again(source, tmp_path, monkeypatch):
     pack(source, tmp_path / "undisturbed", SMALL)
     monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
     for damage in (lambda data: data[:-100], lambda data: b"", lambda data: data[:50] + b"x" + data[51:]):
-        pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2))
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr("kfood_dist.data.packing.job.prepare_chunk", killed_after(4))
+            pack(source, tmp_path / "out", SMALL)
         victim = next((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))
         victim.write_bytes(damage(victim.read_bytes()))
         pack(source, tmp_path / "out", SMALL)
@@ -510,12 +572,15 @@ def test_other_options_use_what_still_fits(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "kfood_dist.data.packing.job.prepare_chunk", lambda c, **words: made.append(c.name) or prepare_chunk(c, **words)
     )
-    pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2))
-    assert len(made) == 4
-    pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2, shard_size=3, seed=5))
-    assert len(made) == 4
-    pack(source, tmp_path / "out", replace(SMALL, part=1, parts=2, image_size=48))
-    assert len(made) == 8
+    monkeypatch.setattr("kfood_dist.data.packing.job._merge", lambda *inputs: sys.exit("stopped"))
+    for options, in_all in (
+        (SMALL, 7),
+        (replace(SMALL, shard_size=3, seed=5), 7),
+        (replace(SMALL, image_size=48), 14),
+    ):
+        with pytest.raises(SystemExit, match="stopped"):
+            pack(source, tmp_path / "out", options)
+        assert len(made) == in_all
 
 
 @pytest.mark.parametrize("other", ["pillow", "simplejpeg", "numpy", "algorithm"])

@@ -121,3 +121,34 @@ def test_a_job_submitted_from_elsewhere_says_so(script: Path, tmp_path: Path) ->
     done = subprocess.run(["bash", str(copy)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"start sbatch from the checkout's own folder, not from {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tasks", "parts"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], ["1/8", "2/8", "3/8", "4/8", "5/8", "6/8", "7/8", "8/8"]),
+        ([3, 5], ["1/3", "3/3"]),
+        ([6], ["1/1"]),
+        ([0, 2, 4], ["1/5", "3/5", "5/5"]),
+    ],
+)
+def test_each_packer_of_an_array_with_gaps_has_a_part_of_its_own(tmp_path: Path, tasks: list[int], parts: list[str]):
+    """As Slurm sets the variables; an srun that writes down its last word stands for Slurm."""
+    srun = tmp_path / "bin/srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nfor word; do last="$word"; done; echo "$last"\n')
+    srun.chmod(0o755)
+    (tmp_path / "site.env").write_text("\n".join(SITE) + "\n")
+    array = {"MIN": min(tasks), "MAX": max(tasks), "COUNT": len(tasks)}
+    said = []
+    for task in tasks:
+        variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in (array | {"ID": task}).items()}
+        variables |= {"SLURM_JOB_NUM_NODES": "1", "KFOOD_SITE": str(tmp_path / "site.env")}
+        done = subprocess.run(
+            ["bash", "slurm/pack.sbatch", "pictures", "shards"],
+            env=dict(os.environ) | {"PATH": f"{srun.parent}:{os.environ['PATH']}"} | variables,
+            capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.strip())
+    assert said == parts

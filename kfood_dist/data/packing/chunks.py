@@ -51,10 +51,12 @@ def _fingerprint(records: Sequence[Record], settings: PictureSettings, how: Mapp
 
 
 def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None:
-    """Prepare a chunk's pictures and write its file whole or not at all.
+    """Prepare a chunk's pictures and write its file whole or not at all; does nothing if another packer was quicker.
 
     Raises SourceError when the source is gone or its disk fails, OSError when the chunk's own disk is full.
     """
+    if load_chunk(chunk, folder) is not None:
+        return
     jpegs: list[bytes] = []
     outcomes: list[list[Any]] = []
     offset = 0

@@ -1,18 +1,19 @@
 """The packing itself: from a source to a packed folder, in steps that may be stopped anywhere.
 
-    scan ──► choose ──► chunks of records ──► prepared in parallel, one file each ──► all there?
-                                                                                        │ (the last packer)
+    scan ──► choose ──► chunks of records ──► this packer's part, one file each ──► what others have not prepared
+                                                                                        │ (one packer)
     OUT appears in one rename ◄── verify ◄── tars + indexes ◄── splits ◄── groups ◄── merge
 
 Always holds: the same source, options and seed give the same bytes, whatever the number of workers and of packers,
-and however often they were stopped; OUT is whole or untouched; what grows with the source in memory are names and
-numbers, never pictures.
+and however often they were stopped; a packer that is not stopped finishes the whole, though others never come back; OUT
+is whole or untouched; what grows with the source in memory are names and numbers, never pictures.
 """
 
 import csv
 import hashlib
 import io
 import os
+import random
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kfood_dist import __version__
+from kfood_dist.data.decoding import HEIC_REMEDY, NEEDS_HEIC
 from kfood_dist.data.labels import DishClass, load_classes
 from kfood_dist.data.manifest import (
     FORMAT,
@@ -64,10 +66,11 @@ from kfood_dist.errors import KfoodError, ShardError, SourceError
 
 # A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
 _OVERHEAD_BYTES = 2600
-# By the commonest reason.
-_HINTS = {
-    "missing": "name the folder where the paths start with --image-root; ",
-    "no_split": "put them into the source's splits, or deal all anew with --split 0.8,0.1,0.1; ",
+# What helps where this is why most inputs are refused.
+_REMEDIES = {
+    "missing": "name the folder where the paths start with --image-root",
+    "no_split": "put them into the source's splits, or deal all anew with --split 0.8,0.1,0.1",
+    NEEDS_HEIC: HEIC_REMEDY,
 }
 # A class id is a u2 in the index.
 _MAX_CLASSES = 2**16
@@ -77,12 +80,11 @@ _LABELS_SHOWN = 10
 @dataclass(frozen=True)
 class Packed:
     """What a packing came to: the manifest, whether it was there already, and whether another packer made it while this
-    one worked; or None while chunks are missing.
+    one worked; or None while another packer puts the shards together.
     """
 
     manifest: Manifest | None
     reused: bool = False
-    missing_chunks: int = 0
     by_another: bool = False
 
 
@@ -99,7 +101,7 @@ class _Job:
 
 
 def pack(source: Path, out: Path, options: PackOptions) -> Packed:
-    """Pack `source`, or this packer's part of it, into the new folder `out`.
+    """Pack `source` into the new folder `out`, together with the packers of its other parts, if there are any.
 
     Raises SourceError when an option or the source cannot be used, too much is refused (the list then lies in
     `OUT.rejected.csv`) or `out` holds anything else; KfoodError when the disk is full. After a SourceError or
@@ -128,15 +130,16 @@ def pack(source: Path, out: Path, options: PackOptions) -> Packed:
 
 
 def _pack_part(job: _Job, refused: list[Refusal]) -> Packed:
-    """Prepare this packer's chunks, and put the shards together if no chunk is missing then."""
+    """Prepare this packer's chunks, then those that others have not, and put the shards together."""
     options = job.options
     chunks = cut([record for record in job.records if record.problem is None], options.picture_settings())
     with work_folder(job.out, options.part, options.parts) as work:
         if (finished := _by_another(job)) is not None:
             return finished
         _prepare(job, chunks[options.part - 1 :: options.parts], work / "chunks")
-        if missing := sum(not is_there(chunk, work / "chunks") for chunk in chunks):
-            return _by_another(job) or Packed(None, missing_chunks=missing)
+        left = [chunk for chunk in chunks if not is_there(chunk, work / "chunks")]
+        # Whose these are may be at work, or gone for good. In a random order packers seldom prepare the same one.
+        _prepare(job, random.sample(left, len(left)), work / "chunks")
         with merging(work) as mine:
             if not mine:
                 return Packed(None)
@@ -338,7 +341,7 @@ def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
 def _why_refused(reason: str, refused: Sequence[Refusal], options: PackOptions) -> tuple[str, str]:
     """What else to say of the commonest reason, and its remedy."""
     if reason != "unknown_label":
-        return "", f"{_HINTS.get(reason, '')}mend the source, or raise --max-rejected"
+        return "", "; ".join(filter(None, [_REMEDIES.get(reason), "mend the source, or raise --max-rejected"]))
     labels = Counter(refusal.label for refusal in refused if refusal.reason == reason)
     some = counted(dict(labels.most_common(_LABELS_SHOWN))) + (", …" if len(labels) > _LABELS_SHOWN else "")
     return (

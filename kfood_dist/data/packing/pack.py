@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kfood_dist.data.decoding import HEIC_REMEDY, NEEDS_HEIC
 from kfood_dist.data.images import RESIZE_POLICIES
 from kfood_dist.data.manifest import REJECTED_NAME, SPLITS, Manifest
 from kfood_dist.data.packing.job import Packed, counted, pack
@@ -86,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         default="1/1",
         metavar="K/N",
-        help="do the K-th of N parts, as a Slurm array's task does; the last to finish puts them together",
+        help="one of several packers, as in a Slurm array: begins with the K-th of N parts, then does what is left",
     )
 
 
@@ -120,11 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(packed: Packed, source: Path, out: Path, options: PackOptions, seconds: float) -> Iterator[str]:
     if packed.manifest is None:
-        yield f"part     {options.part} of {options.parts} is prepared; " + (
-            f"{packed.missing_chunks:,} chunks of other parts are missing yet"
-            if packed.missing_chunks
-            else f"another packer is putting {out} together"
-        )
+        yield f"part     {options.part} of {options.parts}: all is prepared; another packer is putting {out} together"
         return
     if packed.reused:
         how = "another packer finished it" if packed.by_another else "complete, and made"
@@ -166,6 +163,8 @@ def _describe(manifest: Manifest, source: Path, out: Path) -> Iterator[str]:
         yield from _describe_passed(passed, source)
     if whole := sum(refused["by_reason"].get(reason, 0) for reason in _WHOLE_ARCHIVES):
         yield f"WARNING  {whole} of these are whole archives, each with any number of pictures: see {REJECTED_NAME}"
+    if heic := refused["by_reason"].get(NEEDS_HEIC):
+        yield f"WARNING  {heic:,} HEIC pictures are left out: {HEIC_REMEDY}, remove {out} and pack again"
 
 
 def _describe_split(own: dict[str, Any] | None) -> Iterator[str]:

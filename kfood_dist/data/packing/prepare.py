@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TypeVar
 
 import numpy as np
@@ -27,13 +28,16 @@ from kfood_dist.runtime import keep_freed_memory
 
 T = TypeVar("T")
 
-# Which way of making a packed picture this is. Raise it with every change, here or in images.py and resample.py, after
-# which a picture comes out with other bytes, another hash or another refusal: what the older way prepared and left
-# beside OUT is then made anew.
-ALGORITHM = 2
+# Which way of making a packed picture this is. Raise it with every change, here or in images.py, decoding.py,
+# metadata.py and resample.py, after which a picture comes out with other bytes, another hash or another refusal: what
+# the older way prepared and left beside OUT is then made anew.
+ALGORITHM = 3
 
-# The same pictures come out with other bytes, or other hashes, under another version of one of these.
+# The same pictures come out with other bytes, or other hashes, under another version of one of these. Those of the
+# second line are Pillow's decoders; pillow-heif is an extra, without which pictures are refused.
 _LIBRARIES = ("pillow", "simplejpeg", "numpy", "ImageHash", "scipy")
+_DECODERS = ("libjpeg_turbo", "webp", "libtiff", "avif", "jpg_2000")
+_EXTRAS = ("pillow-heif",)
 
 
 def made_by() -> dict[str, str | int | None]:
@@ -41,7 +45,9 @@ def made_by() -> dict[str, str | int | None]:
     from PIL import features
 
     libraries = {name: version(name) for name in _LIBRARIES}
-    return {"algorithm": ALGORITHM, "libjpeg_turbo": features.version("libjpeg_turbo"), **libraries}
+    decoders = {name: features.version(name) for name in _DECODERS}
+    extras = {name: version(name) if find_spec(name.replace("-", "_")) else None for name in _EXTRAS}
+    return {"algorithm": ALGORITHM, **libraries, **decoders, **extras}
 
 
 @dataclass(frozen=True)
