@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kfood_dist.runtime import World
 
 if TYPE_CHECKING:
+    import torch
+
     from kfood_dist.data.collate import Batch
 
 GIB = 2**30
@@ -28,6 +28,8 @@ GIB = 2**30
 
 def peak_memory_gib() -> float:
     """Most memory held so far: of the GPU if there is one, else of this process (its resident set)."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
@@ -35,6 +37,8 @@ def peak_memory_gib() -> float:
 
 def device_memory_gib() -> float:
     """All there is of what `peak_memory_gib` counts: the GPU's memory, or the machine's."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
@@ -48,8 +52,10 @@ class StepMeter:
     waited_s: float = 0.0
     batches: "list[Batch]" = field(default_factory=list)
 
-    def reduce(self, world: World, loss_sum: torch.Tensor) -> dict[str, float]:
+    def reduce(self, world: World, loss_sum: "torch.Tensor") -> dict[str, float]:
         """The step's metrics over all ranks; a collective, so every rank calls it."""
+        import torch
+
         elapsed_s = time.perf_counter() - self.started
         counts = [
             float(loss_sum),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kfood_dist import gpus
 from kfood_dist.data.collate import Batch
 from kfood_dist.data.template import Template
 from kfood_dist.errors import LaunchError
@@ -32,6 +33,7 @@ class Answer:
 
 def pick_device(world: World) -> torch.device:
     """The device of this rank: its own GPU, or the CPU where there is none. Raises LaunchError."""
+    gpus.require_usable()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():

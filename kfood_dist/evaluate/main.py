@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     earlier = find_earlier(task) if world.is_main else None
     if world.size == 1 and earlier:
         return reuse(task, earlier)
+    if world.is_main:
+        print(f"loading the libraries, and then {task.model}", flush=True)
     from kfood_dist.evaluate.ask import answer_part, any_rank, process_group
     from kfood_dist.evaluate.generate import pick_device
 
@@ -103,17 +105,17 @@ def staged(task: Task, stage_dir: Path | None, world: World) -> Iterator[Task]:
         yield replace(task, shards=open_split(folder, split))
 
 
-def preflight(args: argparse.Namespace) -> bool:
+def preflight(args: argparse.Namespace) -> Task | None:
     """For a launcher, before it starts any rank: raise every mistake that can be told; reuse an earlier report.
 
-    True if an earlier report answers the question, so that there is nothing to start.
+    Returns what is to be measured; None if an earlier report answers the question, so that there is nothing to start.
     """
     task = check(args)
     if earlier := find_earlier(task):
         reuse(task, earlier)
-        return True
+        return None
     build_template(task.settings, task.model, task.adapter)
-    return False
+    return task
 
 
 def conclude(task: Task, parts: list["Part | KfoodError"], world: World, device: "torch.device") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from kfood_dist import gpus
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import StreamingCollator
 from kfood_dist.data.mix import open_mixture
@@ -35,6 +36,7 @@ def build_trainer(
     recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None, stop: StopRequest
 ) -> tuple[Trainer, int]:
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
+    gpus.require_usable()
     accelerator = build_accelerator(recipe, plan, world)
     _require_agreement(world, plan, newest)
     template = build_template(recipe)
