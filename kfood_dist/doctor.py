@@ -24,6 +24,8 @@ from kfood_dist import gpus
 from kfood_dist.doctor_trials import adamw8bit_step, compile_complaint, nf4_error
 from kfood_dist.errors import KfoodError
 from kfood_dist.gpus import Gpus
+from kfood_dist.runtime import quiet_loggers
+from kfood_dist.words import plural
 
 OK, WARN, FAULT = "OK", "WARN", "FAULT"
 DISTRIBUTION = "kfood_dist"
@@ -64,12 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make every check, print each finding as it comes; 1 if any is a fault."""
+    quiet_loggers()
     faults = 0
     for name, check in checks(args.shards, args.model).items():
         for finding in examine(name, check):
             print(finding, flush=True)
             faults += finding.level == FAULT
-    print(f"{faults} fault{'s' * (faults > 1)}" if faults else "no faults")
+    print(plural(faults, "fault") if faults else "no faults")
     return 1 if faults else 0
 
 
@@ -134,7 +137,9 @@ def check_packages(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
     if not faults:
         shown = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
         versions = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in needed if r.name in shown)
-        yield Finding(OK, f"{len(needed)} packages in the stated versions: {versions}" if versions else "no packages")
+        yield Finding(
+            OK, f"{plural(len(needed), 'package')} in the stated versions: {versions}" if versions else "no packages"
+        )
 
 
 def _package_fault(requirement: Any) -> str | None:
@@ -158,7 +163,7 @@ def check_torch(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
     if fault := gpus.trouble(replace(found, shown=found.shown or int(has_driver and gpus.are_wanted()))):
         yield Finding(FAULT, *fault)
     else:
-        yield Finding(OK, f"torch {found.torch} ({build}), {torch.get_num_threads()} threads")
+        yield Finding(OK, f"torch {found.torch} ({build}), {plural(torch.get_num_threads(), 'thread')}")
 
 
 def check_gpus(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
@@ -288,9 +293,10 @@ def check_shards(folder: Path) -> Iterator[Finding]:
             decode_rgb(shards.read(i))
         shards.close()
         counts.append(f"{split} {len(shards)}")
+    dishes = plural(len(manifest.classes), "dish", "dishes")
     yield Finding(
         OK if counts else FAULT,
-        f"{folder}: {len(manifest.classes)} dishes at {manifest.image_size} px, {', '.join(counts) or 'no pictures'}",
+        f"{folder}: {dishes} at {manifest.image_size} px, {', '.join(counts) or 'no pictures'}",
         "" if counts else "pack it again",
     )
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kfood_dist.errors import LaunchError
+from kfood_dist.words import plural
 
 _TIMEOUT_S = 120
 _MESSAGES = (
@@ -145,7 +146,7 @@ def trouble(gpus: Gpus) -> tuple[str, str] | None:
     """What keeps torch from computing on GPUs that are there, and the remedy; None if nothing does."""
     if gpus.shown and not gpus.usable:
         build = f"CUDA {gpus.cuda}" if gpus.cuda else "CPU only"
-        what = f"torch {gpus.torch} ({build}) cannot use the {gpus.shown} GPU{'s' * (gpus.shown > 1)} of this machine"
+        what = f"torch {gpus.torch} ({build}) cannot use the {plural(gpus.shown, 'GPU')} of this machine"
         if not gpus.cuda:
             return what, "install the ordinary torch wheel: pip install --force-reinstall torch"
         remedy = next((remedy for sign, remedy in _MESSAGES if sign in gpus.complaint), _COMPARE)

@@ -29,6 +29,7 @@ from kfood_dist.train.checkpoint import newest
 from kfood_dist.train.limit import limited
 from kfood_dist.train.lock import require_free
 from kfood_dist.train.preflight import preflight
+from kfood_dist.words import plural
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "accelerate"
 DEFAULT_CPU_PROCESSES = 2
@@ -91,7 +92,9 @@ def choose(machine: Machine, zero_stage: int, processes: int | None, num_machine
     """
     num_gpus = machine.num_gpus
     if num_gpus and processes and processes > num_gpus:
-        raise LaunchError(f"--processes {processes} on {num_gpus} GPUs", f"ask for at most {num_gpus}, one per GPU")
+        raise LaunchError(
+            f"--processes {processes} on {plural(num_gpus, 'GPU')}", f"ask for at most {num_gpus}, one per GPU"
+        )
     if processes is not None and processes < 1:
         raise LaunchError(f"--processes {processes}", "ask for at least 1")
     count = processes or machine.default_processes

@@ -21,6 +21,7 @@ from kfood_dist.evaluate.settings import Settings
 from kfood_dist.model.load import load_base
 from kfood_dist.model.loss import normalise_patches
 from kfood_dist.runtime import World
+from kfood_dist.words import plural
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ def pick_device(world: World) -> torch.device:
     gpus.require_usable()
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    num_gpus = torch.cuda.device_count()
+    if world.local_rank >= num_gpus:
         raise LaunchError(
-            f"{world.local_rank + 1} or more processes of this machine share {torch.cuda.device_count()} GPUs",
+            f"{world.local_rank + 1} or more processes of this machine share {plural(num_gpus, 'GPU')}",
             "start as many processes as there are GPUs",
         )
     device = torch.device("cuda", world.local_rank)

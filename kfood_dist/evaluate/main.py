@@ -28,6 +28,7 @@ from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, 
 from kfood_dist.evaluate.settings import add_model_arguments, base_fingerprint, sha256_file
 from kfood_dist.evaluate.task import Task, check, find_earlier
 from kfood_dist.runtime import World, end_with_launcher, quiet_libraries
+from kfood_dist.words import plural
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +188,7 @@ def describe(report: Report) -> str:
     """The result in two lines, for the console."""
     refused = f", {len(report.raw['refused'])} refused as too long" if report.raw["refused"] else ""
     return (
-        f"{report.split}: {report.correct} of {report.images} pictures right{refused}; accuracy "
+        f"{report.split}: {report.correct} of {plural(report.images, 'picture')} right{refused}; accuracy "
         f"{percent(report.accuracy)}, 95% interval {interval(report.wilson_95)}\n"
         f"page: {report.path.with_name(PAGE)}"
     )

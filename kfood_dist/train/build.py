@@ -30,6 +30,7 @@ from kfood_dist.train.preflight import build_template, num_steps, require_same_b
 from kfood_dist.train.skips import SkipWatch
 from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
+from kfood_dist.words import plural
 
 
 def build_trainer(
@@ -182,8 +183,8 @@ def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
 def _announce(trainer: Trainer, start: int) -> None:
     facts, plan = trainer.run_facts, trainer.plan
     trainer.log.say(
-        f"{plan.order.num_samples} pictures, {trainer.max_steps} steps of {plan.global_batch} "
-        f"({plan.ranks} ranks × {plan.micro_batch} × accumulation {plan.accumulation}), "
+        f"{plural(plan.order.num_samples, 'picture')}, {plural(trainer.max_steps, 'step')} of {plan.global_batch} "
+        f"({plural(plan.ranks, 'rank')} × {plan.micro_batch} × accumulation {plan.accumulation}), "
         f"{facts['distributed_type']} ZeRO {facts['zero_stage']}, {facts['quantization']}, "
         f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained, on {facts['device']}"
     )

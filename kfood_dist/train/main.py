@@ -1,11 +1,13 @@
 """`kfood train`: from a recipe to a tuned adapter, in reading order: check, build, resume, train, publish."""
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +16,14 @@ from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
 from kfood_dist.errors import CheckpointError, KfoodError, LaunchError, RecipeError
 from kfood_dist.model.adapters import require_adapter
-from kfood_dist.monitor import read_metrics
+from kfood_dist.monitor import clock, read_metrics
 from kfood_dist.runtime import World, end_with_launcher, lost_a_peer, quiet_libraries, raise_open_file_limit
 from kfood_dist.train import checkpoint
 from kfood_dist.train.limit import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import num_steps, preflight
 from kfood_dist.train.stop import StopRequest, write_status
+from kfood_dist.words import plural
 
 if TYPE_CHECKING:
     from kfood_dist.train.loop import Trainer
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         return train_by_launcher(args, world)
     end_with_launcher()
     recipe = load_recipe(args.recipes[0], args.set)
-    conclude: Conclude = publish
+    conclude: Conclude = partial(publish, recipe, time.monotonic())
     if args.limit is not None:
         recipe, conclude = dry_run(recipe, args.limit, world)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
@@ -163,7 +166,8 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
         if world.is_main:
             publish_adapter(newest.adapter, recipe.run.dir / "adapter")
             write_status(recipe.run.dir, "finished", newest.step)
-            print(f"{recipe.run.dir}: already trained, {newest.step} steps; adapter in {recipe.run.dir / 'adapter'}")
+            steps, adapter = plural(newest.step, "step"), recipe.run.dir / "adapter"
+            print(f"{recipe.run.dir}: already trained, {steps}; adapter in {adapter}")
         return 0
     if world.is_main:
         write_status(recipe.run.dir, "running", newest.step if newest else 0)
@@ -184,16 +188,37 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
     return 0
 
 
-def publish(trainer: "Trainer", done: int) -> None:
-    """Publish the adapter of a whole run, or say that it stopped, on rank 0."""
-    run_dir = trainer.recipe.run.dir
+def publish(recipe: Recipe, began: float, trainer: "Trainer", done: int) -> None:
+    """Publish the adapter of a whole run, or say that it stopped, on rank 0.
+
+    `recipe` is as it was given, `began` when this process started to train, by time.monotonic().
+    """
+    run_dir = recipe.run.dir
     if done == trainer.max_steps:
         publish_adapter(trainer.checkpoint_of(done).adapter, run_dir / "adapter")
-        trainer.log.say(f"done: {done} steps; adapter in {run_dir / 'adapter'}")
+        took = clock(time.monotonic() - began)
+        steps = plural(done, "step") + (f", the last {done - start}" if (start := trainer.log.start_step) else "")
+        best = best_step(trainer.checkpoints, recipe.eval.split)
+        has_test = bool(trainer.collator.shards.manifest.shards_of("test"))
+        command = evaluation_command(recipe, "test" if has_test else recipe.eval.split)
+        trainer.log.say(f"done: {steps} in {took}{best}; adapter in {run_dir / 'adapter'}; next: {command}")
     else:
         trainer.log.say(f"stopped after step {done} of {trainer.max_steps}, as asked; started again, it goes on")
     trainer.stop.obeyed()
     write_status(run_dir, "finished" if done == trainer.max_steps else "stopped", done)
+
+
+def best_step(checkpoints: Path, split: str) -> str:
+    """The best of the checkpoints by accuracy on `split`, as a part of a sentence; empty if none was measured."""
+    best = checkpoint.best(checkpoints)
+    return f"; best step {best[0].step} ({split} accuracy {best[1]:.4g})" if best else ""
+
+
+def evaluation_command(recipe: Recipe, split: str) -> str:
+    """The command that measures what a run has published."""
+    adapter, out = (str(recipe.run.dir / name) for name in ("adapter", "tuned"))
+    words = ["--shards", recipe.data.shards, "--split", split, "--model", recipe.model.base, "--adapter", adapter]
+    return shlex.join(["bash", "launch/eval.sh", *words, "--out", out])
 
 
 @contextmanager

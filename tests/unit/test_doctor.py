@@ -39,6 +39,7 @@ def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "no faults"
+    assert done.stderr == ""  # such as advice to install `kernels`, which nothing here needs
     assert all(line.split()[0] in (OK, WARN) for line in lines[:-1])
     assert all(" → " in line for line in lines if line.startswith(WARN))
     for found in ("NF4", "8-bit states", "deepspeed", "GiB free", "4 dishes at 224 px", "qwen2_5_vl"):
@@ -49,6 +50,8 @@ def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path
 def test_faults_make_the_status_1_and_stop_no_check(tmp_path: Path, tiny_model: Path, capsys):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
+    assert main(["doctor", "--shards", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 fault"
     assert main(["doctor", "--shards", str(tmp_path / "none"), "--model", str(tmp_path / "model")]) == 1
     out = capsys.readouterr().out
     assert "FAULT shards: shard folder" in out and "→ name the OUT of a `kfood pack SOURCE OUT`" in out
