@@ -123,6 +123,16 @@ class Model(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
     adapter: Folder | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
 
+    @model_validator(mode="after")
+    def _attention_has_its_type(self) -> "Model":
+        if self.attention == "flash_attention_2" and self.precision != "bf16":
+            why = {"fp16": "fp16 keeps the vision tower in float32", "fp32": "fp32 computes in float32"}
+            raise ValueError(
+                f"flash_attention_2 has no float32, and {why[self.precision]}; set model.precision=bf16, or "
+                "model.attention=sdpa"
+            )
+        return self
+
 
 class Lora(Section):
     r: Count = Field(16, description="rank of the update")

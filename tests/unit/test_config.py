@@ -210,6 +210,16 @@ def test_zero_stage_0_with_a_deepspeed_config_is_a_conflict(tmp_path: Path) -> N
         load_recipe(write(tmp_path, MINIMAL), ["train.zero_stage=0", "train.deepspeed_config=ds_configs/zero2.json"])
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_flash_attention_without_its_type_is_refused(tmp_path: Path, precision: str) -> None:
+    """It would fail at the first step, after the model was loaded."""
+    flash = "model.attention=flash_attention_2"
+    told = r"model: flash_attention_2 has no float32, and .*; set model.precision=bf16, or model.attention=sdpa"
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(write(tmp_path, MINIMAL), [flash, f"model.precision={precision}"])
+    assert load_recipe(write(tmp_path, MINIMAL), [flash]).model.attention == "flash_attention_2"
+
+
 def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL), ["train.max_steps=5"])
     save_recipe(recipe, tmp_path / "saved.yaml")
