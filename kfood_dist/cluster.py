@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kfood_dist.errors import LaunchError
+from kfood_dist.words import plural
 
 # By default an NFSv4 server of Linux gives up a client after 90 s, Lustre's after some 100 s; and torchrun on the job's
 # other nodes waits ten minutes for this one.
@@ -61,7 +62,7 @@ class Cluster:
         tasks = _number(environment, "SLURM_STEP_NUM_TASKS", nodes)
         if tasks != nodes:
             raise LaunchError(
-                f"srun started {tasks} tasks on {nodes} nodes",
+                f"srun started {plural(tasks, 'task')} on {plural(nodes, 'node')}",
                 "use --ntasks-per-node=1: the launcher starts a process for each GPU itself",
             )
         if nodes == 1:

@@ -9,13 +9,25 @@ holds a number of its own: image size, lengths, prompt and model name all come f
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from kfood_dist import recipe_yaml
 from kfood_dist.errors import RecipeError
 from kfood_dist.runtime import write_whole
 
@@ -23,8 +35,16 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _named(folder: Any) -> Any:
+    if isinstance(folder, str) and not folder.strip():  # Path("") would be the working directory
+        raise ValueError("is empty; name a folder")
+    return folder
+
+
 # With a leading `~` expanded, which a shell does not do after `=`; one of an unknown user stays, as in a shell.
-Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 FolderOrName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
@@ -32,6 +52,29 @@ class Section(BaseModel):
     """A recipe section: no unknown keys, no changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _clear_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if not {int, float} & _kinds(cls.model_fields[str(info.field_name)].annotation):
+            return value
+        if isinstance(value, bool):
+            raise ValueError(f"a number is needed, not {str(value).lower()}")
+        if isinstance(value, str) and re.match(r"\s*[-+]?0[0-9_]", value):
+            raise ValueError(f"{value} may be read as octal; write the number without the leading 0")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows; of a Literal the types of its values, of a tuple `tuple`."""
+    origin = get_origin(annotation)
+    if origin is None:
+        return {annotation}
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    return {origin} if origin is tuple else set().union(*map(_kinds, get_args(annotation)))
 
 
 class MixedIn(Section):
@@ -79,6 +122,16 @@ class Model(Section):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
     adapter: Folder | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
+
+    @model_validator(mode="after")
+    def _attention_has_its_type(self) -> "Model":
+        if self.attention == "flash_attention_2" and self.precision != "bf16":
+            why = {"fp16": "fp16 keeps the vision tower in float32", "fp32": "fp32 computes in float32"}
+            raise ValueError(
+                f"flash_attention_2 has no float32, and {why[self.precision]}; set model.precision=bf16, or "
+                "model.attention=sdpa"
+            )
+        return self
 
 
 class Lora(Section):
@@ -175,7 +228,8 @@ _Section = TypeVar("_Section", bound=Section)
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `section.key=value` overrides in order, and check all of it.
 
-    Values are YAML (`train.max_steps=20`, `data.prompt="이름은?"`). Raises RecipeError naming every fault.
+    A text key takes what stands after `=`, without quotes around the whole (`run.dir=runs/try #2`); `null` unsets a key
+    that has no value by default. Other values are YAML (`train.max_steps=20`). Raises RecipeError naming every fault.
     """
     return build_recipe(_read_yaml(path), overrides, f"recipe {path}")
 
@@ -206,21 +260,27 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
     Raises CheckpointError where it cannot be written; what was there before is whole then.
     """
-    write_whole(path, yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False))
+    write_whole(path, recipe_yaml.write_tree(recipe.model_dump(mode="json")))
 
 
 def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The sections of a recipe file, over those of the file it extends; `below` are the files that extend it."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = recipe_yaml.read_file_text(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
             f"recipe {path} cannot be read ({error.strerror})",
             "name one of launch/recipes/*.yaml or your own",
         ) from None
+    except recipe_yaml.UnclearText as error:
+        raise RecipeError(
+            f"recipe {path}, {error}", "put quotes around the whole text, or a space after the # of a comment"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an endless number
         first_line = " ".join(str(error).split())
-        raise RecipeError(f"recipe {path} is not YAML ({first_line})", "mend that line") from None
+        raise RecipeError(
+            f"recipe {path} is not YAML ({first_line})", "mend that line; a text with `: ` or signs in it needs quotes"
+        ) from None
     extended = tree.pop("extends", None) if isinstance(tree, dict) else None
     if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
         raise RecipeError(
@@ -242,12 +302,35 @@ def _apply_override(tree: dict[str, Any], text: str) -> str | None:
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
         return f"--set {text}: write it as section.key=value, for example train.max_steps=20"
+    value = value.strip() if name.endswith(" ") else value  # `key = value`
+    kinds = _kinds_of(section, key)
+    if not value.strip() and kinds and str not in kinds:
+        remedy = "write null for none" if type(None) in kinds else "write one after ="
+        return f"--set {text}: there is no value; {remedy}"
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _typed(value, kinds)
+    except recipe_yaml.UnclearText as error:
+        return f"--set {text}: {error}; leave it out, or put quotes around a text that has it"
     except (yaml.YAMLError, ValueError, RecursionError):
-        return f"--set {text}: the value is not YAML; put quotes around it"
+        return f"--set {text}: the value is not YAML; put quotes around each text in it"
     tree.setdefault(section, {})[key] = parsed
     return None
+
+
+def _kinds_of(section: str, key: str) -> set[Any]:
+    """The types that a recipe's `section.key` allows; none for an unknown key."""
+    field = Recipe.model_fields.get(section)
+    keys = field.annotation.model_fields if field else {}  # type: ignore[union-attr]
+    return _kinds(keys[key].annotation) if key in keys else set()
+
+
+def _typed(value: str, kinds: set[Any]) -> Any:
+    """What `value` means for a key of these types. Raises yaml.YAMLError, ValueError or RecursionError."""
+    if not {str, Path} & kinds:
+        return recipe_yaml.read_value(value)
+    if value == "null" and type(None) in kinds:
+        return None
+    return recipe_yaml.read_text(value)
 
 
 def _describe(error: Any, model: type[Section]) -> str:
@@ -260,8 +343,20 @@ def _describe(error: Any, model: type[Section]) -> str:
     if error["type"] == "missing":
         return f"{where}: missing; add it"
     if error["type"] == "value_error":
-        return error["msg"].removeprefix("Value error, ")
+        return (f"{where}: " if where else "") + error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("string_type", "path_type"):
+        return f"{where}: a text is needed, and YAML reads {_spelled(error['input'])}; put quotes around the whole text"
     return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def _spelled(value: Any) -> str:
+    """What YAML made of an unquoted text, in words."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return f"the truth value {str(value).lower()}"
+    kinds = {int: "the number", float: "the number", dict: "a section", list: "a list"}
+    return f"{kinds.get(type(value), 'a value')} {value!r}"
 
 
 def _known_keys(model: type[Section], location: tuple[Any, ...]) -> list[str]:

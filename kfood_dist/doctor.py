@@ -18,13 +18,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kfood_dist import gpus
 from kfood_dist.doctor_trials import adamw8bit_step, compile_complaint, nf4_error
 from kfood_dist.errors import KfoodError
+from kfood_dist.gpus import Gpus
+from kfood_dist.runtime import quiet_loggers
+from kfood_dist.words import plural
 
 OK, WARN, FAULT = "OK", "WARN", "FAULT"
 DISTRIBUTION = "kfood_dist"
@@ -67,12 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make every check, print each finding as it comes; 1 if any is a fault."""
+    quiet_loggers()
     faults = 0
     for name, check in checks(args.shards, args.model).items():
         for finding in examine(name, check):
             print(finding, flush=True)
             faults += finding.level == FAULT
-    print(f"{faults} faults" if faults else "no faults")
+    print(plural(faults, "fault") if faults else "no faults")
     return 1 if faults else 0
 
 
@@ -139,7 +144,9 @@ def check_packages(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
     if not faults:
         shown = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
         versions = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in needed if r.name in shown)
-        yield Finding(OK, f"{len(needed)} packages in the stated versions: {versions}" if versions else "no packages")
+        yield Finding(
+            OK, f"{plural(len(needed), 'package')} in the stated versions: {versions}" if versions else "no packages"
+        )
 
 
 def _package_fault(requirement: Any) -> str | None:
@@ -152,41 +159,34 @@ def _package_fault(requirement: Any) -> str | None:
     return None
 
 
-def check_torch() -> Iterator[Finding]:
-    """torch computes, and sees the GPU if the machine has one."""
+def check_torch(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
+    """torch computes, sees the GPU if the machine has one, and has kernels for it."""
     import torch
 
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    found = probe()
+    build = f"CUDA {found.cuda}" if found.cuda else "CPU only"
     assert float(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum()) == 8.0, "2×2 ones multiply wrongly"
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-    if has_driver and not torch.cuda.is_available():
-        remedy = (
-            "install the ordinary torch wheel: pip install --force-reinstall torch"
-            if not torch.version.cuda
-            else "compare `nvidia-smi` with torch's CUDA version, and check CUDA_VISIBLE_DEVICES"
-        )
-        yield Finding(FAULT, f"torch {torch.__version__} ({build}) cannot use this machine's NVIDIA driver", remedy)
+    if fault := gpus.trouble(replace(found, shown=found.shown or int(has_driver and gpus.are_wanted()))):
+        yield Finding(FAULT, *fault)
     else:
-        yield Finding(OK, f"torch {torch.__version__} ({build}), {torch.get_num_threads()} threads")
+        yield Finding(OK, f"torch {found.torch} ({build}), {plural(torch.get_num_threads(), 'thread')}")
 
 
-def check_gpus() -> Iterator[Finding]:
+def check_gpus(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
     """Each GPU, its memory, and whether it computes in bf16."""
     import torch
 
-    if not torch.cuda.is_available():
+    found = probe()
+    if not found.usable:
         yield Finding(WARN, "no GPU: training runs on the CPU", "fine for the practice set; a 3B model needs a GPU")
-        return
-    for i in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(i)
+    for i, gpu in enumerate(found.usable):
         free, total = (n / _GIB for n in torch.cuda.mem_get_info(i))
-        told = (
-            f"GPU {i}: {facts.name}, {total:.0f} GiB ({free:.0f} free), compute capability {facts.major}.{facts.minor}"
-        )
-        if facts.major >= 8:  # Ampere is the first with bf16 units; below, torch emulates it
+        told = f"GPU {i}: {gpu}, {total:.0f} GiB ({free:.0f} free)"
+        if gpu.has_bf16:
             yield Finding(OK, f"{told}, bf16")
         else:
-            yield Finding(WARN, f"{told}, no bf16", "set model.precision=fp16")
+            yield Finding(WARN, f"{told}, bf16 is emulated and slow", "set model.precision=fp16")
 
 
 def check_torchvision() -> Iterator[Finding]:
@@ -207,10 +207,13 @@ def check_torchvision() -> Iterator[Finding]:
         )
 
 
-def check_bitsandbytes() -> Iterator[Finding]:
+def check_bitsandbytes(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
     """bitsandbytes multiplies in 4-bit, and takes an 8-bit AdamW step, on the device training would use."""
     import torch
 
+    if fault := gpus.bitsandbytes_trouble(probe()):
+        yield Finding(FAULT, *fault)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     error = nf4_error(device)
     low, high = _NF4_ERROR
@@ -339,9 +342,10 @@ def check_shards(folder: Path) -> Iterator[Finding]:
             decode_rgb(shards.read(i))
         shards.close()
         counts.append(f"{split} {len(shards)}")
+    dishes = plural(len(manifest.classes), "dish", "dishes")
     yield Finding(
         OK if counts else FAULT,
-        f"{folder}: {len(manifest.classes)} dishes at {manifest.image_size} px, {', '.join(counts) or 'no pictures'}",
+        f"{folder}: {dishes} at {manifest.image_size} px, {', '.join(counts) or 'no pictures'}",
         "" if counts else "pack it again",
     )
 

@@ -12,24 +12,26 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfood_dist import console
-from kfood_dist.cli import build_parser as build_verb_parser
+from kfood_dist import console, gpus
 from kfood_dist.cluster import Cluster, require_one_node
 from kfood_dist.config import Recipe, load_recipe
 from kfood_dist.doctor import OK, check_shared_memory
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation
+from kfood_dist.gpus import Gpus
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.supervise import FINISHED, INTERRUPTED, MISTAKE, STOPPED, Supervisor
+from kfood_dist.train import main as training
 from kfood_dist.train.checkpoint import newest
-from kfood_dist.train.limit import NUM_STEPS, limited
+from kfood_dist.train.limit import limited
 from kfood_dist.train.lock import require_free
 from kfood_dist.train.preflight import preflight
 from kfood_dist.utf8 import settle_names
+from kfood_dist.words import plural
 
 CONFIGS = Path(__file__).resolve().parents[1] / "launch" / "accelerate"
 DEFAULT_CPU_PROCESSES = 2
@@ -38,11 +40,16 @@ ALONE = Cluster()
 
 @dataclass(frozen=True)
 class Machine:
-    """What matters here of a machine: its GPUs, cores, and whether DeepSpeed can run."""
+    """What matters here of a machine: GPUs that torch can use, cores, and whether DeepSpeed can run."""
 
     num_gpus: int
     num_cores: int
     has_deepspeed: bool
+    emulates_bf16: str = ""  # the first GPU that has no units for bf16
+
+    @property
+    def default_processes(self) -> int:
+        return self.num_gpus or min(DEFAULT_CPU_PROCESSES, self.num_cores)
 
 
 @dataclass(frozen=True)
@@ -55,15 +62,27 @@ class Launch:
     why: str
 
 
-def look_around() -> Machine:
-    """Describe the machine this runs on; CUDA_VISIBLE_DEVICES counts, as it does for torch."""
-    import torch
+def look_around(look: Callable[[], Gpus] = gpus.look) -> Machine:
+    """Describe the machine this runs on; CUDA_VISIBLE_DEVICES counts, as it does for torch.
 
+    Raises LaunchError if there are GPUs that torch cannot use: training would go on on the CPU, or fail once loaded.
+    """
+    found = look()
+    if fault := gpus.trouble(found):
+        raise gpus.refusal(*fault)
     return Machine(
-        num_gpus=torch.cuda.device_count(),
+        num_gpus=len(found.usable),
         num_cores=len(os.sched_getaffinity(0)),
         has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
+        emulates_bf16=next((str(gpu) for gpu in found.usable if not gpu.has_bf16), ""),
     )
+
+
+def precision_notice(machine: Machine, precision: str) -> str:
+    """What to say of a machine that would compute in bf16 without units for it; empty where there is nothing."""
+    if not machine.emulates_bf16 or precision != "bf16":
+        return ""
+    return f"{machine.emulates_bf16} emulates bf16, which is slow → --set model.precision=fp16"
 
 
 def choose(machine: Machine, zero_stage: int, processes: int | None, num_machines: int = 1) -> Launch:
@@ -73,14 +92,16 @@ def choose(machine: Machine, zero_stage: int, processes: int | None, num_machine
 
     Raises LaunchError for what the machine cannot do.
     """
-    gpus = machine.num_gpus
-    if gpus and processes and processes > gpus:
-        raise LaunchError(f"--processes {processes} on {gpus} GPUs", f"ask for at most {gpus}, one per GPU")
+    num_gpus = machine.num_gpus
+    if num_gpus and processes and processes > num_gpus:
+        raise LaunchError(
+            f"--processes {processes} on {plural(num_gpus, 'GPU')}", f"ask for at most {num_gpus}, one per GPU"
+        )
     if processes is not None and processes < 1:
         raise LaunchError(f"--processes {processes}", "ask for at least 1")
-    count = processes or gpus or min(DEFAULT_CPU_PROCESSES, machine.num_cores)
-    found = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU, {machine.num_cores} cores"
-    asked = "as asked" if processes else "one per GPU" if gpus else f"gloo on CPU, at most {DEFAULT_CPU_PROCESSES}"
+    count = processes or machine.default_processes
+    found = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}" if num_gpus else f"no GPU, {machine.num_cores} cores"
+    asked = "as asked" if processes else "one per GPU" if num_gpus else f"gloo on CPU, at most {DEFAULT_CPU_PROCESSES}"
     where = f"{found}: {count} process{'es' if count > 1 else ''} ({asked})"
     where += f" on each of {num_machines} nodes" if num_machines > 1 else ""
     total = count * num_machines
@@ -97,6 +118,30 @@ def choose(machine: Machine, zero_stage: int, processes: int | None, num_machine
     if total == 1:
         return Launch("single", 1, 0, f"{where}, without DeepSpeed")
     return Launch("ddp", count, 0, f"{where}, DDP without DeepSpeed")
+
+
+def parse_processes(text: str | None, machine: Machine, recipe: Recipe | None = None, machines: int = 1) -> int | None:
+    """The number that `--processes` asks for; None if it does not say. `fit` is the most that divide a global batch.
+
+    Raises LaunchError for what is no number.
+    """
+    if text == "fit" and recipe is not None:
+        return most_that_fit(recipe, machine.default_processes, machines)
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise LaunchError(f"--processes {text}", "give a number, one process per GPU") from None
+
+
+def most_that_fit(recipe: Recipe, available: int, machines: int = 1) -> int:
+    """The most of `available` processes on each of `machines` that cut the recipe's global batch into micro-batches.
+
+    All of them where none do, for preflight to say why.
+    """
+    batch, micro_batch = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if batch is None:
+        return available
+    return next((n for n in range(available, 0, -1) if batch % (n * machines * micro_batch) == 0), available)
 
 
 def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = ALONE) -> list[str]:
@@ -120,23 +165,17 @@ def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = A
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch", description="Start a verb on all GPUs of this machine or job.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train = verbs.add_parser("train", help="train by a recipe", prog="launch/train.sh")
-    train.add_argument(
-        "recipes",
-        type=Path,
-        nargs="+",
-        metavar="RECIPE",
-        help="recipe, such as launch/recipes/qwen2.5-vl-3b.yaml; several are trained one after the other",
-    )
-    train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
-    train.add_argument("--stage", metavar="DIR", help="copy the shards to this folder of each node, and read there")
-    train.add_argument(
-        "--limit", type=int, nargs="?", const=NUM_STEPS, metavar="N", help="try N steps, and say what the whole takes"
-    )
+    train = verbs.add_parser("train", help="train by a recipe; takes what `kfood train` takes", prog="launch/train.sh")
+    training.add_arguments(train)
     evaluate = verbs.add_parser("eval", help="measure a model; takes what `kfood eval` takes", prog="launch/eval.sh")
-    for sub in (train, evaluate):
-        sub.add_argument("--processes", type=int, metavar="N", help="on each node; default: one per GPU, or two on CPU")
+    evaluation.add_arguments(evaluate)
+    add_processes(evaluate)
     return parser
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Declare the launcher's own option of an evaluation."""
+    parser.add_argument("--processes", metavar="N", help="processes (default: one per GPU, or two on the CPU)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,11 +186,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"launch: {error}", file=sys.stderr)
         return MISTAKE
     console.best_effort(waits=False)
-    args, rest = build_parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
     try:
-        if args.verb == "train" and rest:
-            raise LaunchError(f"launch/train.sh does not know {' '.join(rest)}", "see launch/train.sh --help")
-        return train(args) if args.verb == "train" else evaluate(args, rest)
+        return train(args) if args.verb == "train" else evaluate(args, argv)
     except KfoodError as error:
         print(f"launch {args.verb}: {error}", file=sys.stderr)
         return MISTAKE
@@ -170,11 +208,16 @@ class Start:
 
 def train(args: argparse.Namespace) -> int:
     """Train the recipes in order, as long as each is finished. Raises KfoodError before the first one starts."""
-    cluster, machine = Cluster.here(), look_around()
+    training.require_recipe(args)
+    cluster = Cluster.here()
     if cluster.num_machines > 1 and len(args.recipes) > 1:
         raise LaunchError("several recipes in one job of several nodes", "queue a job for each: bash slurm/stages.sh")
     if args.limit is not None and len(args.recipes) > 1:
         raise LaunchError("--limit with several recipes", "try one at a time")
+    if cluster.is_head:
+        named = ", ".join(map(str, args.recipes))
+        print(f"launch train: checking {named}, this machine, the shards and the base model", flush=True)
+    machine = look_around()
     starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
     supervisor, tries = Supervisor(), args.limit is not None and cluster.is_head
     for start in starts:
@@ -186,6 +229,8 @@ def train(args: argparse.Namespace) -> int:
             console.keep_in(start.recipe.run.dir / console.LOG_FILE)
             at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
             print(f"launch train: {start.launch.why}{at}", flush=True)
+            if notice := precision_notice(machine, start.recipe.model.precision):
+                print(f"launch train: {notice}", flush=True)
         tell_shared_memory(start.launch, machine)
         if tries:  # what a killed one left, before any rank looks there
             shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
@@ -202,27 +247,33 @@ def train(args: argparse.Namespace) -> int:
 
 def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, cluster: Cluster) -> Start:
     """Pick how to train one recipe, and check all of it that can be checked now."""
-    launch = choose(machine, load_recipe(path, args.set).train.zero_stage, args.processes, cluster.num_machines)
+    recipe = load_recipe(path, args.set)
+    processes = parse_processes(args.processes, machine, recipe, cluster.num_machines)
+    launch = choose(machine, recipe.train.zero_stage, processes, cluster.num_machines)
     overrides = [*args.set, f"train.zero_stage={launch.zero_stage}"]
     recipe = load_recipe(path, overrides)
     preflight(recipe, launch.processes * cluster.num_machines)
-    words = [word for text in overrides for word in ("--set", text)]
-    staging = ["--stage", args.stage] if args.stage else []
-    limit = [] if args.limit is None else ["--limit", str(args.limit)]
     recipe = recipe if args.limit is None else limited(recipe, args.limit)
-    return Start(recipe, launch, ["train", "--config", str(path), *staging, *limit, *words])
+    return Start(recipe, launch, training.words_of(args, [path], overrides))
 
 
-def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+def evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     """Say that an earlier report answers the question, or become `accelerate launch` on this machine."""
     require_one_node("an evaluation")
-    if evaluation.preflight(build_verb_parser("eval").parse_args(["eval", *rest])):
-        return 0
+    print("launch eval: checking the shards, the settings and the base model", flush=True)
+    task = evaluation.preflight(args)
+    if task is None:
+        return FINISHED
     machine = look_around()
-    launch = choose(machine, 0, args.processes)
+    launch = choose(machine, 0, parse_processes(args.processes, machine))
     print(f"launch eval: {launch.why}", flush=True)
     tell_shared_memory(launch, machine)
-    command = accelerate_command(launch, ["eval", *rest])
+    if notice := precision_notice(machine, task.settings.precision):
+        print(f"launch eval: {notice}", flush=True)
+    own = argparse.ArgumentParser()
+    add_processes(own)
+    _, words = own.parse_known_args(argv)  # all that `kfood eval` takes
+    command = accelerate_command(launch, words)
     os.execve(command[0], command, environment_for(launch, machine))
 
 

@@ -10,25 +10,30 @@ import json
 import math
 import os
 import resource
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kfood_dist.console import LOG_FILE, LineFile, show, stamped
 from kfood_dist.runtime import World
 
 if TYPE_CHECKING:
+    import torch
+
     from kfood_dist.data.collate import Batch
 
 GIB = 2**30
+_PACE_STEPS = 100  # whose median tells the time left
 
 
 def peak_memory_gib() -> float:
     """Most memory held so far: of the GPU if there is one, else of this process (its resident set)."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
@@ -36,6 +41,8 @@ def peak_memory_gib() -> float:
 
 def device_memory_gib() -> float:
     """All there is of what `peak_memory_gib` counts: the GPU's memory, or the machine's."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
@@ -49,8 +56,10 @@ class StepMeter:
     waited_s: float = 0.0
     batches: "list[Batch]" = field(default_factory=list)
 
-    def reduce(self, world: World, loss_sum: torch.Tensor) -> dict[str, float]:
+    def reduce(self, world: World, loss_sum: "torch.Tensor") -> dict[str, float]:
         """The step's metrics over all ranks; a collective, so every rank calls it."""
+        import torch
+
         elapsed_s = time.perf_counter() - self.started
         counts = [
             float(loss_sum),
@@ -85,6 +94,8 @@ class RunLog:
         self.active = world.is_main
         self.max_steps = max_steps
         self.every = every
+        self.start_step = start_step
+        self._pace_s: deque[float] = deque(maxlen=_PACE_STEPS)
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -113,15 +124,18 @@ class RunLog:
         self._metrics.write(json.dumps(finite) + "\n")
         curves = {name: value for name, value in finite.items() if value is not None and name not in ("step", "time")}
         self._draw("train", metrics["step"], curves)
+        if metrics["step"] > self.start_step + 1:  # the first waits for the loader to start and kernels to be chosen
+            self._pace_s.append(metrics["step_seconds"])
         if metrics["step"] % self.every == 0 or metrics["step"] == self.max_steps:
-            self.say(console_line(metrics, self.max_steps))
+            step_s = statistics.median(self._pace_s) if self._pace_s else None
+            self.say(console_line(metrics, self.max_steps, step_s))
 
-    def evaluation(self, step: int, scores: dict[str, float]) -> None:
-        """Record a measurement made while training."""
+    def evaluation(self, step: int, split: str, scores: dict[str, float]) -> None:
+        """Record a measurement of `split` made while training."""
         if not self.active:
             return
         self._draw("eval", step, scores)
-        self.say(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        self.say(f"step {step}  {split}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def _draw(self, group: str, step: int, values: Mapping[str, float]) -> None:
         """TensorBoard's points. Where it cannot write, its curves end: metrics.jsonl has the same and goes on."""
@@ -142,19 +156,25 @@ class RunLog:
             self._log.close()
 
 
-def console_line(metrics: dict[str, Any], max_steps: int) -> str:
-    """One readable line of a step's metrics."""
-    left_s = int((max_steps - metrics["step"]) * metrics["step_seconds"])
+def console_line(metrics: dict[str, Any], max_steps: int, step_s: float | None) -> str:
+    """One readable line of a step's metrics; the time left is told once it is known how long a step takes."""
+    left = "" if step_s is None else f"  left {clock((max_steps - metrics['step']) * step_s)}"
     line = (
         f"step {metrics['step']}/{max_steps}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
         f"grad {metrics['grad_norm']:.3f}  {metrics['samples_per_second']:.1f} samples/s  "
         f"wait {metrics['data_wait_share']:.0%}  pad {metrics['padding_share']:.0%}  "
-        f"mem {metrics['peak_memory_gib']:.2f} GiB  left {left_s // 60}:{left_s % 60:02d}"
+        f"mem {metrics['peak_memory_gib']:.2f} GiB{left}"
     )
     if "loss_scale" in metrics:
         line += f"  scale {metrics['loss_scale']:g}"
     counts = {"refused": "refused", "replaced": "replaced", "skipped so far": "skipped_in_all"}
     return line + "".join(f"  {told} {metrics[name]:.0f}" for told, name in counts.items() if metrics[name])
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, or hours, minutes and seconds: 4:07, 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes}:{s:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -229,12 +229,26 @@ def raise_open_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def quiet_loggers() -> None:
+    """Keep the libraries' warnings a user can do nothing about out of the console; their errors stay.
+
+    DeepSpeed sets its logger's level when it is imported, which the filter outlasts.
+    """
+    for library in ("DeepSpeed", "bitsandbytes", "accelerate", "torch.distributed"):
+        logger = logging.getLogger(library)
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
     """Keep notices a user can do nothing about out of a run's console; warnings of our own and errors stay."""
     import transformers
 
-    for library in ("DeepSpeed", "bitsandbytes", "accelerate", "torch.distributed"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet_loggers()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     for library in ("torch", "transformers", "deepspeed", "peft"):

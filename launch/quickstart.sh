@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
+# bash launch/quickstart.sh
 # From nothing to a measured, tuned model: a practice set, packed; the base measured; the real recipe; the tuned model
 # measured; both compared. Run it again and it goes on where it stopped; each step says what it reused.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+[ $# -eq 0 ] || { echo "quickstart: it takes no words, and got $* → see bash launch/quickstart.sh --help" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 recipe=launch/recipes/quickstart.yaml
@@ -24,7 +27,7 @@ step "4/7 measure the base"
 bash launch/eval.sh --config $recipe --shards shards/practice --split test --model data/practice/model --out $run/base
 
 step "5/7 train"
-bash launch/train.sh $recipe
+bash launch/train.sh $recipe --processes fit
 
 step "6/7 measure the tuned model"
 bash launch/eval.sh --shards shards/practice --split test --model data/practice/model --adapter $run/adapter \

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
+# bash launch/test.sh [what pytest takes]
 # The whole suite, some 45 minutes on two cores; arguments go to pytest, such as tests/unit (6 minutes).
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/venv.sh
 .venv/bin/ruff check .

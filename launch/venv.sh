@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Makes the checkout's .venv with the tested pins, or does nothing if it is up to date.
+# bash launch/venv.sh
+# Makes the checkout's .venv with the tested pins, or does nothing if it is up to date. PYTHON names the Python to use.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+[ $# -eq 0 ] || { echo "venv: it takes no words, and got $* → see bash launch/venv.sh --help" >&2; exit 2; }
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 

@@ -3,6 +3,7 @@
 # Queues training by each recipe in order, launch/recipes/stages/*.yaml by default: each starts when the one before has
 # finished, and is measured when it has finished itself. Without Slurm, trains here in that order.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 options=()

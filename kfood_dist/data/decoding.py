@@ -18,8 +18,8 @@ from PIL.JpegImagePlugin import JpegImageFile, jpeg_factory
 from kfood_dist.data.metadata import SCAN, jpeg_segments, without_metadata
 
 # All that Pillow knows by their first bytes and that photographs are kept in; JPEG and HEIC are opened below.
-_FORMATS = ("PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000")
-_UNKNOWN = "not a JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF, JPEG 2000 or HEIC file"
+_FORMATS = ("PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_UNKNOWN = "not a JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF, JPEG 2000, PPM or HEIC file"
 
 # Brands of HEIF (ISO 23008-12, annex B) that pillow-heif opens; with an AVIF brand it is Pillow's.
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}

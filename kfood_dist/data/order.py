@@ -9,6 +9,7 @@ from kfood_dist.config import build_data
 from kfood_dist.data.mix import Mixture, build_data_order, open_mixture
 from kfood_dist.data.plan import EMPTY, Plan
 from kfood_dist.errors import RecipeError
+from kfood_dist.words import plural
 
 # What a micro-step of all ranks may hold: as an array, 128 MiB.
 _MAX_SLOTS = 2**24
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(build_data_order(mixture, data), args.seed, args.ranks, args.micro_batch, args.accumulation)
     if args.start >= plan.steps_per_epoch:
         raise RecipeError(
-            f"--start {args.start} is beyond the epoch, which has {plan.steps_per_epoch} steps",
+            f"--start {args.start} is beyond the epoch, which has {plural(plan.steps_per_epoch, 'step')}",
             f"begin at 0 … {plan.steps_per_epoch - 1}, or raise --epoch",
         )
     stop = plan.steps_per_epoch if args.steps is None else min(args.start + args.steps, plan.steps_per_epoch)

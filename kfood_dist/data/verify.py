@@ -29,6 +29,7 @@ from kfood_dist.data.packing.prepare import available_cores
 from kfood_dist.data.shards import load_index, sample_key
 from kfood_dist.data.tars import Member, file_sha256, members
 from kfood_dist.errors import ShardError
+from kfood_dist.words import plural
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     for fault in faults:
         print(fault)
     if faults:
-        print(f"{len(faults)} faults in {args.shards}: restore the files named, or pack the source again")
+        print(f"{plural(len(faults), 'fault')} in {args.shards}: restore what is named, or pack the source again")
         return 1
     manifest = load_manifest(args.shards)
     num_samples = sum(shard.samples for shard in manifest.shards)
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     num_shards = len(manifest.shards)
-    print(f"{args.shards}: all sound: {num_samples:,} samples in {num_shards:,} shards, {num_bytes:,} bytes")
+    found = f"{plural(num_samples, 'sample')} in {plural(num_shards, 'shard')}"
+    print(f"{args.shards}: all sound: {found}, {num_bytes:,} bytes")
     return 0
 
 

@@ -18,6 +18,7 @@ from kfood_dist.evaluate.metrics import mcnemar_exact
 from kfood_dist.evaluate.page import Column, interval, page, percent, table
 from kfood_dist.evaluate.report import PREDICTIONS, Report, ReportError, load_report, write_whole
 from kfood_dist.runtime import require_folder_possible
+from kfood_dist.words import plural
 
 FORMAT, VERSION = "kfood-comparison", 1
 COMPARISON, COMPARISON_PAGE = "comparison.json", "comparison.html"
@@ -198,7 +199,7 @@ def describe(comparison: dict[str, Any]) -> str:
 
 def _remarks(comparison: dict[str, Any]) -> list[str]:
     better, worse = len(comparison["better"]), len(comparison["worse"])
-    lines = [f"{better} dishes got better, {worse} worse, of {len(comparison['per_class'])}"]
+    lines = [f"{plural(better, 'dish', 'dishes')} got better, {worse} worse, of {len(comparison['per_class'])}"]
     if test := comparison["mcnemar"]:
         lines.append(
             f"only tuned right {test['only_tuned_right']}, only base right {test['only_base_right']}: "

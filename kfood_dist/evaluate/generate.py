@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kfood_dist import gpus
 from kfood_dist.data.collate import Batch
 from kfood_dist.data.template import Template
 from kfood_dist.errors import LaunchError
@@ -20,6 +21,7 @@ from kfood_dist.evaluate.settings import Settings
 from kfood_dist.model.load import load_base
 from kfood_dist.model.loss import normalise_patches
 from kfood_dist.runtime import World
+from kfood_dist.words import plural
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Answer:
 
 def pick_device(world: World) -> torch.device:
     """The device of this rank: its own GPU, or the CPU where there is none. Raises LaunchError."""
+    gpus.require_usable()
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if world.local_rank >= torch.cuda.device_count():
+    num_gpus = torch.cuda.device_count()
+    if world.local_rank >= num_gpus:
         raise LaunchError(
-            f"{world.local_rank + 1} or more processes of this machine share {torch.cuda.device_count()} GPUs",
+            f"{world.local_rank + 1} or more processes of this machine share {plural(num_gpus, 'GPU')}",
             "start as many processes as there are GPUs",
         )
     device = torch.device("cuda", world.local_rank)

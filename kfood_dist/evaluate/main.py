@@ -28,6 +28,7 @@ from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, 
 from kfood_dist.evaluate.settings import add_model_arguments, base_fingerprint, sha256_file
 from kfood_dist.evaluate.task import Task, check, find_earlier
 from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, run_rank
+from kfood_dist.words import plural
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     earlier = find_earlier(task) if world.is_main else None
     if world.size == 1 and earlier:
         return reuse(task, earlier)
+    if world.is_main:
+        print(f"loading the libraries, and then {task.model}", flush=True)
     quiet_libraries()
     template = build_template(task.settings, task.model, task.adapter)
     return run_rank(world, "eval", lambda: answer(task, earlier, template, world, args.stage))
@@ -108,18 +111,18 @@ def staged(task: Task, stage_dir: Path | None, world: World) -> Iterator[Task]:
         yield replace(task, shards=open_split(folder, split))
 
 
-def preflight(args: argparse.Namespace) -> bool:
+def preflight(args: argparse.Namespace) -> Task | None:
     """For a launcher, before it starts any rank: raise every mistake that can be told; reuse an earlier report.
 
-    True if an earlier report answers the question, so that there is nothing to start.
+    Returns what is to be measured; None if an earlier report answers the question, so that there is nothing to start.
     """
     task = check(args)
     if earlier := find_earlier(task):
         reuse(task, earlier)
-        return True
+        return None
     quiet_libraries()
     build_template(task.settings, task.model, task.adapter)
-    return False
+    return task
 
 
 def conclude(task: Task, parts: list["Part"], world: World, device: "torch.device") -> None:
@@ -187,7 +190,7 @@ def describe(report: Report) -> str:
     """The result in two lines, for the console."""
     refused = f", {len(report.raw['refused'])} refused as too long" if report.raw["refused"] else ""
     return (
-        f"{report.split}: {report.correct} of {report.images} pictures right{refused}; accuracy "
+        f"{report.split}: {report.correct} of {plural(report.images, 'picture')} right{refused}; accuracy "
         f"{percent(report.accuracy)}, 95% interval {interval(report.wilson_95)}\n"
         f"page: {report.path.with_name(PAGE)}"
     )

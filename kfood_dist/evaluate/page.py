@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from kfood_dist.evaluate.metrics import Record
+from kfood_dist.words import plural
 
 _STYLE = """
 :root { color-scheme: light dark; --edge: #8884; --good: #1a7f37; --bad: #c4302b; }
@@ -86,7 +87,7 @@ def report_page(report: Mapping[str, Any], samples: Sequence[tuple[Record, bytes
 def _headline(report: Mapping[str, Any]) -> str:
     return (
         f'<p class="headline">{percent(report["accuracy"])}</p>\n'
-        f"<p>{report['correct']} of {report['images']} pictures named right; "
+        f"<p>{report['correct']} of {plural(report['images'], 'picture')} named right; "
         f"95% interval {interval(report['wilson_95'])}. Strict exact match after one normalisation.</p>"
     )
 

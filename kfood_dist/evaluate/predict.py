@@ -20,6 +20,7 @@ from kfood_dist.data.plan import MicroBatch
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
 from kfood_dist.runtime import World, quiet_libraries
+from kfood_dist.words import plural
 
 if TYPE_CHECKING:
     from kfood_dist.data.collate import StreamingCollator
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         print(json_line(line, sys.stdout.encoding), flush=True)
     failed = sum(not isinstance(picture, bytes) for picture in pictures)
     if failed:
-        print(f"{failed} of {len(pictures)} pictures cannot be read", file=sys.stderr)
+        print(f"{failed} of {plural(len(pictures), 'picture')} cannot be read", file=sys.stderr)
     return 1 if failed else 0
 
 

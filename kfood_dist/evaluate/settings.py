@@ -86,6 +86,9 @@ def resolve_settings(args: argparse.Namespace) -> tuple[Settings, Eval]:
         model = Model.model_validate(recipe.model.model_dump() | kept)
     except ValidationError as error:
         fault = error.errors()[0]
+        if not fault["loc"]:  # settings that do not go together: one is the adapter's, the other was asked for
+            told = fault["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"with the settings of adapter {args.adapter}, {told}", "mend --set") from None
         raise ModelError(
             f"{args.adapter}/kfood.json: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", _COPY_ADAPTER
         ) from None

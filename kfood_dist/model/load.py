@@ -52,8 +52,10 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     options: dict[str, Any] = {"use_safetensors": True}  # never a pickle
     if quantization == "nf4":
         options["quantization_config"] = quantization_config(dtype)
+    # In float32 a 3B model takes 15 GB, more than many a card without bf16 has.
+    halved_on_host = precision == "fp16" and quantization == "none"
     if not is_deepspeed_zero3_enabled():  # which places the weights itself, and refuses to be told where
-        options["device_map"] = {"": device}
+        options["device_map"] = {"": "cpu" if halved_on_host else device}
     # Under fp16 all is read as float32 first: fp16 has neither the range nor the small numbers of a bf16 file.
     options["dtype"] = torch.float32 if precision == "fp16" else dtype
     try:
@@ -80,6 +82,8 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
         require_quantized(model)
     if precision == "fp16":
         halve(model)
+    if halved_on_host:
+        model.to(device)
     return model.requires_grad_(False).train()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from kfood_dist import gpus
 from kfood_dist.config import Recipe
 from kfood_dist.data.collate import StreamingCollator
 from kfood_dist.data.mix import open_mixture
@@ -32,12 +33,14 @@ from kfood_dist.train.preflight import num_steps, require_same_base
 from kfood_dist.train.skips import SkipWatch
 from kfood_dist.train.stop import StopRequest
 from kfood_dist.train.watch import Watch
+from kfood_dist.words import plural
 
 
 def build_trainer(
     recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None, stop: StopRequest
 ) -> tuple[Trainer, int]:
     """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
+    gpus.require_usable()
     accelerator = build_accelerator(recipe, plan, world)
     _require_agreement(world, plan, newest)
     template = build_template(recipe.model.base, recipe.data)
@@ -191,8 +194,8 @@ def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
 def _announce(trainer: Trainer, start: int) -> None:
     facts, plan = trainer.run_facts, trainer.plan
     trainer.log.say(
-        f"{plan.order.num_samples} pictures, {trainer.max_steps} steps of {plan.global_batch} "
-        f"({plan.ranks} ranks × {plan.micro_batch} × accumulation {plan.accumulation}), "
+        f"{plural(plan.order.num_samples, 'picture')}, {plural(trainer.max_steps, 'step')} of {plan.global_batch} "
+        f"({plural(plan.ranks, 'rank')} × {plan.micro_batch} × accumulation {plan.accumulation}), "
         f"{facts['distributed_type']} ZeRO {facts['zero_stage']}, {facts['quantization']}, "
         f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained, on {facts['device']}"
     )

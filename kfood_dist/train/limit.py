@@ -17,6 +17,7 @@ from kfood_dist.data.storage import LocalStorage
 from kfood_dist.data.verify import verify_some
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.monitor import device_memory_gib
+from kfood_dist.words import plural
 
 NUM_STEPS = 3
 NUM_PICTURES = 8
@@ -47,12 +48,12 @@ def check_shards(recipe: Recipe) -> str:
     for where in (recipe.data.shards, *(mixed.shards for mixed in recipe.data.mix)):
         manifest = load_manifest(where)
         if not isinstance(manifest.storage, LocalStorage):
-            said.append(f"{where}: all {len(manifest.shards)} shards are there")
+            said.append(f"{where}: {plural(len(manifest.shards), 'shard is', 'shards are')} there")
             continue
         checked, faults = verify_some(manifest, ["train", recipe.eval.split])
         if faults:
             raise ShardError(f"{where} is damaged: {faults[0]}", f"see all of it with `kfood verify {where}`")
-        said.append(f"{where}: {', '.join(checked)} sound, of {len(manifest.shards)} shards")
+        said.append(f"{where}: {', '.join(checked)} sound, of {plural(len(manifest.shards), 'shard')}")
     return "; ".join(said)
 
 

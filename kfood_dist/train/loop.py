@@ -112,7 +112,7 @@ class Trainer:
         if scores is None:
             self.log.say(f"step {done}: not measured, as the run is to stop")
         else:
-            self.log.evaluation(done, scores)
+            self.log.evaluation(done, self.recipe.eval.split, scores)
         return scores
 
     def _make_up_for(self, resumed: checkpoint.Checkpoint) -> None:

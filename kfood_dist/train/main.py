@@ -2,19 +2,22 @@
 
 import argparse
 import os
+import shlex
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kfood_dist import console
 from kfood_dist.config import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan import Plan
 from kfood_dist.data.stage import stage
-from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.errors import KfoodError, LaunchError, RecipeError
 from kfood_dist.model.adapters import require_adapter
-from kfood_dist.monitor import read_metrics
+from kfood_dist.monitor import clock, read_metrics
 from kfood_dist.runtime import (
     World,
     end_with_launcher,
@@ -29,6 +32,7 @@ from kfood_dist.train.limit import NUM_PICTURES, NUM_STEPS, check_shards, limite
 from kfood_dist.train.lock import hold
 from kfood_dist.train.preflight import num_steps, preflight
 from kfood_dist.train.stop import StopRequest, read_state, write_status
+from kfood_dist.words import plural
 
 if TYPE_CHECKING:
     from kfood_dist.train.loop import Trainer
@@ -37,28 +41,31 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="RECIPE",
-        help="recipe, such as launch/recipes/*.yaml; several are trained one after the other",
+    """Declare the words of `kfood train` and of launch/train.sh, which are the same."""
+    parser.description = (
+        "Train by a recipe, or by several in order. A run that was interrupted goes on from its newest checkpoint. "
+        "launch/train.sh starts a process for each GPU; `kfood train` is one such process."
     )
+    named: dict[str, Any] = {"type": Path, "action": "extend", "dest": "recipes", "metavar": "RECIPE", "default": []}
+    parser.add_argument(
+        **named,
+        nargs="*",
+        help="recipe, such as launch/recipes/qwen2.5-vl-3b.yaml; several are trained one after the other",
+    )
+    parser.add_argument("--config", **named, nargs="+", help="the same")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="override one key; may be repeated",
+        help="override one key; may be repeated. A text key takes all that stands after =",
     )
     parser.add_argument(
         "--stage",
         type=Path,
         metavar="DIR",
-        help="copy the shards to this folder, on a disk of the node, and read there",
+        help="copy the shards to this folder, on a disk of each node, and read there",
     )
-
     parser.add_argument(
         "--limit",
         type=int,
@@ -67,6 +74,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"try it: N steps ({NUM_STEPS}), a checkpoint and {NUM_PICTURES} pictures, and what the whole would take",
     )
+    parser.add_argument(
+        "--processes",
+        metavar="N|fit",
+        help="processes on each node (one per GPU, or two on the CPU); fit: as many as can cut train.global_batch_size",
+    )
+
+
+def words_of(args: argparse.Namespace, recipes: Sequence[Path], overrides: Sequence[str]) -> list[str]:
+    """`add_arguments` backwards: the words that make a process train `recipes` with `overrides`."""
+    sets = [word for text in overrides for word in ("--set", text)]
+    staging = ["--stage", str(args.stage)] if args.stage else []
+    limit = ["--limit", str(args.limit)] if args.limit is not None else []
+    return ["train", "--config", *map(str, recipes), *staging, *limit, *sets]
+
+
+def require_recipe(args: argparse.Namespace) -> None:
+    """Raise RecipeError if no recipe is named."""
+    if not args.recipes:
+        raise RecipeError("no recipe is named", "name one, such as launch/recipes/qwen2.5-vl-3b.yaml")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,11 +102,12 @@ def run(args: argparse.Namespace) -> int:
     for both, as torchrun takes any other status for a fault; its launcher looks into `status.json`.
     """
     world = World.from_environment()
-    if len(args.config) > 1:
-        return train_in_order(args, world)
+    require_recipe(args)
+    if len(args.recipes) > 1 or args.processes:
+        return train_by_launcher(args, world)
     end_with_launcher()
-    recipe = load_recipe(args.config[0], args.set)
-    conclude: Conclude = publish
+    recipe = load_recipe(args.recipes[0], args.set)
+    conclude: Conclude = partial(publish, recipe, time.monotonic())
     if args.limit is not None:
         recipe, conclude = dry_run(recipe, args.limit, world)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
@@ -115,20 +142,20 @@ def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude
     return trial, tell
 
 
-def train_in_order(args: argparse.Namespace, world: World) -> int:
-    """Train several recipes, each in processes of its own; exit status as launch/train.sh gives it."""
+def train_by_launcher(args: argparse.Namespace, world: World) -> int:
+    """Train each recipe in processes of its own; exit status as launch/train.sh gives it."""
     if world.size > 1:
-        raise LaunchError("a rank trains one recipe", "start several with launch/train.sh RECIPE RECIPE …")
+        raise LaunchError("a rank trains one recipe", "start through launch/train.sh")
     from kfood_dist import launch  # which starts this module, once for each recipe
 
-    overrides = [word for text in args.set for word in ("--set", text)]
-    staging = ["--stage", str(args.stage)] if args.stage else []
-    trial = ["--limit", str(args.limit)] if args.limit is not None else []
-    return launch.main(["train", *map(str, args.config), *overrides, *staging, *trial])
+    processes = ["--processes", args.processes] if args.processes else []
+    return launch.main([*words_of(args, args.recipes, args.set), *processes])
 
 
 def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_dir: Path | None = None) -> int:
     """Resume from the newest checkpoint or begin, train to the end or until asked to stop, and `conclude` on rank 0."""
+    if world.is_main:
+        print(f"loading the libraries, and then {recipe.model.base}", flush=True)
     quiet_libraries()
     raise_open_file_limit()
     from kfood_dist.train.build import build_trainer  # torch and all the rest
@@ -141,7 +168,8 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
         if world.is_main:
             published = publish_adapter(recipe)
             write_status(recipe.run.dir, "finished", newest.step)
-            print(f"{recipe.run.dir}: already trained, {newest.step} steps; {published}; adapter in adapter/")
+            steps, adapter = plural(newest.step, "step"), recipe.run.dir / "adapter"
+            print(f"{recipe.run.dir}: already trained, {steps}; {published}; adapter in {adapter}")
         return 0
     if world.is_main:
         write_status(recipe.run.dir, "running", newest.step if newest else 0)
@@ -164,18 +192,39 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
     return 0
 
 
-def publish(trainer: "Trainer", done: int) -> None:
-    """Publish an adapter of a whole run, or say that it stopped, on rank 0."""
+def publish(recipe: Recipe, began: float, trainer: "Trainer", done: int) -> None:
+    """Publish an adapter of a whole run, or say that it stopped, on rank 0.
+
+    `recipe` is as it was given, `began` when this process started to train, by time.monotonic().
+    """
     from kfood_dist.train.publish import publish_adapter
 
-    run_dir = trainer.recipe.run.dir
+    run_dir = recipe.run.dir
     if done == trainer.max_steps:
-        trainer.log.say(str(publish_adapter(trainer.recipe)))
-        trainer.log.say(f"done: {done} steps; adapter in {run_dir / 'adapter'}")
+        trainer.log.say(str(publish_adapter(recipe)))
+        took = clock(time.monotonic() - began)
+        steps = plural(done, "step") + (f", the last {done - start}" if (start := trainer.log.start_step) else "")
+        best = best_step(trainer.checkpoints, recipe.eval.split)
+        has_test = bool(trainer.collator.shards.manifest.shards_of("test"))
+        command = evaluation_command(recipe, "test" if has_test else recipe.eval.split)
+        trainer.log.say(f"done: {steps} in {took}{best}; adapter in {run_dir / 'adapter'}; next: {command}")
     else:
         trainer.log.say(f"stopped after step {done} of {trainer.max_steps}, as asked; started again, it goes on")
     trainer.stop.obeyed()
     write_status(run_dir, "finished" if done == trainer.max_steps else "stopped", done)
+
+
+def best_step(checkpoints: Path, split: str) -> str:
+    """The best of the checkpoints by accuracy on `split`, as a part of a sentence; empty if none was measured."""
+    best = checkpoint.best(checkpoints)
+    return f"; best step {best[0].step} ({split} accuracy {best[1]:.4g})" if best else ""
+
+
+def evaluation_command(recipe: Recipe, split: str) -> str:
+    """The command that measures what a run has published."""
+    adapter, out = (str(recipe.run.dir / name) for name in ("adapter", "tuned"))
+    words = ["--shards", recipe.data.shards, "--split", split, "--model", recipe.model.base, "--adapter", adapter]
+    return shlex.join(["bash", "launch/eval.sh", *words, "--out", out])
 
 
 @contextmanager

@@ -42,7 +42,9 @@ def test_a_dry_run_checks_steps_saves_measures_and_projects(
 
     status, said = run(recipe, "--processes", "1", "--set", "train.zero_stage=0", "--limit", "1")
     assert status == 0 and "step 1/1 " in said and "without DeepSpeed" in said
-    assert run(recipe, "--limit", "0") == (2, "launch train: --limit 0 → give a number of steps from 1\n")
+    checking = f"launch train: checking {recipe}, this machine, the shards and the base model\n"
+    told = f"{checking}launch train: --limit 0 → give a number of steps from 1\n"
+    assert run(recipe, "--limit", "0") == (2, told)
 
 
 def test_what_a_killed_dry_run_left_is_gone_before_a_rank_looks(

@@ -1,6 +1,7 @@
 """Every shipped recipe goes through the real command; only model, data and length are made small."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,18 @@ def test_a_shipped_recipe_trains(recipe: Path, tmp_path: Path, tiny_model: Path,
     small = [f"model.base={tiny_model}", f"data.shards={tiny_shards}", f"run.dir={run}"]
     output = train(recipe, 2, [*small, "train.max_steps=2", "eval.every_steps=3"])
     assert "DeepSpeed ZeRO-2" in output
+    checking, picked, loading = output.splitlines()[:3]
+    assert checking == f"launch train: checking {recipe}, this machine, the shards and the base model"
+    assert picked.startswith("launch train: no GPU, ") and loading == f"loading the libraries, and then {tiny_model}"
+    assert re.search(r"^step 2  val  loss [\d.]+  accuracy [\d.]+  samples \d+$", output, flags=re.MULTILINE)
+    (done,) = [line for line in output.splitlines() if line.startswith("done: ")]
+    assert re.match(r"done: 2 steps in \d+:\d\d; best step 2 \(val accuracy [\d.]+\); adapter in ", done)
+    assert done.endswith(
+        f"; next: bash launch/eval.sh --shards {tiny_shards} --split test --model {tiny_model} "
+        f"--adapter {run}/adapter --out {run}/tuned"
+    )
+    for meaningless in ("untested optimizer", "pip install kernels", "1 steps", "1 ranks"):
+        assert meaningless not in output
     assert [row["step"] for row in metrics(run)] == [1, 2]
     facts = json.loads((run / "run.json").read_text())
     assert facts["distributed_type"] == "DEEPSPEED"

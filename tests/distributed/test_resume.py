@@ -94,6 +94,7 @@ def test_a_second_start_in_the_same_run_directory_is_refused(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = start(recipe, 1)
     assert again.stdout is not None
+    assert again.stdout.readline().startswith("launch train: checking ")
     assert again.stdout.readline() == f"another process is training in {tmp_path / 'run'}; waiting\n"
     kill_after_step(first, tmp_path / "run", step=1)
     assert again.stdout.readline().startswith("launch train: ")

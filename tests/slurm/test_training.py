@@ -39,7 +39,7 @@ def whole(slurm: MiniSlurm, make) -> Path:
     facts = slurm.wait(job)
     log = slurm.log(job)
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log
-    assert log.count("launch train: ") == 1
+    assert log.count("launch train: checking ") == 1 and log.count("launch train: ") == 2
     assert "1 process (as asked) on each of 2 nodes, DeepSpeed ZeRO-2; meeting at 127.0.0.1:" in log
     return recipe.parent / "run"
 

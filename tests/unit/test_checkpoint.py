@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kfood_dist.cli import build_parser
+from kfood_dist.config import build_recipe
 from kfood_dist.errors import CheckpointError
 from kfood_dist.runtime import World
 from kfood_dist.train import checkpoint, state
+from kfood_dist.train.main import best_step, evaluation_command
 
 FACTS = {
     "data": {"epoch": 0}, "base_fingerprint": "f", "world_size": 1, "distributed_type": "NO", "zero_stage": 0
@@ -55,6 +59,18 @@ def test_the_best_by_validation_is_never_pruned_and_nor_is_the_newest(tmp_path: 
         assert best is not None and best[0].step == {1: 1, 2: 2, 3: 2, 4: 2, 5: 5, 6: 5, 7: 5}[step]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005", "step-00000007"]
     assert checkpoint.best(tmp_path / "none") is None
+    assert best_step(tmp_path, "val") == "; best step 5 (val accuracy 0.8)"
+    assert best_step(tmp_path / "none", "val") == ""
+
+
+def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
+    """Names with spaces and a # too."""
+    tree = {"data": {"shards": "shards/my set"}, "model": {"base": "m"}, "run": {"dir": "runs/try #2"}}
+    command = evaluation_command(build_recipe(tree, [], "recipe"), "test")
+    assert shlex.split(command)[:2] == ["bash", "launch/eval.sh"]
+    args = build_parser("eval").parse_args(["eval", *shlex.split(command)[2:]])
+    assert (args.shards, args.split, args.model) == ("shards/my set", "test", "m")
+    assert (args.adapter, args.out) == (Path("runs/try #2/adapter"), Path("runs/try #2/tuned"))
 
 
 @pytest.fixture

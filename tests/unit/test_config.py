@@ -1,8 +1,11 @@
 """The recipe: what is refused, how it is said, and what survives a round trip."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kfood_dist.config import load_recipe, save_recipe
 from kfood_dist.errors import RecipeError
@@ -75,6 +78,127 @@ def test_overrides_apply_in_order_and_take_yaml_values(tmp_path: Path) -> None:
     assert recipe.data.prompt == "이름은: 무엇?"
 
 
+TYPED = (
+    "runs/try #2", "#2", "010", "2024-01-01", "1_000", "1e3", "12", "a: b", "yes", "true", "null", "[x]", "{x", "*x",
+    "!x", "&x y", "a 'b' c", "'a' and 'b'", " 이름은? ", "첫 줄\n둘째 줄",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_a_text_key_takes_what_was_typed(tmp_path: Path, typed: str) -> None:
+    """In `--set`, in a saved recipe, and quoted in a file."""
+    recipe = load_recipe(write(tmp_path, MINIMAL), [f"run.dir={typed}", f"data.prompt={typed}", f"data.shards={typed}"])
+    assert (recipe.run.dir, recipe.data.prompt, recipe.data.shards) == (Path(typed), typed, typed)
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["data"]["prompt"] == typed  # for other YAML readers
+    mixed = load_recipe(write(tmp_path, MINIMAL), [f"data.mix=[{{shards: {json.dumps(typed)}}}]"])
+    assert mixed.data.mix[0].shards == typed
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ('"a #b: \\n"', "a #b: \n"),
+        ("'it''s'", "it's"),
+        ('"010"', "010"),
+        ("'첫 줄\n둘째 줄'", "첫 줄\n둘째 줄"),
+        ('"첫 줄\n둘째 줄"', "첫 줄\n둘째 줄"),
+    ],
+)
+def test_quotes_around_the_whole_text_are_no_part_of_it(tmp_path: Path, typed: str, value: str) -> None:
+    assert load_recipe(write(tmp_path, MINIMAL), [f"data.prompt={typed}"]).data.prompt == value
+
+
+def test_null_unsets_what_has_no_value_by_default(tmp_path: Path) -> None:
+    text = MINIMAL.replace("base: m", "base: m, adapter: a") + "train: {max_steps: 5, deepspeed_config: ds.json}\n"
+    nulls = ["model.adapter=null", "train.max_steps=null", "train.deepspeed_config=null"]
+    recipe = load_recipe(write(tmp_path, text), nulls)
+    assert (recipe.model.adapter, recipe.train.max_steps, recipe.train.deepspeed_config) == (None, None, None)
+    assert load_recipe(write(tmp_path, text), ['model.adapter="null"']).model.adapter == Path("null")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("train.max_steps=010", "train.max_steps: 010 may be read as octal; write the number without the leading 0"),
+        ("train.zero_stage=02", "02 may be read as octal"),
+        ("optim.learning_rate=01e-4", "01e-4 may be read as octal"),
+        ("data.mix=[{shards: a, weight: 010}]", "data.mix.0.weight: 010 may be read as octal"),
+        ("train.max_steps=1:30", "valid integer, unable to parse string as an integer, not '1:30'"),
+        ("optim.learning_rate=1:30", "not '1:30'"),
+        ("train.max_steps=0x10", "not '0x10'"),
+        ("train.max_steps=2024-01-01", "not '2024-01-01'"),
+        ("train.max_steps=yes", "not 'yes'"),
+        ("train.max_steps=true", "train.max_steps: a number is needed, not true"),
+        ("train.max_steps=5 # five", "` #` begins a comment in YAML; leave it out, or put quotes around a text"),
+        ("lora.target_modules=[q_proj] #x", "` #` begins a comment in YAML"),
+        ("data.mix=[{shards: try #2}]", "YAML ends the text at `try`, since ` #` begins a comment"),
+        (
+            "lora.target_modules=[10]",
+            "a text is needed, and YAML reads the number 10; put quotes around the whole text",
+        ),
+        ("model.quantization=nf4 # x", "not 'nf4 # x'"),
+        ('run.dir="\\q"', "the value is not YAML; put quotes"),
+        ("train.max_steps=", "there is no value; write null for none"),
+        ("model.adapter=", "there is no value; write null for none"),
+        ("train.seed=", "there is no value; write one after ="),
+        ("run.dir=", "there is no value; write one after ="),
+        ("run.dir=''", "run.dir: is empty; name a folder"),
+        ("data.prompt=", "data.prompt: string should have at least 1 character"),
+        ("train.max_step=", "train.max_step: no such key; did you mean max_steps?"),
+    ],
+)
+def test_an_ambiguous_value_is_refused(tmp_path: Path, override: str, complaint: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(complaint)):
+        load_recipe(write(tmp_path, MINIMAL), [override])
+
+
+def test_a_number_or_truth_value_is_read_as_what_is_meant(tmp_path: Path) -> None:
+    overrides = ["train.max_steps=1_000", "optim.eps=1e-5", "train.gradient_checkpointing=no", "data.system="]
+    recipe = load_recipe(write(tmp_path, MINIMAL), [*overrides, "run.dir = runs/x", "train.epochs = 3"])
+    assert (recipe.train.max_steps, recipe.optim.eps, recipe.train.gradient_checkpointing) == (1000, 1e-5, False)
+    assert (recipe.data.system, recipe.run.dir, recipe.train.epochs) == ("", Path("runs/x"), 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (
+            "dir: runs/try #2",
+            "line 4: YAML ends the text at `runs/try`, since ` #` begins a comment → put quotes around",
+        ),
+        ("dir: 12", "run.dir: a text is needed, and YAML reads the number 12; put quotes around the whole text"),
+        ("dir: 1e3", "YAML reads the number 1000.0; put quotes"),
+        ("dir: true", "YAML reads the truth value true; put quotes"),
+        ("dir: null", "YAML reads nothing (null); put quotes"),
+        ("dir:", "YAML reads nothing (null); put quotes"),
+        ("dir: [x]", "YAML reads a list ['x']; put quotes"),
+        ("dir: {x: y}", "YAML reads a section {'x': 'y'}; put quotes"),
+        ("dir: a: b", "is not YAML (mapping values are not allowed here"),
+        ("dir: ''", "run.dir: is empty; name a folder"),
+        ("dir: r\ntrain: {max_steps: 010}", "train.max_steps: 010 may be read as octal"),
+    ],
+)
+def test_a_text_in_a_file_that_yaml_reads_otherwise_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(complaint)):
+        load_recipe(write(tmp_path, MINIMAL.replace("{dir: r}", f"\n  {line}")))
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        *((f"dir: {text}", text) for text in ("010", "2024-01-01", "1_000", "yes", "off", "0x10", "1:30")),
+        ("dir: runs/x # where it goes", "runs/x"),
+        ("dir: runs/x   #", "runs/x"),
+        ("dir: 'runs/try #2' #this", "runs/try #2"),
+    ],
+)
+def test_a_text_in_a_file_stays_as_written(tmp_path: Path, line: str, value: str) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL.replace("{dir: r}", f"\n  {line}") + "train: {max_steps: 5} #five\n"))
+    assert (recipe.run.dir, recipe.train.max_steps) == (Path(value), 5)
+
+
 @pytest.mark.parametrize("value", [".inf", ".nan", "-1", "fast"])
 def test_a_learning_rate_must_be_a_positive_number(tmp_path: Path, value: str) -> None:
     with pytest.raises(RecipeError, match=r"optim\.learning_rate"):
@@ -84,6 +208,16 @@ def test_a_learning_rate_must_be_a_positive_number(tmp_path: Path, value: str) -
 def test_zero_stage_0_with_a_deepspeed_config_is_a_conflict(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="trains without DeepSpeed"):
         load_recipe(write(tmp_path, MINIMAL), ["train.zero_stage=0", "train.deepspeed_config=ds_configs/zero2.json"])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_flash_attention_without_its_type_is_refused(tmp_path: Path, precision: str) -> None:
+    """It would fail at the first step, after the model was loaded."""
+    flash = "model.attention=flash_attention_2"
+    told = r"model: flash_attention_2 has no float32, and .*; set model.precision=bf16, or model.attention=sdpa"
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(write(tmp_path, MINIMAL), [flash, f"model.precision={precision}"])
+    assert load_recipe(write(tmp_path, MINIMAL), [flash]).model.attention == "flash_attention_2"
 
 
 def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from kfood_dist.cli import main
 from kfood_dist.doctor import FAULT, OK, WARN, Finding
 from kfood_dist.doctor_trials import adamw8bit_step, compile_complaint, nf4_error
 from kfood_dist.errors import ShardError
+from kfood_dist.gpus import Gpu, Gpus
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,7 @@ def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "no faults"
+    assert done.stderr == ""  # such as advice to install `kernels`, which nothing here needs
     assert all(line.split()[0] in (OK, WARN) for line in lines[:-1])
     assert all(" → " in line for line in lines if line.startswith(WARN))
     for found in ("NF4", "8-bit states", "deepspeed", "GiB free", "4 dishes at 224 px", "qwen2_5_vl"):
@@ -50,6 +52,8 @@ def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path
 def test_faults_make_the_status_1_and_stop_no_check(tmp_path: Path, tiny_model: Path, capsys):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
+    assert main(["doctor", "--shards", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 fault"
     assert main(["doctor", "--shards", str(tmp_path / "none"), "--model", str(tmp_path / "model")]) == 1
     out = capsys.readouterr().out
     assert "FAULT shards: shard folder" in out and "→ name the OUT of a `kfood pack SOURCE OUT`" in out
@@ -110,6 +114,44 @@ def test_wrong_arithmetic_is_a_fault(monkeypatch):
     monkeypatch.setattr(doctor, "nf4_error", lambda device: 0.003)
     monkeypatch.setattr(doctor, "adamw8bit_step", lambda device: (torch.float32, 1.0))
     assert levels(doctor.check_bitsandbytes()) == [FAULT, FAULT]
+
+
+def test_kernels_for_the_card_are_looked_for_in_torch_and_in_bitsandbytes(monkeypatch):
+    """CUDA 13 left Volta behind; the wheels for CUDA 12.6 have it, and lack Blackwell."""
+    cuda_13, cuda_12_6 = ("sm_75", "sm_90", "sm_120"), ("sm_50", "sm_60", "sm_70", "sm_90")
+    volta, blackwell, maxwell = Gpu("Tesla V100", 7, 0), Gpu("RTX 5090", 12, 0), Gpu("GTX 980", 5, 2)
+
+    def found(gpu: Gpu, cuda: str, arches: tuple[str, ...]):
+        return lambda: Gpus(1, (gpu,), "2.13.0", cuda, arches)
+
+    (fault,) = doctor.check_torch(found(volta, "13.0", cuda_13))
+    assert fault.level == FAULT and fault.what.endswith(
+        "(CUDA 13.0) has no kernels for GPU 0 (Tesla V100, compute capability 7.0)"
+    )
+    assert fault.remedy == "install torch's wheel for CUDA 12.6 (cu126), which torch has up to 2.14"
+    (fault,) = doctor.check_torch(found(blackwell, "12.6", cuda_12_6))
+    assert fault.level == FAULT and fault.remedy.startswith("install torch's ordinary wheel, for CUDA 13")
+    assert levels(doctor.check_torch(found(volta, "12.6", cuda_12_6))) == [OK]
+
+    (fault,) = doctor.check_bitsandbytes(found(volta, "13.0", cuda_13))
+    assert fault.what == ("bitsandbytes for CUDA 13.0 has no kernels for GPU 0 (Tesla V100, compute capability 7.0)")
+    assert "cu126" in fault.remedy
+    (fault,) = doctor.check_bitsandbytes(found(blackwell, "12.6", cuda_12_6))
+    assert "CUDA 13" in fault.remedy
+    (fault,) = doctor.check_bitsandbytes(found(maxwell, "12.6", cuda_12_6))
+    assert fault.remedy == "set model.quantization=none and optim.name=adamw"
+    monkeypatch.setattr(doctor, "nf4_error", lambda device: 0.1)
+    monkeypatch.setattr(doctor, "adamw8bit_step", lambda device: (torch.uint8, 1.0))
+    for gpu, cuda in ((volta, "12.6"), (volta, "12.8"), (blackwell, "12.8"), (blackwell, "13.0")):
+        assert levels(doctor.check_bitsandbytes(found(gpu, cuda, ()))) == [OK, OK]
+
+
+def test_a_card_that_emulates_bf16_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (14 * 2**30, 15 * 2**30))
+    turing, ampere = doctor.check_gpus(lambda: Gpus(2, (Gpu("Tesla T4", 7, 5), Gpu("A100", 8, 0)), "2", "13.0"))
+    assert (turing.level, turing.remedy) == (WARN, "set model.precision=fp16")
+    assert turing.what == ("GPU 0: Tesla T4, compute capability 7.5, 15 GiB (14 free), bf16 is emulated and slow")
+    assert (ampere.level, ampere.remedy) == (OK, "")
 
 
 def test_compiler(tmp_path: Path):

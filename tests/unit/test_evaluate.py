@@ -15,6 +15,7 @@ from kfood_dist.data.collate import StreamingCollator
 from kfood_dist.data.images import prepare_jpeg
 from kfood_dist.data.plan import MicroBatch
 from kfood_dist.data.shards import ShardSplit, open_split
+from kfood_dist.errors import RecipeError
 from kfood_dist.evaluate import ask, panel
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.generate import Answerer, load_answerer
@@ -210,6 +211,14 @@ def test_settings_come_from_the_adapter_then_the_recipe_then_the_defaults(tiny_a
     assert (found.prompt, found.image_size, found.resize, found.precision) == ("무엇?", 56, "crop", "fp32")
     assert settings_of("--adapter", adapter, "--set", "model.precision=bf16").precision == "bf16"
     assert settings_of("--set", "data.image_size=112").image_size == 112
+
+
+def test_precision_that_an_adapters_attention_lacks_is_refused(tiny_adapter, tmp_path):
+    adapter = facts_of(tiny_adapter, tmp_path / "a", attention="flash_attention_2", precision="bf16")
+    words = ["--adapter", adapter, "--set", "model.precision=fp16"]
+    with pytest.raises(RecipeError, match=r"the settings of adapter .*flash_attention_2 has no float32"):
+        settings_of(*words)
+    assert settings_of(*words, "--set", "model.attention=sdpa").attention == "sdpa"
 
 
 @pytest.mark.parametrize(

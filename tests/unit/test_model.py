@@ -95,6 +95,14 @@ def test_what_is_not_quantised_stays_bf16_and_only_the_adapter_trains(tiny_model
     assert model.training
 
 
+def test_fp16_is_made_on_the_host_and_only_then_moved(tiny_model: Path) -> None:
+    """The meta device stands for a card: it holds no numbers, so whatever is cast there fails."""
+    model = load_base(str(tiny_model), "none", "fp16", "sdpa", torch.device("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    halves = {name.startswith(VISION_TOWER): parameter.dtype for name, parameter in model.named_parameters()}
+    assert halves == {True: torch.float32, False: torch.float16}
+
+
 def test_4_bit_parameters_count_as_the_numbers_they_stand_for(tiny_model: Path, quantized: Any) -> None:
     full = AutoModelForImageTextToText.from_pretrained(tiny_model)
     assert count_parameters(quantized)[1] == count_parameters(full)[1]

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kfood_dist.console import LineFile
 from kfood_dist.data.collate import Batch
-from kfood_dist.monitor import RunLog, StepMeter, read_metrics
+from kfood_dist.monitor import RunLog, StepMeter, clock, read_metrics
 from kfood_dist.runtime import World
 
 
@@ -38,7 +38,7 @@ def write(folder: Path, start: int, losses: list[float]) -> None:
     log = RunLog(folder, World(), start, max_steps=10, every=2)
     for i, loss in enumerate(losses):
         log.step(row(start + i + 1, loss))
-    log.evaluation(start + len(losses), {"accuracy": 0.75})
+    log.evaluation(start + len(losses), "val", {"accuracy": 0.75})
     log.close()
 
 
@@ -48,7 +48,9 @@ def test_one_dict_reaches_file_console_and_tensorboard(tmp_path: Path, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if "loss" in line] == ["2/10"]
     assert "lr 1.00e-03" in lines[0] and "wait 10%" in lines[0] and "pad 20%" in lines[0]
+    assert lines[-1] == "step 3  val  accuracy 0.75"
     assert "loss 2.0000" in (tmp_path / "log.txt").read_text()
+    assert "step 3  val  accuracy 0.75" in (tmp_path / "log.txt").read_text()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/padding_share"} <= set(
         events.Tags()["scalars"]
@@ -93,6 +95,34 @@ def test_a_skipped_step_is_counted_and_the_file_stays_json(tmp_path: Path, capsy
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/skipped_in_all")] == [(1, 0.0), (2, 1.0), (3, 2.0)]
     assert [e.value for e in events.Scalars("train/loss")] == [3.0]
+
+
+@pytest.mark.parametrize("start", [0, 500])
+def test_the_time_left_follows_the_median_step_without_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], start: int
+) -> None:
+    """A first step waits for the loader and the kernels, and single ones for the disk; resumed runs begin anew."""
+    log = RunLog(tmp_path, World(), start, max_steps=start + 1000, every=1)
+    for i, seconds in enumerate([60.0, 2.0, 2.5, 40.0, 2.0]):
+        log.step(row(start + i + 1, 1.0) | {"step_seconds": seconds})
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert "left" not in lines[0]
+    told = [line.split("left ")[1] for line in lines[1:]]
+    assert told == ["33:16", "37:23", "41:30", "37:19"]  # 998 × 2, 997 × 2.25, 996 × 2.5, 995 × 2.25 s
+
+
+def test_the_time_left_follows_a_lasting_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, World(), 0, max_steps=1000, every=400)
+    for i in range(400):
+        log.step(row(i + 1, 1.0) | {"step_seconds": 1.0 if i < 340 else 6.0})
+    log.close()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("left 1:00:00")
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (360061, "100:01:01")])
+def test_a_duration_in_words(seconds: float, told: str) -> None:
+    assert clock(seconds) == told
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

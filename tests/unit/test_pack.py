@@ -38,6 +38,7 @@ from kfood_dist.data.shards import INDEX_DTYPE, open_split
 from kfood_dist.data.tars import write_tar
 from kfood_dist.data.verify import verify
 from kfood_dist.errors import KfoodError, ShardError, SourceError
+from kfood_dist.words import plural
 
 SMALL = PackOptions(image_size=32, shard_size=10, workers=1)
 DISHES = {"구이/구이/불고기": 15, "한과/한과/약과": 15, "만두/만두": 15}
@@ -807,7 +808,7 @@ def test_crop_boxes_are_used_when_asked_for_and_counted(tmp_path, capsys):
     (folder / "crop_area.properties").write_text("\n".join(boxes))
     words = ["pack", str(source), str(tmp_path / "cut"), "--image-size", "32", "--crop-boxes", "--workers", "1"]
     assert main(words) == 0
-    assert "cropped  cropped 5, without_box 6, unusable_box 1; 1 lines of the lists ignored" in capsys.readouterr().out
+    assert "cropped  cropped 5, without_box 6, unusable_box 1; 1 line of the lists ignored" in capsys.readouterr().out
     blue, whole = set(), set()
     for split in load_manifest(tmp_path / "cut").splits:
         shards = open_split(tmp_path / "cut", split)
@@ -903,6 +904,12 @@ def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "packed   45 pictures of 3 classes: train 27, val 9, test 9" in said
+    leaked = load_manifest(tmp_path / "out").raw["random_split_would_leak"]
+    val, test = (plural(leaked[split], f"{split} picture") for split in ("val", "test"))
+    assert (
+        "groups   44. Near-duplicates share a group, and each group lies in one split. "
+        f"A random split would put near-duplicates of {val} and {test} into train.\n"
+    ) in said
     assert "refused  0 (0.00%)" in said
     assert "pictures/s" in said
     assert main(words) == 0

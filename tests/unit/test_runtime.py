@@ -1,6 +1,7 @@
 """Rank variables are read in one place, and a wrong one is a user's mistake, not a crash."""
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from running import environment
 
 from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
-from kfood_dist.runtime import World, require_folder_possible, run_rank, write_whole
+from kfood_dist.runtime import World, quiet_loggers, require_folder_possible, run_rank, write_whole
+from kfood_dist.words import plural
 
 
 def test_a_process_started_alone_is_rank_0_of_1() -> None:
@@ -48,6 +50,38 @@ def test_a_mistake_is_told_by_the_rank_that_met_it(capsys: pytest.CaptureFixture
         with pytest.raises(KfoodError):
             run_rank(World(rank=rank, size=2), "eval", work)
         assert capsys.readouterr().err == told
+
+
+def test_the_libraries_warnings_are_silent_and_their_errors_are_not() -> None:
+    """DeepSpeed sets its logger's level anew when it is imported."""
+    logger, told = logging.getLogger("DeepSpeed"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    quiet_loggers()
+    quiet_loggers()
+    assert len(logger.filters) == 1
+    level, _ = logger.level, logger.addHandler(handler)
+    try:
+        logger.setLevel(logging.WARNING)
+        logger.warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
+        logger.error("out of memory")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert told == ["out of memory"]
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        (plural(1, "fault"), "1 fault"),
+        (plural(0, "fault"), "0 faults"),
+        (plural(2000, "dish", "dishes"), "2,000 dishes"),
+        (plural(1, "class has", "classes have"), "1 class has"),
+    ],
+)
+def test_a_number_agrees_with_its_noun(told: str, text: str) -> None:
+    assert told == text
 
 
 def test_a_rank_that_starts_when_its_launcher_has_ended_ends() -> None:

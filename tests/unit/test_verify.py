@@ -88,6 +88,12 @@ def test_any_fault_is_exit_status_1_and_every_one_is_named(folder, capsys):
     assert "faults in" in said
 
 
+def test_a_single_fault_is_counted_as_one(folder, capsys):
+    (folder / "train-000009.tar").write_bytes(b"")
+    assert main(["verify", str(folder)]) == 1
+    assert f"\n1 fault in {folder}: restore what is named, or pack the source again\n" in capsys.readouterr().out
+
+
 def test_a_folder_without_a_manifest_is_a_fault_and_no_folder_an_error(folder, tmp_path, capsys):
     (folder / "manifest.json").write_text("{")
     assert "is not JSON" in faults(folder)[0]

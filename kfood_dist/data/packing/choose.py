@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from kfood_dist.data.packing.sources import Record
 from kfood_dist.data.packing.split import keyed_digest
 from kfood_dist.errors import SourceError
+from kfood_dist.words import plural
 
 
 def choose(
@@ -35,7 +36,7 @@ def choose(
     if not chosen:
         most = max(map(len, by_label.values()), default=0)
         raise SourceError(
-            f"subset {subset} of {per_class} pictures per class is empty: no class has more than {most:,}",
+            f"subset {subset} of {plural(per_class, 'picture')} per class is empty: no class has more than {most:,}",
             f"--subset goes up to {max(1, -(-most // per_class))} here",
         )
     return [record for record in records if id(record) in chosen], frozenset(by_label)

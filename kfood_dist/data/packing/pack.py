@@ -13,6 +13,7 @@ from kfood_dist.data.packing.job import Packed, counted, pack
 from kfood_dist.data.packing.options import PackOptions, parse_part
 from kfood_dist.data.packing.sources.passed import how_to_read, list_counts
 from kfood_dist.data.packing.split import parse_fractions
+from kfood_dist.words import plural
 
 # Inputs that stand for many: one such line may hide a hundred pictures.
 _WHOLE_ARCHIVES = ("unreadable_archive", "nested_archive")
@@ -130,7 +131,7 @@ def _summary(packed: Packed, source: Path, out: Path, options: PackOptions, seco
     num_packed = sum(shard.samples for shard in packed.manifest.shards)
     pace = "" if packed.reused else f", {seconds:.1f} s, {num_packed / seconds:,.0f} pictures/s"
     num_bytes = sum(shard.bytes for shard in packed.manifest.shards)
-    yield f"holds    {num_bytes:,} bytes in {len(packed.manifest.shards)} shards{pace}: {out}"
+    yield f"holds    {num_bytes:,} bytes in {plural(len(packed.manifest.shards), 'shard')}{pace}: {out}"
 
 
 def _describe(manifest: Manifest, source: Path, out: Path) -> Iterator[str]:
@@ -138,22 +139,25 @@ def _describe(manifest: Manifest, source: Path, out: Path) -> Iterator[str]:
     counts = {split: raw["splits"][split]["samples"] for split in SPLITS}
     groups = sum(raw["splits"][split]["groups"] for split in SPLITS)
     by_split = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    yield f"packed   {sum(counts.values()):,} pictures of {len(manifest.classes)} classes: {by_split}"
+    classes = plural(len(manifest.classes), "class", "classes")
+    yield f"packed   {plural(sum(counts.values()), 'picture')} of {classes}: {by_split}"
     yield from _describe_split(raw.get("source_split"))
     leaked = raw["random_split_would_leak"]
+    measured = " and ".join(plural(leaked[split], f"{split} picture") for split in ("val", "test"))
     if manifest.groups_across == 0:
         yield (
-            f"groups   {groups:,} of look-alikes, each in one split; dealt singly, {leaked['val']:,} pictures of val "
-            f"and {leaked['test']:,} of test would have had one in train"
+            f"groups   {groups:,}. Near-duplicates share a group, and each group lies in one split. A random split "
+            f"would put near-duplicates of {measured} into train."
         )
     if raw["chosen"] and (short := raw["chosen"]["short"]):
         some = ", ".join(f"{name} {count}" for name, count in list(short.items())[:5])
         more = ", …" if len(short) > 5 else ""
-        yield f"short    {len(short)} classes have fewer than {raw['chosen']['per_class']}: {some}{more}"
+        fewer = f"{plural(len(short), 'class has', 'classes have')} fewer than {raw['chosen']['per_class']}"
+        yield f"short    {fewer}: {some}{more}"
     if raw["crop_boxes"]:
         lists = raw["source"]["crop_lists"]
         ignored = lists["lines_malformed"] + lists["lines_unmatched"]
-        yield f"cropped  {counted(raw['crop_boxes'])}; {ignored:,} lines of the lists ignored"
+        yield f"cropped  {counted(raw['crop_boxes'])}; {plural(ignored, 'line')} of the lists ignored"
     refused = raw["rejected"]
     reasons = counted(refused["by_reason"])
     where = f": {reasons}; all named in {out / REJECTED_NAME}" if reasons else ""
@@ -162,7 +166,8 @@ def _describe(manifest: Manifest, source: Path, out: Path) -> Iterator[str]:
     if passed := raw["source"].get("passed_by"):
         yield from _describe_passed(passed, source)
     if whole := sum(refused["by_reason"].get(reason, 0) for reason in _WHOLE_ARCHIVES):
-        yield f"WARNING  {whole} of these are whole archives, each with any number of pictures: see {REJECTED_NAME}"
+        archives = plural(whole, "of these is a whole archive", "of these are whole archives")
+        yield f"WARNING  {archives}, each with any number of pictures: see {REJECTED_NAME}"
     if heic := refused["by_reason"].get(NEEDS_HEIC):
         yield f"WARNING  {heic:,} HEIC pictures are left out: {HEIC_REMEDY}, remove {out} and pack again"
 
