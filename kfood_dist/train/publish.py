@@ -49,9 +49,7 @@ def choose(checkpoints: Path, which: str) -> tuple[Checkpoint, Published]:
     assert last is not None
     if which == "best" and best is not None:
         chosen, accuracy = best
-        return chosen, Published(
-            chosen.step, last.step, accuracy, f"the best by validation, with an accuracy of {accuracy:.4g}"
-        )
+        return chosen, Published(chosen.step, last.step, accuracy, f"the best by validation, {accuracy:.1%} right")
     why = "the last, as nothing was measured on the way" if which == "best" else "the last, as train.publish says"
     return last, Published(last.step, last.step, None, why)
 

@@ -39,6 +39,6 @@ def test_a_shipped_recipe_trains(recipe: Path, tmp_path: Path, tiny_model: Path,
     assert facts["optimizer_state_dtypes"] == ["uint8"]
     log = (run / "log.txt").read_text()
     assert "accuracy" in log, "what is measured is measured after the last step too"
-    assert "published the adapter of step 2 of 2: the best by validation, with an accuracy of " in log
+    assert "published the adapter of step 2 of 2: the best by validation, " in log
     assert facts["published"]["step"] == json.loads((run / "adapter" / "kfood.json").read_text())["step"] == 2
     assert (run / "adapter" / "adapter_model.safetensors").is_file()

@@ -51,10 +51,10 @@ def published_step(run: Path) -> int:
 @pytest.mark.parametrize(
     ("accuracies", "section", "step", "told"),
     [
-        ({3: 0.2, 6: 0.75, 9: 0.5}, {}, 6, "step 6 of 9: the best by validation, with an accuracy of 0.75"),
+        ({3: 0.2, 6: 0.75, 9: 0.5}, {}, 6, "step 6 of 9: the best by validation, 75.0% right"),
         ({3: 0.2, 6: 0.75, 9: 0.5}, {"publish": "last"}, 9, "step 9 of 9: the last, as train.publish says"),
-        ({3: 0.2, 6: 0.75, 9: 0.75}, {}, 9, "step 9 of 9: the best by validation, with an accuracy of 0.75"),
-        ({3: 0.0, 6: None, 9: None}, {}, 3, "step 3 of 9: the best by validation, with an accuracy of 0"),
+        ({3: 0.2, 6: 0.75, 9: 0.75}, {}, 9, "step 9 of 9: the best by validation, 75.0% right"),
+        ({3: 0.0, 6: None, 9: None}, {}, 3, "step 3 of 9: the best by validation, 0.0% right"),
         ({3: None, 9: None}, {}, 9, "step 9 of 9: the last, as nothing was measured on the way"),
     ],
 )
