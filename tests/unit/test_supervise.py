@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from running import ROOT, environment
+
+from kfood_dist.ranks import handled_signals
 
 SUPERVISED = """
 import os, sys
@@ -32,3 +35,25 @@ def test_a_request_that_cannot_be_passed_on_is_said_and_ends_nothing(tmp_path: P
     output, errors = process.communicate(timeout=60)
     assert output == "done\nTrue 75\n" and process.returncode == 0
     assert errors == f"the run cannot be asked to stop, and goes on: {run}: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("ignored", "handled"),
+    [
+        ([], ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"]),
+        ([signal.SIGHUP], ["SIGINT", "SIGQUIT", "SIGTERM"]),  # nohup launch/eval.sh
+        ([signal.SIGTERM, signal.SIGHUP], ["SIGINT", "SIGQUIT"]),  # what the launcher starts to train
+    ],
+)
+def test_the_agent_leaves_alone_what_it_was_started_to_ignore(
+    ignored: list[signal.Signals], handled: list[str]
+) -> None:
+    """torchrun's own handler ends all ranks, also at a signal that `nohup` had ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+        assert handled_signals() == handled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
