@@ -1,22 +1,12 @@
 """Training and evaluation from a URL, read in place and staged: the same numbers, each file fetched once, none left."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from faulty_server import serving
-from running import ROOT, TIMEOUT_S, adapter_bytes, environment, metrics, train, write_recipe
+from running import adapter_bytes, evaluate, metrics, train, write_recipe
 
 from kfood_dist.data.manifest import load_manifest
-
-
-def launch(script: str, *words: object) -> str:
-    command = ["bash", str(ROOT / "launch" / script), *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=TIMEOUT_S, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +35,7 @@ def test_two_ranks_train_alike_from_a_url_and_from_a_copy_of_it(
     stage_dir = tmp_path / "node"
     with serving(tiny_shards) as server:
         path = recipe(tmp_path, tiny_model, server.url)
-        launch("train.sh", path, "--processes", 2, *(["--stage", stage_dir] if staged else []))
+        train(path, 2, words=["--stage", str(stage_dir)] if staged else [])
         fetched = dict(server.sent)
     assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(from_disk)]
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(from_disk)
@@ -61,11 +51,12 @@ def test_an_evaluation_of_a_staged_split_says_the_same(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, tiny_adapter: Path
 ) -> None:
     options = ["--split", "test", "--model", tiny_model, "--adapter", tiny_adapter]
-    launch("eval.sh", "--processes", 2, "--shards", tiny_shards, *options, "--out", tmp_path / "plain")
+    plain = evaluate("--shards", tiny_shards, *options, "--out", tmp_path / "plain", ranks=2)
     with serving(tiny_shards) as server:
         words = ["--shards", server.url, *options, "--out", tmp_path / "staged", "--stage", tmp_path / "node"]
-        launch("eval.sh", "--processes", 2, *words)
-    plain, staged = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("plain", "staged"))
-    assert plain == staged
+        staged = evaluate(*words, ranks=2)
+    assert (plain.status, staged.status) == (0, 0), plain.output + staged.output
+    of_plain, of_staged = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("plain", "staged"))
+    assert of_plain == of_staged
     assert server.url in (tmp_path / "staged" / "report.json").read_text()
     assert list((tmp_path / "node").iterdir()) == []

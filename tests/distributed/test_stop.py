@@ -11,8 +11,9 @@ import pytest
 import torch
 from running import adapter_bytes, kfood, metrics, start, train, write_recipe
 from safetensors.torch import load_file
+from whole import WHOLE_STEPS, Whole
 
-STEPS = 24
+STEPS = WHOLE_STEPS
 EXACT = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
 
 
@@ -57,14 +58,12 @@ def ask_by_file(process, run: Path) -> None:
     ids=["zero2, every process", "plain, file"],
 )
 def test_stopped_and_resumed_equals_uninterrupted(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int, zero_stage: int, ask
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole, processes: int, zero_stage: int, ask
 ) -> None:
-    whole = write(tmp_path / "whole", tiny_model, tiny_shards, zero_stage=zero_stage)
-    (tmp_path / "whole" / "run").mkdir()
-    (tmp_path / "whole" / "run" / "STOP").touch()  # of an earlier run that was killed; a new one is not asked
-    train(whole, processes)
     stopped = write(tmp_path / "stopped", tiny_model, tiny_shards, zero_stage=zero_stage)
     run = tmp_path / "stopped" / "run"
+    run.mkdir()
+    (run / "STOP").touch()  # of an earlier run that was killed; a new one is not asked
     process = start(stopped, processes)
     wait_for_step(process, run, 2)
     ask(process, run)
@@ -80,9 +79,9 @@ def test_stopped_and_resumed_equals_uninterrupted(
     output = train(stopped, processes)
     assert f"resumed after step {done}" in output
     assert status(run) == {"state": "finished", "step": STEPS}
-    lines = [[[row[name] for name in EXACT] for row in metrics(at)] for at in (tmp_path / "whole" / "run", run)]
+    lines = [[[row[name] for name in EXACT] for row in metrics(at)] for at in (whole(processes, zero_stage), run)]
     assert lines[0] == lines[1] and len(lines[0]) == STEPS
-    assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole" / "run")
+    assert adapter_bytes(run) == adapter_bytes(whole(processes, zero_stage))
 
 
 def test_a_stopped_chain_does_not_begin_the_next_stage(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
