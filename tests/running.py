@@ -46,12 +46,12 @@ def start(
     processes: int,
     overrides: Sequence[str] = (),
     gpu: bool = False,
-    threads: int | None = None,
+    threads: int = 1,
     also: Sequence[Path] = (),
 ) -> "subprocess.Popen[str]":
     """Start `launch/train.sh` in a process group of its own; `also` are recipes to train after the first.
 
-    `threads` per process, instead of what it would choose.
+    `threads` per process: more than one process at a time would wait for each other's on a machine of two cores.
     """
     words = [word for text in overrides for word in ("--set", text)]
     return subprocess.Popen(
@@ -59,14 +59,14 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(gpu) | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+        env=environment(gpu) | {"OMP_NUM_THREADS": str(threads)},
         start_new_session=True,
         cwd=ROOT,
     )
 
 
 def launch(
-    recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False, threads: int | None = None
+    recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False, threads: int = 1
 ) -> str:
     """Run `launch/train.sh` to its end; returns what it printed, and fails with it if the status is not 0."""
     process = start(recipe, processes, overrides, gpu, threads)
@@ -76,7 +76,7 @@ def launch(
 
 
 def train(
-    recipe: Path, ranks: int, overrides: Sequence[str] = (), threads: int | None = None, words: Sequence[str] = ()
+    recipe: Path, ranks: int, overrides: Sequence[str] = (), threads: int = 1, words: Sequence[str] = ()
 ) -> str:
     """Train in forked ranks to the end; returns what they printed, and fails with it if the status is not 0."""
     ended = try_train(recipe, ranks, overrides, threads, words)
@@ -85,7 +85,7 @@ def train(
 
 
 def try_train(
-    recipe: Path, ranks: int, overrides: Sequence[str] = (), threads: int | None = None, words: Sequence[str] = ()
+    recipe: Path, ranks: int, overrides: Sequence[str] = (), threads: int = 1, words: Sequence[str] = ()
 ) -> Ended:
     """What `launch/train.sh` would start, in forked ranks: a fifth of the time, and the same losses to the bit.
 
@@ -100,7 +100,7 @@ def try_train(
         environment(),
         ROOT,
         deepspeed=way.configuration == "deepspeed",
-        threads=threads or max(1, machine.num_cores // ranks),
+        threads=threads,
         timeout_s=TIMEOUT_S,
     )
 
