@@ -49,14 +49,15 @@ def run_ranks(
     environment: Mapping[str, str],
     folder: Path,
     deepspeed: bool = False,
-    threads: int = 1,
     timeout_s: float = 300,
 ) -> Ended:
     """Run `kfood WORDS` as `ranks` ranks in `folder`, and wait for all of them.
 
+    Each has one thread, whatever share of the cores the suite has at the moment.
+
     Raises AssertionError with their output if they do not end within `timeout_s`; all are gone then.
     """
-    settled = {**environment, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+    settled = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if ranks > 1 or deepspeed:
         settled |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         settled |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -67,7 +68,7 @@ def run_ranks(
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in settled else {}
             process = _server().Process(
-                target=_become_rank, args=(list(words), {**settled, **own}, str(folder), log.name, threads)
+                target=_become_rank, args=(list(words), {**settled, **own}, str(folder), log.name)
             )
             process.start()
             processes.append(process)
@@ -114,7 +115,7 @@ def _server() -> "multiprocessing.context.ForkServerContext":
     return context
 
 
-def _become_rank(words: list[str], environment: dict[str, str], folder: str, log: str, threads: int) -> None:
+def _become_rank(words: list[str], environment: dict[str, str], folder: str, log: str) -> None:
     """In a process forked from the server: take over what a launched process would have, and run `kfood WORDS`."""
     import torch
 
@@ -129,7 +130,7 @@ def _become_rank(words: list[str], environment: dict[str, str], folder: str, log
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = ["kfood", *words]
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # OMP_NUM_THREADS was read when the server imported torch
     status = _run(words)
     atexit._run_exitfuncs()
     sys.stdout.flush()

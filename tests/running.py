@@ -46,12 +46,10 @@ def start(
     processes: int,
     overrides: Sequence[str] = (),
     gpu: bool = False,
-    threads: int = 1,
     also: Sequence[Path] = (),
 ) -> "subprocess.Popen[str]":
     """Start `launch/train.sh` in a process group of its own; `also` are recipes to train after the first.
-
-    `threads` per process: more than one process at a time would wait for each other's on a machine of two cores.
+    Each process has one thread, as the forked ranks it is compared with.
     """
     words = [word for text in overrides for word in ("--set", text)]
     return subprocess.Popen(
@@ -59,34 +57,28 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(gpu) | {"OMP_NUM_THREADS": str(threads)},
+        env=environment(gpu) | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
         cwd=ROOT,
     )
 
 
-def launch(
-    recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False, threads: int = 1
-) -> str:
+def launch(recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False) -> str:
     """Run `launch/train.sh` to its end; returns what it printed, and fails with it if the status is not 0."""
-    process = start(recipe, processes, overrides, gpu, threads)
+    process = start(recipe, processes, overrides, gpu)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     return output
 
 
-def train(
-    recipe: Path, ranks: int, overrides: Sequence[str] = (), threads: int = 1, words: Sequence[str] = ()
-) -> str:
+def train(recipe: Path, ranks: int, overrides: Sequence[str] = (), words: Sequence[str] = ()) -> str:
     """Train in forked ranks to the end; returns what they printed, and fails with it if the status is not 0."""
-    ended = try_train(recipe, ranks, overrides, threads, words)
+    ended = try_train(recipe, ranks, overrides, words)
     assert ended.status == 0, ended.output
     return ended.output
 
 
-def try_train(
-    recipe: Path, ranks: int, overrides: Sequence[str] = (), threads: int = 1, words: Sequence[str] = ()
-) -> Ended:
+def try_train(recipe: Path, ranks: int, overrides: Sequence[str] = (), words: Sequence[str] = ()) -> Ended:
     """What `launch/train.sh` would start, in forked ranks: a fifth of the time, and the same losses to the bit.
 
     `words` are further options of `kfood train`.
@@ -100,7 +92,6 @@ def try_train(
         environment(),
         ROOT,
         deepspeed=way.configuration == "deepspeed",
-        threads=threads,
         timeout_s=TIMEOUT_S,
     )
 
