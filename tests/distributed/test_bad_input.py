@@ -1,22 +1,36 @@
-"""What a user gets wrong is said in one message with its remedy, before anything loads or is written."""
+"""What a user gets wrong is said in one message with its remedy, before anything loads or is written.
+
+Each refusal runs the launcher in this process; two are launched, for the status and for several ranks.
+"""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from running import kfood, start, write_recipe
 
+from kfood_dist import launch
 
-def refused(recipe: Path, complaint: str, *overrides: str, processes: int = 1) -> None:
-    """The launcher refuses the recipe with status 2 and one message, and makes no run directory."""
-    process = start(recipe, processes, overrides)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
-    assert complaint in output
-    assert "→" in output, "no remedy"
-    assert "Traceback" not in output
-    assert not (recipe.parent / "run").exists()
+Refuse = Callable[..., None]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Asserts that the launcher refuses a recipe with status 2 and one message, and makes no run directory."""
+
+    def check(recipe: Path, complaint: str, *overrides: str, processes: int = 1) -> None:
+        words = [word for text in overrides for word in ("--set", text)]
+        capsys.readouterr()
+        status = launch.main(["train", str(recipe), "--processes", str(processes), *words])
+        output = capsys.readouterr().err
+        assert status == 2, output
+        assert complaint in output
+        assert "→" in output, "no remedy"
+        assert not (recipe.parent / "run").exists()
+
+    return check
 
 
 @pytest.fixture
@@ -24,17 +38,25 @@ def recipe(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards)
 
 
-def test_unknown_key_and_wrong_type_together(recipe: Path) -> None:
+def test_unknown_key_and_wrong_type_together(refused: Refuse, recipe: Path) -> None:
     refused(recipe, "train.max_step: no such key; did you mean max_steps?", "train.max_step=3", "lora.r=many")
     refused(recipe, "lora.r: input should be a valid integer", "train.max_step=3", "lora.r=many")
 
 
-def test_a_base_model_that_is_not_there(recipe: Path, tmp_path: Path) -> None:
+def test_the_launched_script_ends_with_the_same_message_and_status(recipe: Path) -> None:
+    process = start(recipe, 1, ["train.max_step=3"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "train.max_step: no such key; did you mean max_steps?" in output and "Traceback" not in output
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_base_model_that_is_not_there(refused: Refuse, recipe: Path, tmp_path: Path) -> None:
     refused(recipe, "does not exist", f"model.base={tmp_path / 'missing'}")
     refused(recipe, "hf download nobody/no-such-model", "model.base=nobody/no-such-model")
 
 
-def test_shards_that_are_no_shards(recipe: Path, tmp_path: Path, tiny_shards: Path) -> None:
+def test_shards_that_are_no_shards(refused: Refuse, recipe: Path, tmp_path: Path, tiny_shards: Path) -> None:
     refused(recipe, "missing", f"data.shards={tmp_path / 'missing'}")
     (tmp_path / "empty").mkdir()
     refused(recipe, "manifest.json", f"data.shards={tmp_path / 'empty'}")
@@ -45,16 +67,16 @@ def test_shards_that_are_no_shards(recipe: Path, tmp_path: Path, tiny_shards: Pa
     refused(recipe, "data.image_size is 448", "data.image_size=448")
 
 
-def test_a_run_directory_that_cannot_be_made(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_made(refused: Refuse, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     refused(recipe, "is not a folder", f"run.dir={tmp_path / 'file' / 'run'}")
 
 
-def test_a_picture_that_does_not_fit_the_length(recipe: Path) -> None:
+def test_a_picture_that_does_not_fit_the_length(refused: Refuse, recipe: Path) -> None:
     refused(recipe, "data.max_length 10 is too short for a picture", "data.max_length=10")
 
 
-def test_a_deepspeed_json_that_conflicts(recipe: Path, tmp_path: Path) -> None:
+def test_a_deepspeed_json_that_conflicts(refused: Refuse, recipe: Path, tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 5}))
     refused(
@@ -65,7 +87,7 @@ def test_a_deepspeed_json_that_conflicts(recipe: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_world_that_does_not_divide_the_global_batch(recipe: Path) -> None:
+def test_a_world_that_does_not_divide_the_global_batch(refused: Refuse, recipe: Path) -> None:
     refused(recipe, "a global batch of 9 cannot be cut", "train.global_batch_size=9", processes=2)
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from running import metrics, start, train, write_recipe
+from running import metrics, train, try_train, write_recipe
 
 from kfood_dist.data.shards import open_split
 
@@ -76,9 +76,9 @@ def test_more_than_the_configured_share_stops_the_run_with_the_list(
     keys = rot(shards, 0, 3, 7)
     num_samples = len(open_split(shards, "train"))
     recipe = recipe_for(tmp_path / "of-2", tiny_model, shards, 1, 2 / num_samples, 2)
-    process = start(recipe, 2)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 1
+    ended = try_train(recipe, 2)
+    output = ended.output
+    assert ended.statuses == (1, 1), output
     told = re.search(
         rf"kfood train: 3 of {num_samples} training samples cannot be read, more than data.max_bad_share", output
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from running import metrics, start, train, write_recipe
 
+from kfood_dist.launch import main
+
 STEPS, CUT = 6, 3
 RANKS_AND_STAGE = tuple[int, int]
 KINDS = {
@@ -84,11 +86,10 @@ def test_the_curve_goes_on(tmp_path: Path, whole, kind: str, before: RANKS_AND_S
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_number_of_ranks_that_does_not_divide_is_refused(tmp_path: Path, whole) -> None:
+def test_a_number_of_ranks_that_does_not_divide_is_refused(whole, capsys: pytest.CaptureFixture[str]) -> None:
     folder = whole("nf4, adamw8bit", (1, 0))
-    process = start(folder / "recipe.yaml", 5, ["train.max_steps=7"])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert main(["train", str(folder / "recipe.yaml"), "--processes", "5", "--set", "train.max_steps=7"]) == 2
+    output = capsys.readouterr().err
     assert "a global batch of 12 cannot be cut into micro-batches of 1 on 5 ranks" in output
     assert "use one of [1, 2, 3, 4, 6, 12] ranks" in output
 

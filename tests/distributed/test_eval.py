@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from running import ROOT, environment
+from running import ROOT, environment, evaluate
 
 from kfood_dist.data.shards import open_split
 
 
-def evaluate(
+def launched(
     *words: str | Path, processes: int, timeout_s: float = 180, redirect: str = ""
 ) -> "subprocess.CompletedProcess[str]":
     """Run `launch/eval.sh`. One thread per rank: how many share a sum is no business of this test."""
@@ -35,7 +35,7 @@ def words(tiny_shards: Path, tiny_model: Path, tiny_adapter: Path) -> list[str |
 def test_two_ranks_answer_as_one(words, tiny_shards: Path, tmp_path: Path):
     """In 4-bit and bf16, where another batch could round to another answer."""
     for processes, reader in ((1, ">&-"), (2, "| true")):  # and nobody hears them, which changes nothing
-        done = evaluate(*words, "--out", tmp_path / str(processes), processes=processes, redirect=reader)
+        done = launched(*words, "--out", tmp_path / str(processes), processes=processes, redirect=reader)
         assert done.returncode == 0, done.stderr
     one, two = (tmp_path / n / "predictions.jsonl" for n in "12")
     assert two.read_bytes() == one.read_bytes()
@@ -48,14 +48,14 @@ def test_two_ranks_answer_as_one(words, tiny_shards: Path, tmp_path: Path):
         assert reports[0][key] == reports[1][key]
 
     # Two ranks reuse what one wrote: neither waits for the other.
-    again = evaluate(*words, "--out", tmp_path / "1", processes=2)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("reused ") == 1
+    again = evaluate(*words, "--out", tmp_path / "1", ranks=2)
+    assert again.status == 0, again.output
+    assert again.output.count("reused ") == 1
 
 
 def test_more_ranks_than_batches(words, tmp_path: Path):
-    done = evaluate(*words, "--limit", "2", "--out", tmp_path / "out", processes=2)
-    assert done.returncode == 0, done.stderr
+    ended = evaluate(*words, "--limit", "2", "--out", tmp_path / "out", ranks=2)
+    assert ended.status == 0, ended.output
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["images"] == 2
 
 
@@ -67,7 +67,7 @@ def test_a_fault_only_the_second_rank_meets_is_told(words, tiny_shards: Path, tm
     data = bytearray(tar.read_bytes())
     data[int(shards.index["image_offset"][4]) + 100] ^= 1
     tar.write_bytes(bytes(data))
-    done = evaluate(*words, "--shards", copy, "--out", tmp_path / "out", processes=2)
+    done = launched(*words, "--shards", copy, "--out", tmp_path / "out", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("kfood eval: ") == 1
     assert f"has wrong bytes at {shards.key(4)}" in done.stderr

@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 from running import adapter_bytes, metrics, start, train, write_recipe
+from whole import WHOLE_STEPS, Whole
 
-STEPS = 12
+STEPS = WHOLE_STEPS
 
 
 def write(folder: Path, model: Path, shards: Path, **train_section) -> Path:
@@ -43,15 +44,8 @@ def num_steps(run: Path) -> int:
     return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").is_file() else 0
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "whole"
-    train(write(folder, tiny_model, tiny_shards), 2)
-    return folder / "run"
-
-
 def test_a_rank_killed_in_a_step_a_collective_and_a_checkpoint(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Path
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
     recipe, run = write(tmp_path / "killed", tiny_model, tiny_shards), tmp_path / "killed" / "run"
 
@@ -82,8 +76,8 @@ def test_a_rank_killed_in_a_step_a_collective_and_a_checkpoint(
     ends(process)
 
     train(recipe, 2)
-    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole)]
-    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole(2, 2))]
+    assert adapter_bytes(run) == adapter_bytes(whole(2, 2))
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -102,7 +96,7 @@ def test_a_rank_that_stalls_ends_the_job_and_is_named(
 
 
 def test_a_job_that_was_suspended_for_longer_than_a_rank_may_stall_goes_on(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Path
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
     recipe = write(tmp_path / "suspended", tiny_model, tiny_shards, stall_timeout_s=10)
     run = tmp_path / "suspended" / "run"
@@ -116,11 +110,11 @@ def test_a_job_that_was_suspended_for_longer_than_a_rank_may_stall_goes_on(
         one.resume()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole)]
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole(2, 2))]
 
 
 def test_shards_that_vanish_are_named_and_a_new_start_resumes(
-    tmp_path: Path, tiny_model: Path, pictures: Path, whole: Path
+    tmp_path: Path, tiny_model: Path, pictures: Path, whole: Whole
 ) -> None:
     from kfood_dist.cli import main
 
@@ -166,7 +160,7 @@ socket.gethostname = lambda: name
 
 
 def test_clocks_that_disagree_and_other_hosts_change_nothing(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ranks whose clocks are a day apart stop; on hosts of other names, whose clocks are a year behind, they go on."""
     (tmp_path / "sitecustomize.py").write_text(OTHERWISE)
@@ -184,5 +178,5 @@ def test_clocks_that_disagree_and_other_hosts_change_nothing(
     assert "resumed after step" in train(recipe, 2)
     times = [row["time"] for row in metrics(run)]
     assert times[0] - times[-1] > 300 * 86_400, "the clocks were not falsified"
-    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole)]
-    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole(2, 2))]
+    assert adapter_bytes(run) == adapter_bytes(whole(2, 2))

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from crafted import EMBEDDING, craft, steepen_head, swell_tower, unique_token
-from running import metrics, start, train, write_recipe
+from running import metrics, train, write_recipe
 
 from kfood_dist.config import load_recipe
 from kfood_dist.data.shards import open_split
+from kfood_dist.launch import main
 from kfood_dist.train.preflight import preflight
 
 STEPS = 6
@@ -101,9 +102,10 @@ def test_the_scale_comes_down_until_the_gradients_fit(tmp_path, tiny_model, tiny
     assert f"skipped so far {rows[-1]['skipped_in_all']}" in output
 
 
-def test_deepspeed_is_refused_before_anything_starts(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
-    process = start(recipe_of(tmp_path, tiny_model, tiny_shards, train={"zero_stage": 2}), 2)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "DeepSpeed does not train on a CPU → set train.zero_stage=0" in output
+def test_deepspeed_is_refused_before_anything_starts(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_model, tiny_shards, train={"zero_stage": 2})
+    assert main(["train", str(recipe), "--processes", "2"]) == 2
+    assert "DeepSpeed does not train on a CPU → set train.zero_stage=0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from running import ROOT, metrics, train
+from running import ROOT, launch, metrics
 
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 
@@ -18,7 +18,7 @@ def test_there_are_recipes() -> None:
 def test_a_shipped_recipe_trains(recipe: Path, tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
     run = tmp_path / "run"
     small = [f"model.base={tiny_model}", f"data.shards={tiny_shards}", f"run.dir={run}"]
-    output = train(recipe, 2, [*small, "train.max_steps=2", "eval.every_steps=3"])
+    output = launch(recipe, 2, [*small, "train.max_steps=2", "eval.every_steps=3"])
     assert "DeepSpeed ZeRO-2" in output
     checking, picked, loading = output.splitlines()[:3]
     assert checking == f"launch train: checking {recipe}, this machine, the shards and the base model"

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import adapter_bytes, metrics, start, train, write_recipe
+from running import adapter_bytes, metrics, start, train, try_train, write_recipe
+from whole import WHOLE_STEPS, Whole
 
+from kfood_dist import launch
 from kfood_dist.cli import main
 from kfood_dist.practice.tiny_model import write_model
 
-STEPS = 8
+STEPS = WHOLE_STEPS
 EXACT = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
 
 
@@ -45,22 +47,19 @@ def kill_after_step(process, run: Path, step: int) -> None:
     ids=["zero2, 2 ranks", "ddp, 2 ranks", "plain, 1 process"],
 )
 def test_killed_and_resumed_equals_uninterrupted(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, processes: int, zero_stage: int
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole, processes: int, zero_stage: int
 ) -> None:
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    whole = write(tmp_path / "whole", tiny_model, tiny_shards, zero_stage=zero_stage)
-    train(whole, processes)
+    (tmp_path / "killed").mkdir()
     killed = write(tmp_path / "killed", tiny_model, tiny_shards, zero_stage=zero_stage)
     run = tmp_path / "killed" / "run"
     kill_after_step(start(killed, processes), run, step=5)
     assert not (run / "adapter").exists()
     output = train(killed, processes)
     assert "resumed after step 3" in output
-    assert exact(run) == exact(tmp_path / "whole" / "run")
+    assert exact(run) == exact(whole(processes, zero_stage))
     assert [row[0] for row in exact(run)] == list(range(1, STEPS + 1))
-    assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole" / "run")
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    assert adapter_bytes(run) == adapter_bytes(whole(processes, zero_stage))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
 
     again = train(killed, processes)
     assert f"already trained, {STEPS} steps; published the adapter of step {STEPS}" in again
@@ -72,7 +71,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, tiny_model: Path, tiny_sh
     train(recipe, 1)
     for file in (tmp_path / "run" / "checkpoints" / "step-00000001" / "engine").iterdir():
         os.truncate(file, 1000)
-    output, _ = start(recipe, 1, ["train.max_steps=2"]).communicate(timeout=120)
+    ended = try_train(recipe, 1, ["train.max_steps=2"])
+    output = ended.output
+    assert ended.status == 2, output
     assert "rank-00000.safetensors has not the bytes that were written" in output
     assert "delete that checkpoint's folder" in output
     assert "Traceback" not in output
@@ -102,32 +103,23 @@ def test_a_second_start_in_the_same_run_directory_is_refused(
     again.communicate()
 
 
-def test_a_run_directory_of_another_recipe_is_refused(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
-    recipe = write(tmp_path, tiny_model, tiny_shards, max_steps=1, zero_stage=0)
-    train(recipe, 1)
-    process = start(recipe, 1, ["optim.learning_rate=0.5", "train.max_steps=2"])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "holds a run of another recipe: optim.learning_rate was 0.001 and is now 0.5" in output
-    process = start(recipe, 1, ["train.gradient_accumulation_steps=4", "train.max_steps=2"])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "global_batch was 4 and is now 8" in output
-
-
-def test_another_base_model_and_another_data_set_are_refused_before_anything_starts(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, pictures: Path
+def test_another_recipe_base_model_and_data_set_are_refused_before_anything_starts(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write(tmp_path, tiny_model, tiny_shards, max_steps=1, zero_stage=0)
     train(recipe, 1)
     (tmp_path / "base").mkdir()
     write_model(tmp_path / "base", seed=1)
     assert main(["pack", str(pictures), str(tmp_path / "shards"), "--split", "0.6,0.2,0.2"]) == 0
+    capsys.readouterr()
     for changed, told in (
+        ("optim.learning_rate=0.5", "another recipe: optim.learning_rate was 0.001 and is now 0.5"),
+        ("train.gradient_accumulation_steps=4", "global_batch was 4 and is now 8"),
         (f"model.base={tmp_path / 'base'}", "was trained on another base model: its fingerprint was "),
         (f"data.shards={tmp_path / 'shards'}", "the checkpoint reads other data: "),
     ):
-        output, _ = (process := start(recipe, 1, [changed, "train.max_steps=2"])).communicate(timeout=120)
-        assert process.returncode == 2, output
-        assert told in output and "Traceback" not in output and output.startswith("launch train: ")
+        words = ["--processes", "1", "--set", changed, "--set", "train.max_steps=2"]
+        assert launch.main(["train", str(recipe), *words]) == 2
+        output = capsys.readouterr().err
+        assert told in output and output.startswith("launch train: ")
     assert len(metrics(tmp_path / "run")) == 1

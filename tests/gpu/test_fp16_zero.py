@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from crafted import craft, steepen_head, swell_tower
-from running import metrics, train, write_recipe
+from running import launch, metrics, write_recipe
 
 STEPS = 8
 
@@ -20,7 +20,7 @@ def run_of(folder: Path, model: Path, shards: Path, stage: int) -> list[dict[str
     folder.mkdir()
     sections = {"model": {"precision": "fp16"}, "lora": {"dropout": 0.0}}
     section = {"zero_stage": stage, "max_steps": STEPS}
-    train(write_recipe(folder / "recipe.yaml", model, shards, **sections, train=section), 1, gpu=True)
+    launch(write_recipe(folder / "recipe.yaml", model, shards, **sections, train=section), 1, gpu=True)
     return metrics(folder / "run")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import metrics, train, write_recipe
+from running import launch, metrics, write_recipe
 
 from kfood_dist.config import load_recipe
 from kfood_dist.practice.tiny_model import build_config, preprocessor_settings, train_tokenizer
@@ -77,7 +77,7 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shar
     }
     sections = {"model": {"quantization": weights}, "optim": {"learning_rate": 1e-3}}
     recipe = write_recipe(folder / "recipe.yaml", base, tiny_shards, **sections, train=section)
-    train(recipe, 1, gpu=True)
+    launch(recipe, 1, gpu=True)
     yield folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_resumes(run: Path) -> None:
     """CUDA's backward passes may add in another order from run to run, so losses agree closely, not to the bit."""
     before = [row["loss"] for row in metrics(run)]
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
-    output = train(run.parent / "recipe.yaml", 1, gpu=True)
+    output = launch(run.parent / "recipe.yaml", 1, gpu=True)
     assert f"resumed after step {STEPS // 2}" in output
     after = [row["loss"] for row in metrics(run)]
     assert after[STEPS // 2] == pytest.approx(before[STEPS // 2], rel=1e-3)  # weights and data alone

@@ -47,7 +47,7 @@ class Runs:
         folder = self.folder / f"{name}-{way}"
         if not folder.exists():
             folder.mkdir()
-            train(self._recipe(folder / "recipe.yaml", name, way), WAYS[way][1], threads=1)
+            train(self._recipe(folder / "recipe.yaml", name, way), WAYS[way][1])
         return folder / "run"
 
     def losses(self, name: str, way: str) -> list[float]:

@@ -1,0 +1,156 @@
+"""Ranks without a new interpreter: a server has torch and the package imported, and forks each rank from itself.
+
+    run_ranks ──► fork server, started once ──► N ranks over gloo ──► Ended: exit statuses, what all of them printed
+
+A rank takes its first step after two seconds in place of ten.
+
+Always holds: each rank has an environment, a working folder, a session and a port of its own; no rank outlives the
+call, the server or the suite; a rank that fails ends the others, as under torchrun. What must be a real launch (signals
+to the launcher, exit statuses, accelerate's own behaviour) uses `running.start` or `running.launch`.
+"""
+
+import atexit
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.connection import wait
+from pathlib import Path
+
+# What a rank imports before its first step. The server must not start a thread or a parallel region: a fork has none.
+PRELOADED = ("forked_preload",)
+_GRACE_S = 5  # what torchrun gives the other ranks when one has failed, as supervise.py sets it
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How ranks ended: one exit status each, negative for a signal, and their common output."""
+
+    statuses: tuple[int, ...]
+    output: str
+
+    @property
+    def status(self) -> int:
+        """The status that the launcher would give: 0, 2 if a rank found a mistake, else 1."""
+        if not any(self.statuses):
+            return 0
+        return 2 if 2 in self.statuses else 1
+
+
+def run_ranks(
+    words: Sequence[str],
+    ranks: int,
+    environment: Mapping[str, str],
+    folder: Path,
+    deepspeed: bool = False,
+    timeout_s: float = 300,
+) -> Ended:
+    """Run `kfood WORDS` as `ranks` ranks in `folder`, and wait for all of them.
+
+    Each has one thread, whatever share of the cores the suite has at the moment.
+
+    Raises AssertionError with their output if they do not end within `timeout_s`; all are gone then.
+    """
+    settled = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if ranks > 1 or deepspeed:
+        settled |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        settled |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if deepspeed:
+        settled["ACCELERATE_USE_DEEPSPEED"] = "true"
+    with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
+        processes = []
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in settled else {}
+            process = _server().Process(
+                target=_become_rank, args=(list(words), {**settled, **own}, str(folder), log.name)
+            )
+            process.start()
+            processes.append(process)
+        ended = _wait(processes, timeout_s)
+        output = Path(log.name).read_text(encoding="utf-8", errors="replace")
+    assert ended, f"ranks of {' '.join(words)} did not end within {timeout_s:.0f} s:\n{output}"
+    return Ended(tuple(process.exitcode or 0 for process in processes), output)
+
+
+def _wait(processes: "list[multiprocessing.process.BaseProcess]", timeout_s: float) -> bool:
+    """Wait until all ended, the others soon after one failed; False if time ran out. None is left in any case."""
+    deadline, in_time = time.monotonic() + timeout_s, True
+    while alive := [process for process in processes if process.exitcode is None]:
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if not wait([process.sentinel for process in alive], timeout=max(0.0, deadline - time.monotonic())):
+            in_time = any(process.exitcode for process in processes)
+            for process in alive:
+                process.kill()
+                process.join()
+    return in_time
+
+
+@cache
+def _server() -> "multiprocessing.context.ForkServerContext":
+    """The context whose server has everything imported; it ends with this process."""
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    here = str(Path(__file__).parent)
+    before = dict(os.environ)
+    # The server imports by its own path, and DeepSpeed looks for GPUs as it is imported.
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, before.get("PYTHONPATH")))),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _become_rank(words: list[str], environment: dict[str, str], folder: str, log: str) -> None:
+    """In a process forked from the server: take over what a launched process would have, and run `kfood WORDS`."""
+    import torch
+
+    from kfood_dist.runtime import end_with_parent
+
+    os.setsid()
+    end_with_parent(os.getppid())
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["kfood", *words]
+    torch.set_num_threads(1)  # OMP_NUM_THREADS was read when the server imported torch
+    status = _run(words)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # with what a launched process does at its end, and nothing of pytest's
+
+
+def _run(words: list[str]) -> int:
+    from kfood_dist.cli import main
+
+    try:
+        return main(words)
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
