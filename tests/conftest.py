@@ -30,6 +30,9 @@ settings.load_profile("kfood")
 # A suite that was started in the background may have been told to ignore Ctrl-C, and with it all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# As the ranks that tests fork: threads that wait for each other on a busy machine cost minutes.
+torch.set_num_threads(1)
+
 NUM_DISHES = 4
 PER_DISH = 12
 
