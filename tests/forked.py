@@ -1,6 +1,6 @@
 """Ranks without a new interpreter: a server has torch and the package imported, and forks each rank from itself.
 
-    run_ranks ──► fork server, started once ──► N ranks over gloo ──► Ended: exit statuses, what all of them printed
+    run_ranks ──► fork server, started once ──► N ranks over gloo ──► Ended: exit status and output of each
 
 A rank takes its first step after two seconds in place of ten.
 
@@ -17,23 +17,28 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 # What a rank imports before its first step. The server must not start a thread or a parallel region: a fork has none.
-PRELOADED = ("forked_preload",)
+_PRELOADED = "forked_preload"
 _GRACE_S = 5  # what torchrun gives the other ranks when one has failed, as supervise.py sets it
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How ranks ended: one exit status each, negative for a signal, and their common output."""
+    """How ranks ended: one exit status each, negative for a signal, and what each printed."""
 
     statuses: tuple[int, ...]
-    output: str
+    outputs: tuple[str, ...]
+
+    @property
+    def output(self) -> str:
+        return "".join(self.outputs)
 
     @property
     def status(self) -> int:
@@ -44,18 +49,18 @@ class Ended:
 
 
 def run_ranks(
-    words: Sequence[str],
+    work: Callable[..., int | None],
+    *words: Any,
     ranks: int,
     environment: Mapping[str, str],
     folder: Path,
     deepspeed: bool = False,
     timeout_s: float = 300,
 ) -> Ended:
-    """Run `kfood WORDS` as `ranks` ranks in `folder`, and wait for all of them.
+    """Call `work(*words)`, a function of a module, as `ranks` ranks in `folder`; what it returns is a rank's status.
 
-    Each has one thread, whatever share of the cores the suite has at the moment.
-
-    Raises AssertionError with their output if they do not end within `timeout_s`; all are gone then.
+    Each has one thread, whatever share of the cores the suite has at the moment. Raises AssertionError with their
+    output if they do not end within `timeout_s`; all are gone then.
     """
     settled = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if ranks > 1 or deepspeed:
@@ -63,33 +68,33 @@ def run_ranks(
         settled |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     if deepspeed:
         settled["ACCELERATE_USE_DEEPSPEED"] = "true"
-    with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
+    with tempfile.TemporaryDirectory(prefix="ranks-") as logs:
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in settled else {}
-            process = _server().Process(
-                target=_become_rank, args=(list(words), {**settled, **own}, str(folder), log.name)
-            )
-            process.start()
-            processes.append(process)
-        ended = _wait(processes, timeout_s)
-        output = Path(log.name).read_text(encoding="utf-8", errors="replace")
-    assert ended, f"ranks of {' '.join(words)} did not end within {timeout_s:.0f} s:\n{output}"
-    return Ended(tuple(process.exitcode or 0 for process in processes), output)
+            words_of_rank = (work, words, {**settled, **own}, str(folder), f"{logs}/{rank}")
+            processes.append(_server().Process(target=_become_rank, args=words_of_rank))
+            processes[-1].start()
+        in_time = _wait(processes, timeout_s)
+        outputs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(Path(logs).iterdir())]
+    ended = Ended(tuple(process.exitcode or 0 for process in processes), tuple(outputs))
+    assert in_time, f"ranks did not end within {timeout_s:.0f} s:\n{ended.output}"
+    return ended
 
 
 def _wait(processes: "list[multiprocessing.process.BaseProcess]", timeout_s: float) -> bool:
     """Wait until all ended, the others soon after one failed; False if time ran out. None is left in any case."""
-    deadline, in_time = time.monotonic() + timeout_s, True
+    deadline = time.monotonic() + timeout_s
     while alive := [process for process in processes if process.exitcode is None]:
-        if any(process.exitcode for process in processes):
+        one_failed = any(process.exitcode for process in processes)
+        if one_failed:
             deadline = min(deadline, time.monotonic() + _GRACE_S)
         if not wait([process.sentinel for process in alive], timeout=max(0.0, deadline - time.monotonic())):
-            in_time = any(process.exitcode for process in processes)
             for process in alive:
                 process.kill()
                 process.join()
-    return in_time
+            return one_failed
+    return True
 
 
 @cache
@@ -98,7 +103,7 @@ def _server() -> "multiprocessing.context.ForkServerContext":
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload([_PRELOADED])
     here = str(Path(__file__).parent)
     before = dict(os.environ)
     # The server imports by its own path, and DeepSpeed looks for GPUs as it is imported.
@@ -115,39 +120,46 @@ def _server() -> "multiprocessing.context.ForkServerContext":
     return context
 
 
-def _become_rank(words: list[str], environment: dict[str, str], folder: str, log: str) -> None:
-    """In a process forked from the server: take over what a launched process would have, and run `kfood WORDS`."""
+def _become_rank(
+    work: Callable[..., int | None], words: tuple[Any, ...], environment: dict[str, str], folder: str, log: str
+) -> None:
+    """In a process forked from the server: take over what a launched process would have, and work."""
     import torch
 
     from kfood_dist.runtime import end_with_parent
 
     os.setsid()
     end_with_parent(os.getppid())
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = ["kfood", *words]
     torch.set_num_threads(1)  # OMP_NUM_THREADS was read when the server imported torch
-    status = _run(words)
+    status = _status_of(work, words)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # with what a launched process does at its end, and nothing of pytest's
 
 
-def _run(words: list[str]) -> int:
-    from kfood_dist.cli import main
-
+def _status_of(work: Callable[..., int | None], words: tuple[Any, ...]) -> int:
     try:
-        return main(words)
+        return work(*words) or 0
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 1
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def run_verb(words: list[str]) -> int:
+    """`kfood WORDS` in this rank."""
+    from kfood_dist.cli import main
+
+    sys.argv = ["kfood", *words]
+    return main(words)
 
 
 def _free_port() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from forked import Ended, run_ranks
+from forked import Ended, run_ranks, run_verb
 
 from kfood_dist.config import load_recipe
 from kfood_dist.launch import Machine, choose
@@ -49,6 +49,7 @@ def start(
     also: Sequence[Path] = (),
 ) -> "subprocess.Popen[str]":
     """Start `launch/train.sh` in a process group of its own; `also` are recipes to train after the first.
+
     Each process has one thread, as the forked ranks it is compared with.
     """
     words = [word for text in overrides for word in ("--set", text)]
@@ -87,10 +88,11 @@ def try_train(recipe: Path, ranks: int, overrides: Sequence[str] = (), words: Se
     way = choose(machine, load_recipe(recipe, overrides).train.zero_stage, ranks)
     settings = [word for text in (*overrides, f"train.zero_stage={way.zero_stage}") for word in ("--set", text)]
     return run_ranks(
+        run_verb,
         ["train", "--config", str(recipe), *settings, *words],
-        ranks,
-        environment(),
-        ROOT,
+        ranks=ranks,
+        environment=environment(),
+        folder=ROOT,
         deepspeed=way.configuration == "deepspeed",
         timeout_s=TIMEOUT_S,
     )
@@ -98,7 +100,9 @@ def try_train(recipe: Path, ranks: int, overrides: Sequence[str] = (), words: Se
 
 def evaluate(*words: str | Path, ranks: int) -> Ended:
     """`kfood eval WORDS` in forked ranks of one thread each: how many share a sum is no business of a test."""
-    return run_ranks(["eval", *map(str, words)], ranks, environment(), ROOT, timeout_s=TIMEOUT_S)
+    return run_ranks(
+        run_verb, ["eval", *map(str, words)], ranks=ranks, environment=environment(), folder=ROOT, timeout_s=TIMEOUT_S
+    )
 
 
 def kfood(*words: str, timeout_s: float = 120) -> "subprocess.CompletedProcess[str]":

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from running import write_recipe
+from forked import run_ranks
+from running import environment, write_recipe
 from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d
 
@@ -71,9 +71,11 @@ def test_every_process_group_waits_longer_than_the_watch(
     """DeepSpeed makes a group of its own. Under stage 3 transformers would load the damaged base without a word."""
     train = {"max_steps": 1, "zero_stage": stage, "stall_timeout_s": STALL_S}
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train=train)
-    for ended in run_ranks(tmp_path, build_and_train, recipe, str(damaged), zero=True):
-        assert ended.status == 0, ended.output
-        facts = json.loads(ended.output.splitlines()[-1])
+    where = {"ranks": 2, "environment": environment(), "folder": tmp_path}
+    ended = run_ranks(build_and_train, recipe, str(damaged), **where, deepspeed=True)
+    assert ended.status == 0, ended.output
+    for output in ended.outputs:
+        facts = json.loads(output.splitlines()[-1])
         assert facts["stage"] == stage
         assert len(facts["built"]) > 1 and set(facts["built"]) == {EXPECTED_S}
         assert min(facts["watched"]) > timedelta(days=300).total_seconds()
@@ -96,8 +98,8 @@ def meet_late(run_dir: Path) -> None:
 
 
 def test_while_they_are_watched_ranks_wait_as_long_as_it_takes(tmp_path: Path) -> None:
-    for ended in run_ranks(tmp_path, meet_late, tmp_path):
-        assert ended.status == 0, ended.output
+    ended = run_ranks(meet_late, tmp_path, ranks=2, environment=environment(), folder=tmp_path)
+    assert ended.status == 0, ended.output
 
 
 def evaluate(words: list[str]) -> int:
@@ -118,7 +120,9 @@ def test_an_error_of_a_library_on_one_rank_is_told_and_ends_all(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
     words = ["--shards", tiny_shards, "--model", tiny_model, "--out", tmp_path / "out"]
-    first, second = run_ranks(tmp_path, evaluate, [*map(str, words), "--batch-size", "3"])
-    assert first.status == 1 and "rank 0: another rank is gone" in first.output
-    assert second.status == 1 and "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in second.output
+    where = {"ranks": 2, "environment": environment(), "folder": tmp_path}
+    ended = run_ranks(evaluate, [*map(str, words), "--batch-size", "3"], **where)
+    assert ended.statuses == (1, 1), ended.output
+    assert "rank 0: another rank is gone" in ended.outputs[0]
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in ended.outputs[1]
     assert not (tmp_path / "out").exists()
