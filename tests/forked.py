@@ -56,11 +56,13 @@ def run_ranks(
     folder: Path,
     deepspeed: bool = False,
     timeout_s: float = 300,
+    grace_s: float = _GRACE_S,
 ) -> Ended:
     """Call `work(*words)`, a function of a module, as `ranks` ranks in `folder`; what it returns is a rank's status.
 
-    Each has one thread, whatever share of the cores the suite has at the moment. Raises AssertionError with their
-    output if they do not end within `timeout_s`; all are gone then.
+    Each has one thread, whatever share of the cores the suite has at the moment. When one has failed, the others are
+    killed after `grace_s`. Raises AssertionError with their output if they do not end within `timeout_s`; all are gone
+    then.
     """
     settled = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if ranks > 1 or deepspeed:
@@ -75,20 +77,20 @@ def run_ranks(
             words_of_rank = (work, words, {**settled, **own}, str(folder), f"{logs}/{rank}")
             processes.append(_server().Process(target=_become_rank, args=words_of_rank))
             processes[-1].start()
-        in_time = _wait(processes, timeout_s)
+        in_time = _wait(processes, timeout_s, grace_s)
         outputs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(Path(logs).iterdir())]
     ended = Ended(tuple(process.exitcode or 0 for process in processes), tuple(outputs))
     assert in_time, f"ranks did not end within {timeout_s:.0f} s:\n{ended.output}"
     return ended
 
 
-def _wait(processes: "list[multiprocessing.process.BaseProcess]", timeout_s: float) -> bool:
+def _wait(processes: "list[multiprocessing.process.BaseProcess]", timeout_s: float, grace_s: float) -> bool:
     """Wait until all ended, the others soon after one failed; False if time ran out. None is left in any case."""
     deadline = time.monotonic() + timeout_s
     while alive := [process for process in processes if process.exitcode is None]:
         one_failed = any(process.exitcode for process in processes)
         if one_failed:
-            deadline = min(deadline, time.monotonic() + _GRACE_S)
+            deadline = min(deadline, time.monotonic() + grace_s)
         if not wait([process.sentinel for process in alive], timeout=max(0.0, deadline - time.monotonic())):
             for process in alive:
                 process.kill()

@@ -121,7 +121,7 @@ def test_an_error_of_a_library_on_one_rank_is_told_and_ends_all(
 ) -> None:
     words = ["--shards", tiny_shards, "--model", tiny_model, "--out", tmp_path / "out"]
     where = {"ranks": 2, "environment": environment(), "folder": tmp_path}
-    ended = run_ranks(evaluate, [*map(str, words), "--batch-size", "3"], **where)
+    ended = run_ranks(evaluate, [*map(str, words), "--batch-size", "3"], **where, grace_s=120)
     assert ended.statuses == (1, 1), ended.output
     assert "rank 0: another rank is gone" in ended.outputs[0]
     assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in ended.outputs[1]
