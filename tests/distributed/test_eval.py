@@ -19,7 +19,7 @@ def launched(
     return subprocess.run(
         ["bash", "-c", command, "-", "--processes", str(processes), *map(str, words)],
         capture_output=True,
-        text=True,
+        encoding="euc-kr",
         env=environment() | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "euc-kr"},
         timeout=timeout_s,
         check=False,
