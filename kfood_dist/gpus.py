@@ -20,7 +20,10 @@ from kfood_dist.errors import LaunchError
 from kfood_dist.words import plural
 
 _TIMEOUT_S = 120
+_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of Windows' Linux, of AMD
+_NOT_LOADED = "no driver is loaded"
 _MESSAGES = (
+    (_NOT_LOADED, "load it (sudo modprobe nvidia); after an update of the kernel, install the NVIDIA driver anew"),
     ("too old", "update the NVIDIA driver, or install torch's wheel for an older CUDA"),
     ("802", "start the fabric manager: sudo systemctl start nvidia-fabricmanager"),
     ("not yet initialized", "start the fabric manager: sudo systemctl start nvidia-fabricmanager"),
@@ -75,8 +78,7 @@ def look(ask: "Callable[[], Gpus] | None" = None) -> Gpus:
 
     `ask` takes the place of the process that looks. Raises LaunchError if it fails.
     """
-    devices = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of Windows' Linux, of AMD
-    if ask is None and not any(map(os.path.exists, devices)) and not count_shown():
+    if ask is None and not any(map(os.path.exists, _DEVICES)) and not count_shown():
         return Gpus()
     return (ask or _ask)()
 
@@ -103,6 +105,8 @@ def probe() -> Gpus:
         count = torch._C._cuda_getDeviceCount() if torch.cuda.is_available() else 0
     usable = tuple(Gpu(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i)) for i in range(count))
     complaint = " ".join(str(told[-1].message).split()) if told else ""
+    if not any(map(os.path.exists, _DEVICES)):  # of which torch says nothing
+        complaint = _NOT_LOADED
     return Gpus(
         count_shown(), usable, torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list()), complaint
     )
@@ -129,12 +133,18 @@ def count_shown() -> int:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return 0
-    if library.nvmlInit_v2() != 0:  # such as when the loaded driver is older than the library
-        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if library.nvmlInit_v2() != 0:  # the loaded driver is older than the library, or after a new kernel none is loaded
+        return max(len(list(Path("/dev").glob("nvidia[0-9]*"))), count_plugged())
     count = ctypes.c_uint()
     library.nvmlDeviceGetCount_v2(ctypes.byref(count))
     library.nvmlShutdown()
     return count.value
+
+
+def count_plugged(devices: Path = Path("/sys/bus/pci/devices")) -> int:
+    """How many of NVIDIA's display and 3D controllers are plugged in, with a driver or without."""
+    facts = ((path / "vendor", path / "class") for path in devices.glob("*"))
+    return sum(vendor.read_text() == "0x10de\n" and kind.read_text().startswith("0x03") for vendor, kind in facts)
 
 
 def are_wanted() -> bool:

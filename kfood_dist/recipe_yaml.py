@@ -40,6 +40,15 @@ class _FileLoader(yaml.SafeLoader):
             )
         return token
 
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Of a key that is given twice YAML takes the last, and drops the first without a word."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if any(key.value == earlier.value for earlier in keys[:i]):
+                raise yaml.MarkedYAMLError(problem=f"`{key.value}` is given twice", problem_mark=key.start_mark)
+        return node
+
 
 class _ValueLoader(_FileLoader):
     """For one value on a command line, where nobody writes comments."""

@@ -91,19 +91,27 @@ class _Worker:
     def __init__(self, collator: StreamingCollator, start_method: str, pin_memory: bool):
         self._device = torch.cuda.current_device() if pin_memory else None
         self._answers: SimpleQueue[Any] = SimpleQueue()  # None: there will be no more
+        # Takes what comes as it comes: the worker goes on to its next batch.
+        self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
         try:
             self._socket, theirs = socket.socketpair()
             with theirs:  # so that the worker alone holds it, and its end is the connection's
                 context: Any = multiprocessing.get_context(start_method)
                 self._process = context.Process(target=_work, args=(collator, theirs), name="loader", daemon=True)
                 self._process.start()
+            self._start_receiver()
         except OSError as error:
             what = f"a loader process cannot be started ({error.strerror or error})"
             remedy = _REMEDIES.get(error.errno or 0, "see `kfood doctor`")
             raise LaunchError(what, f"{remedy}, or set data.num_workers=0") from None
-        # Takes what comes as it comes: the worker goes on to its next batch.
-        self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
-        self._receiver.start()
+
+    def _start_receiver(self) -> None:
+        try:
+            self._receiver.start()
+        except RuntimeError:  # which says no more than that it cannot be
+            self._process.kill()
+            self._process.join(_PATIENCE_S)
+            raise OSError(errno.EAGAIN, "no thread can be started") from None
 
     def ask(self, micro_batch: MicroBatch) -> None:
         with suppress(ConnectionError):  # it ended, which the answer tells
@@ -139,9 +147,12 @@ class _Worker:
     def _fault(self) -> LaunchError:
         self._process.join(_PATIENCE_S)
         status = self._process.exitcode
+        remedy = "most likely memory ran out: give the job more, or lower data.num_workers"
+        if status not in (None, -signal.SIGKILL):
+            remedy = "most likely a library failed on a picture: see what it printed, and look with `kfood verify`"
         return LaunchError(
             f"a loader process ended{'' if status is None else f', {how_it_ended(status)}'}",
-            "most likely memory ran out: give the job more, or lower data.num_workers; a new start resumes",
+            f"{remedy}; a new start resumes",
         )
 
 

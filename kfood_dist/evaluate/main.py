@@ -137,9 +137,9 @@ def conclude(task: Task, parts: list["Part"], world: World, device: "torch.devic
     seconds = max(part.seconds for part in parts)
     report = build_report(records, [task.shards.key(i) for i in refused], _facts(task, world, device, seconds))
     task.out.mkdir(parents=True, exist_ok=True)
-    if task.tensorboard:
-        log(task, report["accuracy"], records)
     write_report(task.out, report, records, report_page(report, _samples(task, records, _SHOWN)))
+    if task.tensorboard:  # after the report, which a fault here must not cost; the next start logs what is missing
+        log(task, report["accuracy"], records)
     print(describe(load_report(task.out)))
 
 

@@ -11,10 +11,10 @@ Always holds: one event file per split and step, named so; written again, it rep
 
 import io
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +128,7 @@ def has_hangul(path: str) -> bool:
 
 
 def _candidates() -> Iterable[str]:
-    if shutil.which("fc-list"):
+    with suppress(OSError, subprocess.TimeoutExpired):  # not installed; or it makes its cache, on a slow disk
         listed = subprocess.run(["fc-list", ":lang=ko", "file"], capture_output=True, timeout=20, check=False)
         yield from sorted(os.fsdecode(line.rstrip().rstrip(b":")) for line in listed.stdout.splitlines())
     for folder in _FONT_FOLDERS:

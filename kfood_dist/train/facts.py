@@ -42,9 +42,12 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, or None."""
+    """The commit of the checkout this package runs from, or None, as where git is not installed."""
     where = Path(__file__).resolve().parents[2]
-    done = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, check=False)
+    try:
+        done = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, check=False)
+    except OSError:
+        return None
     return done.stdout.decode("ascii").strip() if done.returncode == 0 else None
 
 

@@ -177,6 +177,8 @@ def test_a_number_or_truth_value_is_read_as_what_is_meant(tmp_path: Path) -> Non
         ("dir: {x: y}", "YAML reads a section {'x': 'y'}; put quotes"),
         ("dir: a: b", "is not YAML (mapping values are not allowed here"),
         ("dir: ''", "run.dir: is empty; name a folder"),
+        ("dir: r\n  log_every_steps: 2\n  dir: s", "`dir` is given twice"),
+        ("dir: r\nmodel: {base: other}", "`model` is given twice"),
         ("dir: r\ntrain: {max_steps: 010}", "train.max_steps: 010 may be read as octal"),
     ],
 )

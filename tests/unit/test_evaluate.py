@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -318,7 +319,31 @@ def test_refused_pictures_count_as_wrong_by_name(words, tmp_path):
         conclude(task, parts[:1], World(), torch.device("cpu"))
 
 
+def test_a_report_is_there_before_tensorboard_is_tried(words, tmp_path, monkeypatch):
+    task = check(parse([*words, "--limit", "1", "--tensorboard", str(tmp_path / "tb")]))
+    parts = [ask.Part({0: ask.make_record(task.shards, 0, "x", 0.9)}, [], 1.0)]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(panel, "log", full)
+    with pytest.raises(OSError, match="No space left"):
+        conclude(task, parts, World(), torch.device("cpu"))
+    assert read(tmp_path / "out")[0]["images"] == 1
+
+
 # Panel
+
+
+def test_a_search_for_fonts_that_takes_too_long_is_given_up(monkeypatch):
+    """fc-list makes its cache first."""
+
+    def hang(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(panel.subprocess, "run", hang)
+    monkeypatch.setattr(panel, "_FONT_FOLDERS", ())
+    assert panel.hangul_font() is None
 
 
 def test_the_panel_draws_names_where_a_font_has_hangul(tmp_path):

@@ -247,6 +247,7 @@ def test_what_torch_can_use_is_counted() -> None:
         ),
         ("Unexpected error from cudaGetDeviceCount() Error 802: system not yet initialized", "13.0", "fabricmanager"),
         ("Error 803: system has unsupported display driver / cuda driver combination", "13.0", "reboot"),
+        ("no driver is loaded", "13.0", "sudo modprobe nvidia"),
         ("", "13.0", "compare `nvidia-smi`"),
         ("", None, "pip install --force-reinstall torch"),
     ],
@@ -290,6 +291,26 @@ class FourShown:
 
     def nvmlShutdown(self) -> int:
         return 0
+
+
+def test_cards_whose_driver_is_not_loaded_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after an update of the kernel: the library is there, no /dev/nvidia0 is, and the CPU would be taken."""
+    facts = {
+        "a": ("0x10de", "0x030200"),
+        "b": ("0x10de", "0x030000"),
+        "c": ("0x10de", "0x068000"),
+        "d": ("0x8086", "0x030000"),
+    }
+    for name, (vendor, kind) in facts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "class").write_text(f"{kind}\n")
+    plugged = gpus.count_plugged(tmp_path)
+    assert (plugged, gpus.count_plugged(tmp_path / "none")) == (2, 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: FourShown(initialised=9))
+    monkeypatch.setattr(gpus, "count_plugged", lambda: plugged)
+    assert gpus.count_shown() >= 2
 
 
 def test_the_driver_is_asked_and_torch_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from kfood_dist.console import LineFile
 from kfood_dist.data.collate import Batch
 from kfood_dist.monitor import RunLog, StepMeter, clock, read_metrics
 from kfood_dist.runtime import World
+from kfood_dist.train.facts import machine_facts
 
 
 def row(step: int, loss: float) -> dict[str, float]:
@@ -168,3 +169,8 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path: Path) 
         file.write(line)
     file.close()
     assert (tmp_path / "log.txt").read_text() == "".join(lines)
+
+
+def test_a_machine_without_git_has_its_facts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine_facts()["git_commit"] is None

@@ -309,7 +309,8 @@ def fault_of_ours() -> Batch:
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended, killed by SIGKILL → most likely memory ran out"),
         (killed_while_it_sends, "ended, killed by SIGKILL → most likely memory ran out"),
-        (lambda: os._exit(3), "ended, with exit status 3 → "),
+        (lambda: os._exit(3), "ended, with exit status 3 → most likely a library failed on a picture"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "ended, killed by SIGSEGV → most likely a library failed"),
         (no_memory, "has no memory left → give the job more"),
         (cannot_be_sent, "TypeError: cannot pickle '_thread.lock' object"),
         (fault_of_ours, "ZeroDivisionError: our own"),
@@ -322,4 +323,15 @@ def test_a_worker_that_cannot_answer_ends_the_stream_at_once_with_the_cause(
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(RuntimeError if how in (cannot_be_sent, fault_of_ours) else LaunchError, match=told):
         next(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_without_threads_left_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    told = r"a loader process cannot be started \(no thread can be started\) → raise the limit of processes"
+    with pytest.raises(LaunchError, match=told):
+        next(stream(Ends(no_memory), iter(range(9)), 2))  # type: ignore[arg-type]
     assert not multiprocessing.active_children()
