@@ -67,7 +67,7 @@ def require_adapter_fits(base: str, adapter: Path) -> None:
     for name, shape in shapes.items():
         path, _, part = name.removeprefix(_PREFIX).partition(".lora_")
         features = getattr(modules.get(path), "in_features" if part.startswith("A") else "out_features", None)
-        if part and features != shape[1 if part.startswith("A") else 0]:
+        if part and (features,) != (shape[1:2] if part.startswith("A") else shape[:1]):
             raise ModelError(
                 f"adapter {adapter} does not fit base model {base}: {path} "
                 + ("is not in it" if features is None else f"has {features} features, not {shape}"),

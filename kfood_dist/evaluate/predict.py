@@ -122,7 +122,7 @@ def rank_names(greedy: "Answer", found: Sequence["Answer"]) -> list[dict[str, An
     """Each name once with its `confidence`, likeliest first: of the greedy answer and of those a beam search `found`.
 
     Texts that say one name add up their probabilities. The greedy answer may be among those found: it counts once.
-    An answer that says nothing is left out, unless it is the only one.
+    An answer that says nothing is told only where it is the likeliest.
     """
     of_text: dict[str, float] = {}
     for answer in found:
@@ -131,6 +131,6 @@ def rank_names(greedy: "Answer", found: Sequence["Answer"]) -> list[dict[str, An
     total: dict[str, float] = {}
     for text, probability in of_text.items():
         total[clean(text)] = total.get(clean(text), 0.0) + probability
-    named = {name: probability for name, probability in total.items() if name} or total
-    ranked = sorted(named.items(), key=lambda item: (-item[1], item[0]))
-    return [{"name": name, "confidence": float(f"{min(1.0, probability):.6g}")} for name, probability in ranked]
+    first, *others = sorted(total.items(), key=lambda item: (-item[1], item[0]))
+    told = [first, *((name, probability) for name, probability in others if name)]
+    return [{"name": name, "confidence": float(f"{min(1.0, probability):.6g}")} for name, probability in told]

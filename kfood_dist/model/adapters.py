@@ -128,5 +128,5 @@ def load_adapter(model: Any, folder: Path) -> None:
     if faults:
         raise ModelError(
             f"adapter {folder} does not fit the base model ({'; '.join(faults[:3])})",
-            "name the base that it was trained on as model.base",
+            "name the base that it was trained on as model.base, or copy the adapter from its run again",
         )

@@ -29,6 +29,7 @@ _SMALL_FILES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("tokenizer.json",), ("vocab.json", "merges.txt")),
     (("preprocessor_config.json",), ("processor_config.json",)),
 )
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")  # one may be there; if so, it is read
 _POINTER = b"version https://git-lfs"
 _MISSING = "is missing"
 _SHOWN = 4
@@ -120,6 +121,8 @@ def find_faults(folder: Path) -> Iterator[Fault]:
         faults = [[fault for name in names if (fault := _file_fault(folder / name))] for names in choices]
         if all(faults):  # then the first choice tells, unless another one is there and damaged
             yield from next((found for found in faults if any(f.what != _MISSING for f in found)), faults[0])
+    templates = (_file_fault(folder / name) for name in _TEMPLATES)
+    yield from (fault for fault in templates if fault and fault.what != _MISSING)
 
 
 def _index_faults(folder: Path) -> Iterator[Fault]:
@@ -205,7 +208,7 @@ def _snapshot_faults(snapshot: Path) -> Iterator[Fault]:
     """Faults of a snapshot. One without a chat template counts as incomplete, since the hub may still have it."""
     yield from find_faults(snapshot)
     configs = [snapshot / name for name in ("tokenizer_config.json", "processor_config.json")]
-    kept = [snapshot / name for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")]
+    kept = [snapshot / name for name in (*_TEMPLATES, "additional_chat_templates")]
     inside = any(b'"chat_template"' in path.read_bytes() for path in configs if path.is_file())
     if not inside and not any(path.exists() for path in kept):
         yield Fault("its chat template", _MISSING)

@@ -14,7 +14,7 @@ from torch import nn
 from kfood_dist.errors import ModelError
 from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER, load_config
 from kfood_dist.model.files import fetched_folder
-from kfood_dist.model.tensors import require_fitting, require_loaded
+from kfood_dist.model.tensors import require_fitting, require_loaded, require_whole_packs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,7 +61,9 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     try:
         config, folder = load_config(base), fetched_folder(base)
         is_packed = hasattr(config, "quantization_config")  # 4-bit in its files: transformers' own look must do
-        if not is_packed:
+        if is_packed:
+            require_whole_packs(base, folder)
+        else:
             require_fitting(base, folder, config)
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder,

@@ -6,7 +6,9 @@ Always holds: names are compared after transformers' own renaming of published o
 """
 
 import json
+import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +77,37 @@ def require_fitting(base: str, folder: Path, config: Any) -> None:
             output_loading_info=True,
         )
     require_loaded(base, found)
+
+
+def require_whole_packs(base: str, folder: Path) -> None:
+    """Raise ModelError, with the names, unless each weight that is 4-bit in the files has all its parts and its length.
+
+    bitsandbytes takes what is there: without its nested scales, a weight becomes another one, silently.
+    """
+    found = headers(folder)
+    packs: dict[str, set[str]] = defaultdict(set)
+    for name in found:
+        module, dot, part = name.partition(".weight.")
+        if dot:
+            packs[f"{module}.weight"].add(f".{part}")
+    parts = set().union([""], *packs.values())
+    asked = [weight + part for weight in packs for part in parts]
+    cut: list[tuple[str, tuple[int], tuple[int]]] = []
+    for name in found.keys() & asked:
+        weight, _, kind = name.partition(".quant_state.bitsandbytes__")
+        if kind and weight in found:
+            stands_for = math.prod(json.loads(_read(found[name]))["shape"])
+            size = found[weight].end - found[weight].begin
+            if size != (stands_for + 1) // 2:  # two numbers a byte
+                cut.append((weight, (size,), ((stands_for + 1) // 2,)))
+    missing = [name for name in asked if name not in found]
+    require_loaded(base, {"missing_keys": missing, "mismatched_keys": cut, "unexpected_keys": []})
+
+
+def _read(tensor: Tensor) -> bytes:
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.begin)
+        return file.read(tensor.end - tensor.begin)
 
 
 def require_loaded(base: str, found: dict[str, Any]) -> None:

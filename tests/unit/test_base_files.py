@@ -77,6 +77,8 @@ def break_header(path: Path) -> None:
         ("tokenizer.json", Path.unlink, "lacks tokenizer.json"),
         ("tokenizer.json", lambda path: path.write_text(POINTER), "tokenizer.json is a git-lfs pointer"),
         ("preprocessor_config.json", Path.unlink, "lacks preprocessor_config.json"),
+        ("chat_template.jinja", lambda path: path.write_bytes(b""), "chat_template.jinja is empty"),
+        ("chat_template.json", lambda path: path.write_text(POINTER), "chat_template.json is a git-lfs pointer"),
     ],
 )
 def test_a_file_that_is_not_whole_is_told_by_preflight_and_doctor(

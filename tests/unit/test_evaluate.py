@@ -274,6 +274,7 @@ def test_an_adapter_of_another_base_is_refused(words, tiny_adapter, tmp_path, ca
     name = next(n for n in tensors if "layers.3" in n and n.endswith("q_proj.lora_A.weight"))
     for changed, told in (
         ({name: np.zeros((16, 2048), np.float32)}, "has 256 features, not (16, 2048)"),
+        ({name: np.zeros(16, np.float32)}, "has 256 features, not (16,)"),
         ({name.replace("layers.3", "layers.35"): tensors[name]}, "layers.35.self_attn.q_proj is not in it"),
     ):
         save_file(tensors | changed, copy / "adapter_model.safetensors")

@@ -200,6 +200,14 @@ def test_a_base_that_is_4_bit_in_its_files_is_loaded_if_it_is_whole(
     lacking = saved_otherwise(packed, tmp_path / "lacking", DAMAGED["tower"][0])
     with pytest.raises(ModelError, match=DAMAGED["tower"][2]):
         load_base(lacking, "nf4", "bf16", "sdpa", CPU)
+    for number, part in enumerate(("", ".absmax", ".nested_absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")):
+        name = UP + part
+        lacking = saved_otherwise(packed, tmp_path / f"part-{number}", lambda w, n=name: {k: w[k] for k in w if k != n})
+        with pytest.raises(ModelError, match=f"it lacks {name} "):
+            load_base(lacking, "nf4", "bf16", "sdpa", CPU)
+    short = saved_otherwise(packed, tmp_path / "short", lambda w: w | {UP: w[UP][:-4]})
+    with pytest.raises(ModelError, match=rf"{UP} is \(65528,\), not \(65536,\)"):
+        load_base(short, "nf4", "bf16", "sdpa", CPU)
 
 
 def test_a_hub_name_out_of_reach_says_how_to_bring_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,8 @@ def test_the_name_is_the_likeliest_of_all_that_were_scored():
     assert ranked(greedy, Answer("파전", 0.2), Answer("파 전", 0.2))[0] == ("파전", 0.4)
     assert ranked(greedy, Answer("김밥", 0.29), Answer("파전", 0.25)) == [("김밥", 0.3), ("파전", 0.25)]
     assert ranked(greedy, Answer("파전", 0.3)) == [("김밥", 0.3), ("파전", 0.3)]
-    assert ranked(Answer("", 0.9), Answer("파전", 0.1)) == [("파전", 0.1)]
+    assert ranked(Answer("", 0.9), Answer("파전", 0.1)) == [("", 0.9), ("파전", 0.1)]
+    assert ranked(Answer("", 0.1), Answer("파전", 0.4)) == [("파전", 0.4)]
     assert ranked(Answer("", 0.9)) == [("", 0.9)]
 
 
