@@ -31,6 +31,8 @@ MADE = {
     "구이/.ipynb_checkpoints/a-checkpoint.jpg": ".ipynb_checkpoints",
     ".Trash-1000/files/a.jpg": ".Trash-*",
     "구이/갈비구이/.thumbnails/a.jpg": ".thumbnails",
+    "구이/갈비구이/Thumbnails/a.jpg": "thumbnails",
+    "구이/휴지통/a.jpg": "휴지통",
     "구이/갈비구이/Thumbs.db": "Thumbs.db",
     "구이/갈비구이/desktop.ini": "desktop.ini",
     "구이/.DS_Store": ".DS_Store",
