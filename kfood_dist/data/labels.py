@@ -12,6 +12,7 @@ import io
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _BRACKETS = "()[]{}<>（）［］｛｝＜＞「」『』【】〔〕〈〉《�
 _REMOVED = frozenset(_QUOTES + _BRACKETS)
 
 
+@lru_cache(maxsize=2**14)  # a label is asked for with each of its pictures
 def clean(text: str) -> str:
     """NFC, without white space, quotes, brackets and invisible (category Cf) characters; any length."""
     kept = "".join(

@@ -54,6 +54,8 @@ def packed_from(out: Path) -> dict[str, Counter[str]]:
         ("train_images", "train"),
         ("training set", "train"),
         ("학습용데이터", "train"),
+        ("훈련셋", "train"),
+        ("검증 셋", "val"),
         ("val", "val"),
         ("valid", "val"),
         ("2.Validation", "val"),

@@ -276,6 +276,19 @@ def test_a_spreadsheets_separators_are_understood(tmp_path, separator, first):
     assert problems(scan(path)) == {"a.jpg": None, "x,y;z.jpg": None, f"list.tsv:{line}": "bad_row"}
 
 
+def test_a_header_may_follow_blank_lines_and_hold_quoted_line_breaks(tmp_path):
+    put(tmp_path / "a.jpg")
+    header = '\n\nimage_path,label,"note\n(if any)"'
+    assert problems(scan(write_csv(tmp_path / "list.csv", "a.jpg,약과,", header=header))) == {"a.jpg": None}
+
+
+def test_a_stray_quote_in_the_header_swallows_no_row(tmp_path):
+    put(tmp_path / "a.jpg")
+    path = write_csv(tmp_path / "list.csv", "a.jpg,약과,", 'a.jpg,약과,"', header='image_path,label,"note')
+    with pytest.raises(SourceError, match="image_path"):
+        scan(path)
+
+
 def test_another_separator_may_be_named(tmp_path):
     put(tmp_path / "a.jpg")
     path = write_csv(tmp_path / "list.csv", "image_path|label", "a.jpg|약과", header="sep=|")

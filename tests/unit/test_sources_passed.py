@@ -31,6 +31,8 @@ MADE = {
     "구이/.ipynb_checkpoints/a-checkpoint.jpg": ".ipynb_checkpoints",
     ".Trash-1000/files/a.jpg": ".Trash-*",
     "구이/갈비구이/.thumbnails/a.jpg": ".thumbnails",
+    "구이/갈비구이/Thumbnails/a.jpg": "thumbnails",
+    "구이/휴지통/a.jpg": "휴지통",
     "구이/갈비구이/Thumbs.db": "Thumbs.db",
     "구이/갈비구이/desktop.ini": "desktop.ini",
     "구이/.DS_Store": ".DS_Store",
@@ -74,7 +76,7 @@ def test_snapshots_are_not_entered_and_what_may_not_be_listed_is_passed_by(tmp_p
     assert found.passed.machine_made["#snapshot"] == 1
 
 
-@pytest.mark.parametrize("place", ["구이/IMG_1.jpg", "IMG_1.jpg", "구이/20240101_120000.HEIC", "IMG_1.jpg/thumbs"])
+@pytest.mark.parametrize("place", ["구이/IMG_1.jpg", "IMG_1.jpg", "구이/20240101_120000.HEIC", "IMG_1.jpg/previews"])
 def test_a_dish_or_category_called_like_a_picture_is_a_question(tmp_path, place):
     as_folder(tmp_path / "food", {"구이/갈비구이/a.jpg": JPEG, f"{place}/thumb.jpg": JPEG})
     with pytest.raises(SourceError, match=r"a picture's name: is that meant\? → if so, rename its folder"):

@@ -36,21 +36,35 @@ class Table:
         separators: Sequence[str] = SEPARATORS
         if self._lines and (named := _named_separator(self._lines[0])):
             separators, self._start = (named,), 1
-        header = self._lines[self._start] if self._start < len(self._lines) else ""
-        self._separator, self.header = max(
-            ((separator, _names(header, separator)) for separator in separators),
+        while self._start < len(self._lines) and not self._lines[self._start].strip():
+            self._start += 1
+        self._separator, self.header, num_lines = max(
+            ((separator, *self._read_header(separator)) for separator in separators),
             key=lambda found: (len(set(wanted) & set(found[1])), len(found[1])),
         )
+        self._start += num_lines
 
     def rows(self, is_row: Callable[[list[str]], bool]) -> Iterator[Row]:
         """The rows below the header; `is_row` tells whether cells of one line are surely a row by themselves."""
-        at = self._start + 1
+        at = self._start
         while at < len(self._lines):
             num_lines, cells = self._row(at, is_row)
             text = "".join(self._lines[at : at + num_lines])
             if text.strip():
                 yield Row(at + 1, cells, text)
             at += num_lines
+
+    def _read_header(self, separator: str) -> tuple[list[str], int]:
+        """The columns' names, none where they are malformed, and how many lines they take."""
+        reader = csv.reader(self._lines[self._start : self._start + _MAX_LINES], delimiter=separator, strict=True)
+        try:
+            names = next(reader, [])
+        except csv.Error:
+            return [], 1
+        inside = self._lines[self._start + 1 : self._start + reader.line_num]
+        if any(len(_split(line, separator) or []) >= len(names) for line in inside):
+            return [], 1
+        return [name.strip().lower() for name in names], reader.line_num
 
     def _row(self, at: int, is_row: Callable[[list[str]], bool]) -> tuple[int, list[str] | None]:
         """How many lines from `at` on are one row, and its cells; of a malformed row, the first line alone."""
@@ -70,10 +84,6 @@ def _named_separator(line: str) -> str | None:
     """The character that a line such as `sep=;` names, as spreadsheets write it."""
     said = line.strip("\n").strip(" \"'")
     return said[4] if len(said) == 5 and said[:4].lower() == "sep=" else None
-
-
-def _names(line: str, separator: str) -> list[str]:
-    return [name.strip().lower() for name in _split(line, separator) or []]
 
 
 def _split(text: str, separator: str) -> list[str] | None:

@@ -29,7 +29,7 @@ _WORDS = {
 # `1.Training`, `train2017`, `[Test]`; `val_images`, `training set`, `학습용데이터`.
 _MARGIN = re.compile(r"^[\W\d_]+|[\W\d_]+$")
 _NUMBER = re.compile(r"^[\d\s._-]+|[\s._-]*\d+$")
-_NOUN = re.compile(r"[\W\d_]*(dataset|data|set|split|images?|imgs?|photos?|데이터셋|데이터|세트|이미지|용)$")
+_NOUN = re.compile(r"[\W\d_]*(dataset|data|set|split|images?|imgs?|photos?|데이터셋|데이터|세트|셋|이미지|사진|용)$")
 _NOUN_BEFORE = re.compile(r"^(dataset|data|set|split|images?|imgs?)[\W\d_]+")
 
 # AI-Hub: [T]raining or [V]alidation, [S]ource or [L]abels; before that `[원천]음식001_Tr.zip`.

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import takewhile
 
 from kfood_dist.data.encoding import UTF8, name_text, side_of
@@ -28,6 +29,7 @@ _UNICODE_PATH = 0x7075
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
+@lru_cache(maxsize=2**16)  # a folder's name is asked for with each of its files
 def file_name(name: str, side: str = UTF8) -> str:
     """A file's name as text, whatever wrote it; `side` is the encoding of those beside it, for what may have either."""
     return name if name.isascii() else name_text(os.fsencode(name), side)
@@ -90,6 +92,7 @@ def named(records: Sequence[Record], root_name: str, dishes: Collection[str] = (
     said = read_places(folders.values(), lambda name: clean(name) in dishes)
     places = {place: said[parts] for place, parts in folders.items()}
     wrapping = _num_wrapping({place.folders for place in places.values()})
+    categories = {name: category(place.folders[wrapping:]) for name, place in places.items()}
     have_dish = any(place.folders for place in places.values())
 
     def with_dish(record: Record) -> Record:
@@ -98,7 +101,7 @@ def named(records: Sequence[Record], root_name: str, dishes: Collection[str] = (
             detail = "lies straight in the folder of a split, in no dish's folder"
             return replace(record, problem="bad_label", detail=detail, split=place.split)
         label = place.folders[-1] if place.folders else root_name
-        return replace(record, label=label, category=category(place.folders[wrapping:]), split=place.split)
+        return replace(record, label=label, category=categories[_place(record)], split=place.split)
 
     return [with_dish(record) if _has_dish(record) else record for record in records]
 

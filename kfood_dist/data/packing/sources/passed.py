@@ -28,6 +28,7 @@ _MACHINE_MADE = {
         *("TheVolumeSettingsFolder", "Desktop DB", "Desktop DF", "$RECYCLE.BIN", "RECYCLER", "RECYCLED"),
         *("System Volume Information", "Thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "Picasa.ini"),
         *("lost+found", "LOST.DIR", "~snapshot", ".snapshot", ".snapshots", ".zfs", ".thumbnails", ".cache"),
+        *("$Extend", "Recycle Bin", "휴지통", "OneDriveTemp", "@SynoEAStream", "_gsdata_", "thumbs", "thumbnails"),
         *(".ipynb_checkpoints", "__pycache__", ".git"),
     )
 }

@@ -199,5 +199,5 @@ def _with_own_names(records: Sequence[Record]) -> list[Record]:
             numbers[record.source] = number = numbers.get(record.source, 1) + 1
             name = f"{stem} ({number}){dot}"
         seen.add(name)
-        own.append(replace(record, source=name))
+        own.append(record if name == record.source else replace(record, source=name))
     return own
