@@ -6,7 +6,7 @@ Always holds: an adapter that was published before stays until the new one is wh
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kfood_dist.config import Recipe
@@ -32,12 +32,16 @@ class Published:
 def publish_adapter(recipe: Recipe) -> Published:
     """Publish the adapter of a finished run as `train.publish` says, and note in run.json which step it is of.
 
-    Raises CheckpointError if the chosen checkpoint is damaged, or if something cannot be written.
+    A run.json that cannot be written ends no run: what is returned says so. Raises CheckpointError if the chosen
+    checkpoint is damaged, or if the adapter cannot be written.
     """
     chosen, published = choose(recipe.run.dir / "checkpoints", recipe.train.publish)
     chosen.require_whole()
     _copy(chosen.adapter, recipe.run.dir / "adapter")
-    add_to_run_json(recipe.run.dir, {"published": asdict(published)})
+    try:
+        add_to_run_json(recipe.run.dir, {"published": asdict(published)})
+    except CheckpointError as error:
+        return replace(published, why=f"{published.why}; {error}")
     return published
 
 

@@ -75,6 +75,14 @@ def test_a_finished_run_that_is_started_again_publishes_by_the_key_it_is_given(t
     assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 9}
 
 
+def test_a_run_json_that_cannot_be_written_costs_no_adapter(tmp_path) -> None:
+    run = trained(tmp_path, {9: None})
+    (run / "run.json").unlink()
+    (run / "run.json").mkdir()
+    assert "run.json cannot be written (Is a directory)" in str(publish_adapter(recipe(run)))
+    assert (run / "adapter" / "adapter_model.safetensors").read_text() == "9"
+
+
 def test_a_best_checkpoint_that_is_damaged_is_named_and_the_adapter_published_before_stays(tmp_path) -> None:
     run = trained(tmp_path, {3: 0.5, 6: 0.75, 9: 0.5}, keep=3)
     publish_adapter(recipe(run, publish="last"))
