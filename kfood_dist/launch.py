@@ -252,6 +252,8 @@ def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, clu
     launch = choose(machine, recipe.train.zero_stage, processes, cluster.num_machines)
     overrides = [*args.set, f"train.zero_stage={launch.zero_stage}"]
     recipe = load_recipe(path, overrides)
+    if cluster.is_head and args.limit is None:
+        require_free(recipe.run.dir)  # a run under way there removes checkpoints while they are checked
     preflight(recipe, launch.processes * cluster.num_machines)
     recipe = recipe if args.limit is None else limited(recipe, args.limit)
     return Start(recipe, launch, training.words_of(args, [path], overrides))

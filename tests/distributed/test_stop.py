@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def test_asked_while_it_measures_a_run_saves_at_once_and_goes_on(
     assert status(run) == {"state": "stopped", "step": 2}
     output = train(recipe, 2)
     assert "resumed after step 2" in output
-    measured = [line.split()[1] for line in output.splitlines() if "accuracy" in line]
+    measured = re.findall(r"^step (\d+)  test  loss .*  accuracy ", output, flags=re.MULTILINE)
     assert measured == ["2", "4"], output  # what was broken off is made up for
     record = json.loads((run / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert 0 <= record["validation"]["accuracy"] <= 1
