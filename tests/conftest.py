@@ -1,12 +1,20 @@
-"""What many tests share: a tiny real Qwen2.5-VL, a few drawn pictures, and those pictures packed."""
+"""What many tests share: a tiny real Qwen2.5-VL, a few drawn pictures packed, whole runs; and how the suite runs."""
 
+import os
+import shutil
 import signal
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from orders import plain_order
+from running import train, write_recipe
+from whole import WHOLE_STEPS, Whole
 
 from kfood_dist.cli import main
 from kfood_dist.config import Data, Lora
@@ -22,10 +30,9 @@ from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
 
 # A busy machine is no fault of an example; pytest's own time limit ends what hangs.
-# The same examples every time, so that what fails is the change's fault; `--hypothesis-profile=explore` looks for more.
-settings.register_profile("kfood", deadline=None, derandomize=True)
-settings.register_profile("explore", deadline=None)
-settings.load_profile("kfood")
+# By default the same examples every time, so that what fails is the change's fault.
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("sweep", deadline=None, max_examples=1000)
 
 # A suite that was started in the background may have been told to ignore Ctrl-C, and with it all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,33 +44,129 @@ NUM_DISHES = 4
 PER_DISH = 12
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sweep", action="store_true", help="also run all cases of which the default has one of a kind")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("sweep" if config.getoption("--sweep") else "default")
+
+
+FIRST = ("slurm", "distributed", "parity")  # which take longest: what begins last should be short
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweep out unless it is asked for; with -n, keep on one worker what shares a fixture or a Slurm."""
+    if not config.getoption("--sweep"):
+        left_out = [item for item in items if item.get_closest_marker("sweep")]
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=left_out)
+    items.sort(key=lambda item: FIRST.index(_folder(item.nodeid)) if _folder(item.nodeid) in FIRST else len(FIRST))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _folder(nodeid: str) -> str:
+    return nodeid.split("/")[1]
+
+
+def _group(item: pytest.Item) -> str:
+    """The tests of one group run one after the other, in one process."""
+    if _folder(item.nodeid) == "slurm":
+        return "slurm"
+    fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+    shares = any(fixture.scope in ("module", "class") for found in fixtures for fixture in found)
+    return item.nodeid.split("::")[0] if shares else item.nodeid
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went: the ten slowest tests with their fixtures, and the sum of each folder."""
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                tests[report.nodeid.split("@")[0]] += report.duration
+    folders: Counter[str] = Counter()
+    for nodeid, took_s in tests.items():
+        folders[_folder(nodeid)] += took_s
+    terminalreporter.section("where the time went")
+    for nodeid, took_s in tests.most_common(10):
+        terminalreporter.write_line(f"{took_s:7.1f} s  {nodeid}")
+    for folder, took_s in folders.most_common():
+        terminalreporter.write_line(f"{took_s:7.1f} s  all of tests/{folder}")
+    terminalreporter.write_line(f"{folders.total():7.1f} s  all tests, several of them at once with -n")
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, once for all processes of the suite; nobody changes it afterwards."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            try:
+                make(folder)
+            except BaseException:
+                shutil.rmtree(folder)
+                raise
+    return folder
+
+
+@pytest.fixture
+def one_in(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """The stride through many cases of a kind: `one_in(13)` is 13, and in a sweep 1."""
+    sweep = request.config.getoption("--sweep")
+    return lambda stride: 1 if sweep else stride
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Qwen2.5-VL of some 4 million parameters, its tokenizer and image processor."""
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder, seed=0)
-    return folder
+    return shared(tmp_path_factory, "model", partial(write_model, seed=0))
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 drawn pictures of 4 dishes in the AI-Hub layout."""
-    folder = tmp_path_factory.mktemp("pictures")
-    list(write_pictures(folder, DISHES[-NUM_DISHES:], PER_DISH, seed=0))
-    return folder
+
+    def draw(folder: Path) -> None:
+        list(write_pictures(folder, DISHES[-NUM_DISHES:], PER_DISH, seed=0))
+
+    return shared(tmp_path_factory, "pictures", draw)
 
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """The pictures packed: 24 to train, 8 to validate, 16 to test, or nearly so."""
-    out = tmp_path_factory.mktemp("packed") / "shards"
-    assert main(["pack", str(pictures), str(out), "--split", "0.5,0.2,0.3"]) == 0
-    return out
+
+    def pack(folder: Path) -> None:
+        assert main(["pack", str(pictures), str(folder / "shards"), "--split", "0.5,0.2,0.3"]) == 0
+
+    return shared(tmp_path_factory, "packed", pack) / "shards"
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Whole:
+    """One uninterrupted run of each kind, which what was stopped, killed, staged or hindered is held against."""
+
+    def get(ranks: int, zero_stage: int) -> Path:
+        def run(folder: Path) -> None:
+            section = {"max_steps": WHOLE_STEPS, "zero_stage": zero_stage}
+            train(write_recipe(folder / "recipe.yaml", tiny_model, tiny_shards, train=section), ranks)
+
+        return shared(tmp_path_factory, f"whole-{ranks}-ranks-zero{zero_stage}", run) / "run"
+
+    return get
 
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
     """An adapter of the tiny model that has learned to answer with dish names, if not always the right ones."""
+    return shared(tmp_path_factory, "adapter", partial(_tune, tiny_model, tiny_shards))
+
+
+def _tune(tiny_model: Path, tiny_shards: Path, folder: Path) -> None:
     data = Data(shards=str(tiny_shards))
     vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
     shards = open_split(tiny_shards, "train")
@@ -83,6 +186,4 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tin
             optimizer.zero_grad()
     facts = data.model_dump(include={"system", "prompt", "image_size", "max_length"})
     facts |= {"resize": "squash", "quantization": "nf4", "precision": "bf16", "attention": "sdpa"}
-    folder = tmp_path_factory.mktemp("adapter")
     save_adapter(model, folder, facts | {"base": str(tiny_model)})
-    return folder

@@ -1,23 +1,26 @@
 """Ranks without a new interpreter: a server has torch and the package imported, and forks each rank from itself.
 
-    run_ranks ──► fork server, started once ──► N ranks over gloo ──► Ended: exit status and output of each
+    start_ranks ──► fork server, started once ──► Ranks over gloo ──► Ended: exit status and output of each
 
 A rank takes its first step after two seconds in place of ten.
 
 Always holds: each rank has an environment, a working folder, a session and a port of its own; no rank outlives the
-call, the server or the suite; a rank that fails ends the others, as under torchrun. What must be a real launch (signals
-to the launcher, exit statuses, accelerate's own behaviour) uses `running.start` or `running.launch`.
+block, the server or the suite; a rank that fails ends the others, as under torchrun. What must be a real launch
+(signals to the launcher, exit statuses, accelerate's own behaviour) uses `running.start` or `running.launch`.
 """
 
 import atexit
 import multiprocessing
 import os
+import secrets
+import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
@@ -48,21 +51,62 @@ class Ended:
         return 2 if 2 in self.statuses else 1
 
 
-def run_ranks(
+class Ranks:
+    """Ranks under way, each of which leads a session of its own. `start_ranks` gives them."""
+
+    def __init__(self, processes: "list[multiprocessing.process.BaseProcess]", logs: Path):
+        self._processes, self._logs = processes, logs
+
+    @property
+    def are_alive(self) -> bool:
+        """Whether all of them are."""
+        return all(process.is_alive() for process in self._processes)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What each has printed so far."""
+        return tuple(path.read_text(encoding="utf-8", errors="replace") for path in sorted(self._logs.iterdir()))
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        """Signal one rank."""
+        pid = self._processes[rank].pid
+        assert pid
+        os.kill(pid, number)
+
+    def kill(self) -> None:
+        """End all that are left, at once."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def wait(self, timeout_s: float, grace_s: float = _GRACE_S) -> Ended:
+        """Wait until all have ended. When one has failed, the others are killed after `grace_s`.
+
+        Raises AssertionError with what they printed if they do not end within `timeout_s`; all are gone then.
+        """
+        deadline, failed = time.monotonic() + timeout_s, False
+        while alive := [process for process in self._processes if process.exitcode is None]:
+            if not failed and any(process.exitcode for process in self._processes):
+                failed, deadline = True, min(deadline, time.monotonic() + grace_s)
+            if not wait([process.sentinel for process in alive], timeout=max(0.0, deadline - time.monotonic())):
+                self.kill()
+                assert failed, f"ranks did not end within {timeout_s:.0f} s:\n{''.join(self.outputs)}"
+        return Ended(tuple(process.exitcode or 0 for process in self._processes), self.outputs)
+
+
+@contextmanager
+def start_ranks(
     work: Callable[..., int | None],
     *words: Any,
     ranks: int,
     environment: Mapping[str, str],
     folder: Path,
     deepspeed: bool = False,
-    timeout_s: float = 300,
-    grace_s: float = _GRACE_S,
-) -> Ended:
+) -> Iterator[Ranks]:
     """Call `work(*words)`, a function of a module, as `ranks` ranks in `folder`; what it returns is a rank's status.
 
-    Each has one thread, whatever share of the cores the suite has at the moment. When one has failed, the others are
-    killed after `grace_s`. Raises AssertionError with their output if they do not end within `timeout_s`; all are gone
-    then.
+    Each has one thread, whatever share of the cores the suite has at the moment. None is left after the block.
     """
     settled = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if ranks > 1 or deepspeed:
@@ -77,26 +121,19 @@ def run_ranks(
             words_of_rank = (work, words, {**settled, **own}, str(folder), f"{logs}/{rank}")
             processes.append(_server().Process(target=_become_rank, args=words_of_rank))
             processes[-1].start()
-        in_time = _wait(processes, timeout_s, grace_s)
-        outputs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(Path(logs).iterdir())]
-    ended = Ended(tuple(process.exitcode or 0 for process in processes), tuple(outputs))
-    assert in_time, f"ranks did not end within {timeout_s:.0f} s:\n{ended.output}"
-    return ended
+        started = Ranks(processes, Path(logs))
+        try:
+            yield started
+        finally:
+            started.kill()
 
 
-def _wait(processes: "list[multiprocessing.process.BaseProcess]", timeout_s: float, grace_s: float) -> bool:
-    """Wait until all ended, the others soon after one failed; False if time ran out. None is left in any case."""
-    deadline = time.monotonic() + timeout_s
-    while alive := [process for process in processes if process.exitcode is None]:
-        one_failed = any(process.exitcode for process in processes)
-        if one_failed:
-            deadline = min(deadline, time.monotonic() + grace_s)
-        if not wait([process.sentinel for process in alive], timeout=max(0.0, deadline - time.monotonic())):
-            for process in alive:
-                process.kill()
-                process.join()
-            return one_failed
-    return True
+def run_ranks(
+    work: Callable[..., int | None], *words: Any, timeout_s: float = 300, grace_s: float = _GRACE_S, **how: Any
+) -> Ended:
+    """`start_ranks` with the same words, to the end. Raises AssertionError as `Ranks.wait` does."""
+    with start_ranks(work, *words, **how) as ranks:
+        return ranks.wait(timeout_s, grace_s)
 
 
 @cache
@@ -165,6 +202,8 @@ def run_verb(words: list[str]) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, below those that the kernel gives to outgoing connections (32768 and more)."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", 10_000 + secrets.randbelow(6_000)))
+            return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What the uninterrupted runs are that others are held against; tests/distributed/conftest.py makes them."""
+"""What the uninterrupted runs are that others are held against; tests/conftest.py makes them."""
 
 from collections.abc import Callable
 from pathlib import Path

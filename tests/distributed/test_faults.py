@@ -3,15 +3,20 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
-from running import adapter_bytes, launch, metrics, start, train, write_recipe
+from forked import run_verb
+from running import adapter_bytes, metrics, num_steps, start, train, training, wait_until, write_recipe
 from whole import WHOLE_STEPS, Whole
+
+from kfood_dist import launch
+from kfood_dist.cli import main
 
 STEPS = WHOLE_STEPS
 
@@ -33,47 +38,33 @@ def rank(process: "subprocess.Popen[str]", number: int) -> psutil.Process:
     raise AssertionError(f"no rank {number}")
 
 
-def wait_until(process: "subprocess.Popen[str]", there: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
-    while not there():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.002)
-
-
-def num_steps(run: Path) -> int:
-    return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").is_file() else 0
-
-
 def test_a_rank_killed_in_a_step_a_collective_and_a_checkpoint(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
+    """Launched for the collective, where the agent must end the others; in forked ranks for the rest."""
     recipe, run = write(tmp_path / "killed", tiny_model, tiny_shards), tmp_path / "killed" / "run"
 
-    def ends(process: "subprocess.Popen[str]") -> None:
-        """The other ranks end too, within a minute, and the status says that it failed."""
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode not in (0, 75), output
-        _, alive = psutil.wait_procs(ranks, timeout=10)
-        assert not alive
+    with training(recipe, 2) as ranks:
+        wait_until(ranks, lambda: num_steps(run) >= 3)  # in the fourth step
+        ranks.send(1, signal.SIGKILL)
+        assert ranks.wait(60).statuses[1] == -signal.SIGKILL
 
     process = start(recipe, 2)
-    wait_until(process, lambda: num_steps(run) == 3)  # in the fourth step
-    rank(process, 1).kill()
-    ends(process)
-
-    process = start(recipe, 2)
-    wait_until(process, lambda: num_steps(run) == 5)
+    wait_until(process, lambda: num_steps(run) >= 5)
     rank(process, 0).suspend()
     time.sleep(1)  # rank 1 now waits for it in a collective
     rank(process, 1).kill()
     rank(process, 0).resume()
-    ends(process)
+    everything = psutil.Process(process.pid).children(recursive=True)
+    output, _ = process.communicate(timeout=60)  # the other ranks end too, and the status says that it failed
+    assert process.returncode not in (0, 75), output
+    _, alive = psutil.wait_procs(everything, timeout=10)
+    assert not alive
 
-    process = start(recipe, 2)
-    wait_until(process, lambda: any((run / "checkpoints").glob(".step-*.partial")))
-    rank(process, 0).kill()
-    ends(process)
+    with training(recipe, 2) as ranks:
+        wait_until(ranks, lambda: any((run / "checkpoints").glob(".step-*.partial")))
+        ranks.send(0, signal.SIGKILL)
+        assert ranks.wait(60).statuses[0] == -signal.SIGKILL
 
     train(recipe, 2)
     assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole(2, 2))]
@@ -81,17 +72,17 @@ def test_a_rank_killed_in_a_step_a_collective_and_a_checkpoint(
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_rank_that_stalls_ends_the_job_and_is_named(
+def test_a_rank_that_stalls_is_named_and_ends_the_others(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, number: int
 ) -> None:
-    recipe = write(tmp_path / "stalled", tiny_model, tiny_shards, max_steps=500, stall_timeout_s=30)
+    recipe = write(tmp_path / "stalled", tiny_model, tiny_shards, max_steps=500, stall_timeout_s=10)
     run = tmp_path / "stalled" / "run"
-    process = start(recipe, 2)
-    wait_until(process, lambda: num_steps(run) == 3)
-    os.kill(rank(process, number).pid, signal.SIGSTOP)
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode not in (0, 75)
-    assert f"no progress for 30 s: rank {number} does not answer; it was last at " in output
+    with training(recipe, 2) as ranks:
+        wait_until(ranks, lambda: num_steps(run) >= 3)
+        ranks.send(number, signal.SIGSTOP)
+        ended = ranks.wait(120)
+    assert ended.statuses[1 - number] > 0
+    assert f"no progress for 10 s: rank {number} does not answer; it was last at " in ended.output
     assert (run / f"stalled-rank-{1 - number:05d}.txt").is_file()
 
 
@@ -114,23 +105,20 @@ def test_a_job_that_was_suspended_for_longer_than_a_rank_may_stall_goes_on(
 
 
 def test_shards_that_vanish_are_named_and_a_new_start_resumes(
-    tmp_path: Path, tiny_model: Path, pictures: Path, whole: Whole
+    tmp_path: Path, tiny_model: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kfood_dist.cli import main
-
     shards = tmp_path / "shards"
     assert main(["pack", str(pictures), str(shards), "--split", "0.5,0.2,0.3", "--shard-size", "1"]) == 0
     recipe = write(tmp_path / "vanished", tiny_model, shards, max_steps=40, micro_batch_size=1)
     run = tmp_path / "vanished" / "run"
-    process = start(recipe, 2)
-    wait_until(process, lambda: num_steps(run) >= 2)
-    shutil.move(shards, tmp_path / "away")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, output
-    assert str(shards) in output and "Traceback" not in output
-    process = start(recipe, 2)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "does not exist" in output
+    with training(recipe, 2) as ranks:
+        wait_until(ranks, lambda: num_steps(run) >= 2)
+        shutil.move(shards, tmp_path / "away")
+        ended = ranks.wait(120)
+    assert 1 in ended.statuses, ended.output
+    assert str(shards) in ended.output and "Traceback" not in ended.output
+    assert launch.main(["train", str(recipe), "--processes", "2"]) == 2
+    assert "does not exist" in capsys.readouterr().err
     shutil.move(tmp_path / "away", shards)
     assert "resumed after step" in train(recipe, 2)
 
@@ -148,34 +136,29 @@ def test_the_newest_checkpoint_is_the_one_of_most_steps_whatever_the_clocks_say(
     assert "resumed after step 4" in train(recipe, 1, ["train.max_steps=5"])
 
 
-OTHERWISE = """
-import os, socket, time
-
-behind_s = float(os.environ["BEHIND_S"]) * (1 + int(os.environ.get("RANK", 0)))
-now, now_ns, name = time.time, time.time_ns, os.environ["HOST_NAME"] + "-" + os.environ.get("RANK", "launcher")
-time.time = lambda: now() - behind_s
-time.time_ns = lambda: now_ns() - int(behind_s * 10**9)
-socket.gethostname = lambda: name
-"""
+def run_elsewhere(words: list[str], host: str, behind_s: int) -> int:
+    """`kfood WORDS` on a host of another name, whose clock is behind: by as much again on each further rank."""
+    number = int(os.environ["RANK"])
+    now, now_ns, behind_s = time.time, time.time_ns, behind_s * (1 + number)
+    time.time = lambda: now() - behind_s
+    time.time_ns = lambda: now_ns() - behind_s * 10**9
+    socket.gethostname = lambda: f"{host}-{number}"
+    return run_verb(words)
 
 
 def test_clocks_that_disagree_and_other_hosts_change_nothing(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
     """Ranks whose clocks are a day apart stop; on hosts of other names, whose clocks are a year behind, they go on."""
-    (tmp_path / "sitecustomize.py").write_text(OTHERWISE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     recipe, run = write(tmp_path / "hosts", tiny_model, tiny_shards), tmp_path / "hosts" / "run"
-    monkeypatch.setenv("HOST_NAME", "old")
-    monkeypatch.setenv("BEHIND_S", "86400")
-    process = start(recipe, 2)
-    wait_until(process, lambda: num_steps(run) >= 3)
-    (run / "STOP").touch()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
-    monkeypatch.setenv("HOST_NAME", "new")
-    monkeypatch.setenv("BEHIND_S", str(365 * 86_400))
-    assert "resumed after step" in launch(recipe, 2)
+    with training(recipe, 2, work=partial(run_elsewhere, host="old", behind_s=86_400)) as ranks:
+        wait_until(ranks, lambda: num_steps(run) >= 3)
+        (run / "STOP").touch()
+        ended = ranks.wait(120)
+    assert ended.statuses == (75, 75), ended.output
+    with training(recipe, 2, work=partial(run_elsewhere, host="new", behind_s=365 * 86_400)) as ranks:
+        ended = ranks.wait(120)
+    assert ended.status == 0 and "resumed after step" in ended.output, ended.output
     times = [row["time"] for row in metrics(run)]
     assert times[0] - times[-1] > 300 * 86_400, "the clocks were not falsified"
     assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole(2, 2))]

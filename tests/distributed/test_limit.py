@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from running import ROOT, environment, write_recipe
+from running import ROOT, environment, train, try_train, write_recipe
 
 from kfood_dist import launch
 from kfood_dist.supervise import Supervisor
@@ -22,7 +22,7 @@ def run(recipe: Path, *words: str) -> tuple[int, str]:
 
 
 def test_a_dry_run_checks_steps_saves_measures_and_projects(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
@@ -40,11 +40,10 @@ def test_a_dry_run_checks_steps_saves_measures_and_projects(
         assert f"\n  {line}" in said, said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 
-    status, said = run(recipe, "--processes", "1", "--set", "train.zero_stage=0", "--limit", "1")
-    assert status == 0 and "step 1/1 " in said and "without DeepSpeed" in said
-    checking = f"launch train: checking {recipe}, this machine, the shards and the base model\n"
-    told = f"{checking}launch train: --limit 0 → give a number of steps from 1\n"
-    assert run(recipe, "--limit", "0") == (2, told)
+    said = train(recipe, 1, ["train.zero_stage=0"], ["--limit", "1"])
+    assert "step 1/1 " in said
+    assert launch.main(["train", str(recipe), "--limit", "0"]) == 2
+    assert capsys.readouterr().err == "launch train: --limit 0 → give a number of steps from 1\n"
 
 
 def test_what_a_killed_dry_run_left_is_gone_before_a_rank_looks(
@@ -71,8 +70,10 @@ def test_a_dry_run_finds_a_damaged_shard(tmp_path: Path, tiny_model: Path, tiny_
     data = bytearray((shards / "train-000000.tar").read_bytes())
     data[5000] ^= 1
     (shards / "train-000000.tar").write_bytes(data)
-    status, said = run(write_recipe(tmp_path / "recipe.yaml", tiny_model, shards), "--processes", "1", "--limit")
-    assert status == 2 and "is damaged: train-000000.tar: has not the SHA-256" in said and "kfood verify" in said
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, shards)
+    ended = try_train(recipe, 1, words=["--limit"])
+    assert ended.status == 2, ended.output
+    assert "is damaged: train-000000.tar: has not the SHA-256" in ended.output and "kfood verify" in ended.output
 
 
 def test_one_process_needs_no_deepspeed_and_several_say_that_they_do(
@@ -85,7 +86,7 @@ def test_one_process_needs_no_deepspeed_and_several_say_that_they_do(
     assert status == 0, said
     assert "deepspeed is not installed, and one process does without" in said and "step 1/1 " in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["zero_stage"] == 0
-    status, said = run(recipe, "--processes", "2", "--set", f"run.dir={tmp_path / 'other'}")
+    status, said = run(recipe, "--processes", "2", "--set", f"run.dir={tmp_path / 'other'}")  # no rank is started
     checking, refusal = said.splitlines()
     assert status == 2 and checking.startswith("launch train: checking ")
     assert "deepspeed is not installed → pip install deepspeed" in refusal

@@ -1,4 +1,7 @@
-"""Every shipped recipe goes through the real command; only model, data and length are made small."""
+"""Every shipped recipe goes through the real command; only model, data and length are made small.
+
+test_quickstart.py runs the quickstart's as it is.
+"""
 
 import json
 import re
@@ -14,7 +17,7 @@ def test_there_are_recipes() -> None:
     assert {"quickstart.yaml", "qwen2.5-vl-3b.yaml"} <= {path.name for path in RECIPES}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "quickstart"], ids=lambda path: path.stem)
 def test_a_shipped_recipe_trains(recipe: Path, tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
     run = tmp_path / "run"
     small = [f"model.base={tiny_model}", f"data.shards={tiny_shards}", f"run.dir={run}"]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from bases import put_into_cache
 from faulty_server import serving
-from running import ROOT, TIMEOUT_S, adapter_bytes, environment, metrics, train, write_recipe
+from running import ROOT, TIMEOUT_S, adapter_bytes, environment, evaluate, metrics, train, write_recipe
+from whole import WHOLE_STEPS, Whole
 
 from kfood_dist.data.manifest import load_manifest
 
@@ -42,51 +43,49 @@ def launch(script: str, *words: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def from_disk(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
-    """The run of two ranks that reads the shards from their folder."""
-    folder = tmp_path_factory.mktemp("disk")
-    train(recipe(folder, tiny_model, str(tiny_shards)), 2)
-    return folder / "run"
-
-
 def recipe(folder: Path, model: Path, shards: str) -> Path:
     return write_recipe(
         folder / "recipe.yaml",
         model,
         Path("shards"),
         data={"shards": shards, "num_workers": 1},
-        train={"zero_stage": 0, "max_steps": 3},
-        eval={"every_steps": 3, "split": "val"},
+        train={"zero_stage": 0, "max_steps": WHOLE_STEPS},
+        eval={"every_steps": WHOLE_STEPS, "split": "val"},
     )
 
 
-@pytest.mark.parametrize("staged", [False, True])
-def test_two_ranks_train_alike_from_a_url_and_from_a_copy_of_it(
-    tmp_path: Path, cached: Path, tiny_shards: Path, from_disk: Path, staged: bool
+def test_two_ranks_train_alike_from_a_url(tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole) -> None:
+    with serving(tiny_shards) as server:
+        train(recipe(tmp_path, tiny_model, server.url), 2)
+    assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(whole(2, 0))]
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole(2, 0))
+
+
+def test_two_ranks_train_alike_from_a_copy_of_a_url(
+    tmp_path: Path, cached: Path, tiny_shards: Path, whole: Whole
 ) -> None:
     stage_dir = tmp_path / "node"
     with serving(tiny_shards) as server:
-        path = recipe(tmp_path, cached, server.url)
-        launch("train.sh", path, "--processes", 2, *(["--stage", stage_dir] if staged else []))
+        launch("train.sh", recipe(tmp_path, cached, server.url), "--processes", 2, "--stage", stage_dir)
         fetched = dict(server.sent)
-    assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(from_disk)]
-    assert adapter_bytes(tmp_path / "run") == adapter_bytes(from_disk)
+    assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(whole(2, 0))]
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole(2, 0))
     assert server.url in (tmp_path / "run" / "recipe.yaml").read_text()
     for name, key in (("adapter_config.json", "base_model_name_or_path"), ("kfood.json", "base")):
         assert json.loads((tmp_path / "run" / "adapter" / name).read_text())[key] == NAME
-    if staged:
-        for shard in load_manifest(tiny_shards).shards:
-            expected = shard.bytes if shard.split in ("train", "val") else 0
-            assert fetched.get(shard.path, 0) == expected, "fetched once for both ranks, and only what is read"
-        assert list(stage_dir.iterdir()) == []
+    for shard in load_manifest(tiny_shards).shards:
+        expected = shard.bytes if shard.split in ("train", "val") else 0
+        assert fetched.get(shard.path, 0) == expected, "fetched once for both ranks, and only what is read"
+    assert list(stage_dir.iterdir()) == []
 
 
 def test_an_evaluation_of_a_staged_split_says_the_same(
-    tmp_path: Path, cached: Path, tiny_shards: Path, tiny_adapter: Path
+    tmp_path: Path, cached: Path, tiny_model: Path, tiny_shards: Path, tiny_adapter: Path
 ) -> None:
-    options = ["--split", "test", "--model", cached, "--adapter", tiny_adapter]
-    launch("eval.sh", "--processes", 2, "--shards", tiny_shards, *options, "--out", tmp_path / "plain")
+    options = ["--split", "test", "--adapter", tiny_adapter]
+    plainly = evaluate(*options, "--model", tiny_model, "--shards", tiny_shards, "--out", tmp_path / "plain", ranks=2)
+    assert plainly.status == 0, plainly.output
+    options += ["--model", cached]
     with serving(tiny_shards) as server:
         words = ["--shards", server.url, *options, "--out", tmp_path / "staged", "--stage", tmp_path / "node"]
         launch("eval.sh", "--processes", 2, *words)

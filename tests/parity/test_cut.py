@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from running import metrics, train, write_recipe
 from safetensors.numpy import load_file
+from sweep import swept
 
 from kfood_dist.data.shards import open_split
 
 CUTS = {"1 × 16": (1, 16, 1), "2 × 8": (2, 8, 1), "2 × 4 × 2": (2, 4, 2)}  # ranks, micro-batch, accumulation
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2, 3], ids=lambda stage: f"zero{stage}")
+@pytest.fixture(scope="module", params=[0, 2, 3, *swept([1])], ids=lambda stage: f"zero{stage}")
 def runs(request, tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> dict[str, Path]:
     """Two steps in float32 without dropout, for each cut of the same 16 samples."""
     out = {}

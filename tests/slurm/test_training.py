@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from mini_slurm import MiniSlurm
 from running import adapter_bytes, metrics, write_recipe
+from whole import WHOLE_STEPS, Whole
 
 from kfood_dist.cli import main
 
-STEPS = 24
+STEPS = WHOLE_STEPS
 JOB = ("--nodes=2", "--exclusive")
 SCRIPT = "slurm/train.sbatch"
 
@@ -29,19 +30,6 @@ def make(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards
         return write_recipe(path, tiny_model, tiny_shards, train=train, **sections)
 
     return write
-
-
-@pytest.fixture(scope="module")
-def whole(slurm: MiniSlurm, make) -> Path:
-    """The run directory of an uninterrupted job on two nodes."""
-    recipe = make()
-    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
-    facts = slurm.wait(job)
-    log = slurm.log(job)
-    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log
-    assert log.count("launch train: checking ") == 1 and log.count("launch train: ") == 2
-    assert "1 process (as asked) on each of 2 nodes, DeepSpeed ZeRO-2; meeting at 127.0.0.1:" in log
-    return recipe.parent / "run"
 
 
 def wait_for_step(slurm: MiniSlurm, job: str, run: Path, step: int) -> None:
@@ -62,13 +50,22 @@ def started_again(slurm: MiniSlurm, job: str) -> bool:
     return int(slurm.facts(job)["Restarts"]) >= 1
 
 
-def test_two_nodes_train_one_run(whole: Path) -> None:
-    facts = json.loads((whole / "run.json").read_text())
+def test_two_nodes_train_the_run_of_two_ranks(slurm: MiniSlurm, make, whole: Whole) -> None:
+    recipe = make()
+    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
+    facts = slurm.wait(job)
+    log = slurm.log(job)
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert log.count("launch train: checking ") == 1 and log.count("launch train: ") == 2
+    assert "1 process (as asked) on each of 2 nodes, DeepSpeed ZeRO-2; meeting at 127.0.0.1:" in log
+    run = recipe.parent / "run"
+    facts = json.loads((run / "run.json").read_text())
     assert (facts["world_size"], facts["distributed_type"], facts["zero_stage"]) == (2, "DEEPSPEED", 2)
-    assert [row["step"] for row in metrics(whole)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
+    assert same(run, whole(2, 2))
 
 
-def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm, make, set_site, whole: Path) -> None:
+def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm, make, set_site, whole: Whole) -> None:
     set_site(SBATCH_TIMELIMIT=1, SBATCH_SIGNAL="USR1@20")
     recipe = make()
     run = recipe.parent / "run"
@@ -86,7 +83,7 @@ def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm
     assert stopped and f"resumed after step {stopped[1]}" in log, log
     assert "slurm: start 1 of" in log and "slurm: start 2 of" in log  # the second appended to the first
     assert "sbatch did not see" not in log
-    assert same(run, whole)
+    assert same(run, whole(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +91,7 @@ def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm
     [("--partition=low", "--signal=USR1@20"), ("--partition=cancel",)],
     ids=["requeued, told by SIGUSR1", "cancelled, told by SIGTERM"],
 )
-def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make, whole: Path, how) -> None:
+def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make, whole: Whole, how) -> None:
     """Slurm tells a job that names no signal by SIGTERM, as it does all jobs without preempt_send_user_signal."""
     recipe = make()
     run = recipe.parent / "run"
@@ -107,10 +104,10 @@ def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make
     log = slurm.log(job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
     assert re.search(rf"stopped after step (\d+) of {STEPS}", log), log
-    assert same(run, whole)
+    assert same(run, whole(2, 2))
 
 
-def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm: MiniSlurm, make, whole: Path) -> None:
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm: MiniSlurm, make, whole: Whole) -> None:
     recipe = make(train={"save_every_steps": 3})
     run = recipe.parent / "run"
     job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
@@ -122,13 +119,13 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm: MiniSlurm,
     log = slurm.log(job)
     assert facts["JobState"] == "COMPLETED", log
     assert re.search(r"resumed after step (\d+)", log), log
-    assert same(run, whole)
+    assert same(run, whole(2, 2))
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: MiniSlurm, make) -> None:
     recipe = make(train={"max_steps": 400, "zero_stage": 0})
     run = recipe.parent / "run"
-    job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
+    job = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 2)
     slurm.run("scancel", job)
     facts = slurm.wait(job, 60)

@@ -33,7 +33,11 @@ from kfood_dist.errors import KfoodError, RecipeError, ShardError
 
 INDEX = "train-000000.index.npy"
 # Half a minute for one example is a hang, on however busy a machine: each takes milliseconds.
-fuzzing = settings(max_examples=300, deadline=30_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzing = settings(
+    max_examples=3 * settings().max_examples,
+    deadline=30_000,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @pytest.fixture(scope="module")
