@@ -55,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 FIRST = ("slurm", "distributed", "parity")  # which take longest: what begins last should be short
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the sweep out unless it is asked for; with -n, keep on one worker what shares a fixture or a Slurm."""
     if not config.getoption("--sweep"):
@@ -63,7 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
     items.sort(key=lambda item: FIRST.index(_folder(item.nodeid)) if _folder(item.nodeid) in FIRST else len(FIRST))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _folder(nodeid: str) -> str:
@@ -71,12 +73,12 @@ def _folder(nodeid: str) -> str:
 
 
 def _group(item: pytest.Item) -> str:
-    """The tests of one group run one after the other, in one process."""
+    """The tests of one group run one after the other, in one process; without a name a test is on its own."""
     if _folder(item.nodeid) == "slurm":
         return "slurm"
     fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
     shares = any(fixture.scope in ("module", "class") for found in fixtures for fixture in found)
-    return item.nodeid.split("::")[0] if shares else item.nodeid
+    return item.nodeid.split("::")[0] if shares else ""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

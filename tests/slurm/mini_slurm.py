@@ -2,12 +2,13 @@
 
 import getpass
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -194,13 +195,10 @@ export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
 
 def _three_free_ports() -> int:
-    """The first of three ports in a row that nothing listens on."""
-    for first in range(16817, 30000, 3):
-        try:
+    """The first of three ports in a row that nothing listens on; by chance, as another suite may look, too."""
+    while True:
+        first = 16_000 + 3 * secrets.randbelow(5_000)
+        with suppress(OSError), ExitStack() as probes:
             for port in range(first, first + 3):
-                with socket.socket() as probe:
-                    probe.bind(("", port))
-        except OSError:
-            continue
-        return first
-    raise AssertionError("no three free ports in a row")
+                probes.enter_context(socket.socket()).bind(("", port))
+            return first
