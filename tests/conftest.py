@@ -52,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("sweep" if config.getoption("--sweep") else "default")
 
 
-FIRST = ("slurm", "distributed", "parity")  # which take longest: what begins last should be short
+# What takes longest begins first, so that at the end no worker waits for another for long.
+FIRST = ("tests/slurm/", "tests/distributed/test_quickstart.py", "tests/distributed/", "tests/parity/", "")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("sweep")]
         items[:] = [item for item in items if not item.get_closest_marker("sweep")]
         config.hook.pytest_deselected(items=left_out)
-    items.sort(key=lambda item: FIRST.index(_folder(item.nodeid)) if _folder(item.nodeid) in FIRST else len(FIRST))
+    items.sort(key=lambda item: [item.nodeid.startswith(start) for start in FIRST].index(True))
     for item in items:
         if group := _group(item):
             item.add_marker(pytest.mark.xdist_group(group))

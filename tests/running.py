@@ -120,7 +120,7 @@ def wait_until(under_way: "subprocess.Popen[str] | Ranks", there: Callable[[], b
     while not there():
         alive = under_way.are_alive if isinstance(under_way, Ranks) else under_way.poll() is None
         if alive and time.monotonic() < deadline:
-            time.sleep(0.002)
+            time.sleep(0.01)
         elif not there():
             raise AssertionError(_said(under_way))
 

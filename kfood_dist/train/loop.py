@@ -91,7 +91,7 @@ class Trainer:
             done = step + 1
             scores = self._measure(done) if self._is_measured_at(done) else None
             ends = done == self.max_steps or self.stopping
-            best = scores is not None and scores["accuracy"] > self.best_accuracy
+            best = scores is not None and scores["accuracy"] >= self.best_accuracy
             if ends or best or done % recipe.save_every_steps == 0 or done == self.retry_at:
                 last = done if self.save(done, scores, insist=ends) else last
         return last

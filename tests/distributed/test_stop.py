@@ -121,6 +121,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     with started_with_sighup(signal.SIG_DFL):
         process = begin(stopped, processes)
     wait_until(process, lambda: num_steps(run) >= 2)
+    assert status(run) == {"state": "running", "step": 0}
     ask(process, run)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
@@ -183,7 +184,7 @@ def test_stages_run_in_order_each_from_the_last_ones_adapter(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
     """As launch/recipes/stages, without Slurm. The second learns at a rate at which no float32 changes."""
-    recipes, runs, learning_rates = [], [], (1e-3, 1e-30, 1e-3)
+    recipes, runs, learning_rates = [], [], (1e-3, 1e-30)
     for number, learning_rate in enumerate(learning_rates):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -202,9 +203,9 @@ def test_stages_run_in_order_each_from_the_last_ones_adapter(
     done = kfood("train", "--config", *map(str, recipes), "--processes", "1", timeout_s=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(status(run) == {"state": "finished", "step": 2} for run in runs)
-    first, second, third = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert any("lora_B" in name and first[name].any() for name in first), "it begins at zero"
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(second[name], third[name]) for name in second)
     assert "already trained" in train(recipes[1], 1)
 
 

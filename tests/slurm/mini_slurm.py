@@ -159,7 +159,7 @@ class MiniSlurm:
             if time.monotonic() > deadline:
                 state = self.run("squeue", "--long", check=False) + "\n" + self.run("sinfo", "--long", check=False)
                 raise AssertionError(f"waited {timeout_s} s for {what}\n{state}\n{self.log(job) if job else ''}")
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def ranks(self, job: str, node: str | None = None) -> list[psutil.Process]:
         """The training processes of a job, one per node here, without their loaders."""

@@ -66,13 +66,13 @@ def test_two_nodes_train_the_run_of_two_ranks(slurm: MiniSlurm, make, whole: Who
 
 
 def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm, make, set_site, whole: Whole) -> None:
-    set_site(SBATCH_TIMELIMIT=1, SBATCH_SIGNAL="USR1@20")
+    set_site(SBATCH_TIMELIMIT=2, SBATCH_SIGNAL="USR1@60")
     recipe = make()
     run = recipe.parent / "run"
     job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 1)
     slurm.pause(job)  # so that the run is not done before the warning, which may come any time in half a minute
-    slurm.until(lambda: was_warned(run) or started_again(slurm, job), 60, "the warning", job)
+    slurm.until(lambda: was_warned(run) or started_again(slurm, job), 90, "the warning", job)
     slurm.wake(job)
     slurm.until(lambda: started_again(slurm, job), 60, "the requeue", job)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
@@ -93,9 +93,9 @@ def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm
 )
 def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make, whole: Whole, how) -> None:
     """Slurm tells a job that names no signal by SIGTERM, as it does all jobs without preempt_send_user_signal."""
-    recipe = make()
+    recipe = make(train={"zero_stage": 0})
     run = recipe.parent / "run"
-    job = slurm.sbatch(*JOB, *how, SCRIPT, recipe, "--processes", "1")
+    job = slurm.sbatch("--nodes=1", "--exclusive", *how, SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 2)
     slurm.pause(job)
     other = slurm.sbatch(*JOB, "--partition=high", "--wrap", "sleep 1")
@@ -104,7 +104,7 @@ def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make
     log = slurm.log(job)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
     assert re.search(rf"stopped after step (\d+) of {STEPS}", log), log
-    assert same(run, whole(2, 2))
+    assert same(run, whole(1, 0))
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(slurm: MiniSlurm, make, whole: Whole) -> None:

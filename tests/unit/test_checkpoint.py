@@ -282,3 +282,57 @@ def test_a_kill_at_any_instant_of_writing_leaves_a_whole_checkpoint(tmp_path: Pa
     code += f"test_checkpoint.kill_many_times(pathlib.Path({str(tmp_path)!r}), 60)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_files_are_on_the_disk_before_the_marker_may_promise_them(tmp_path: Path, monkeypatch) -> None:
+    """As a power cut would tell: what was not synced before the rename may be missing after it."""
+    done: list[tuple[str, str]] = []
+
+    def noted(what: str, real, name):
+        def run(*words, **options):
+            done.append((what, name(words[0])))
+            return real(*words, **options)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", noted("sync", os.fsync, lambda number: os.readlink(f"/proc/self/fd/{number}")))
+    monkeypatch.setattr(Path, "rename", noted("rename", Path.rename, str))
+    monkeypatch.setattr(Path, "touch", noted("mark", Path.touch, str))
+    made = save(tmp_path, 5)
+    partial, marker = tmp_path / ".step-00000005.partial", str(made.folder / checkpoint.MARKER)
+    at = done.index(("rename", str(partial)))
+    for name in (*made.record().files, checkpoint.STATE_FILE, "."):
+        assert ("sync", str(partial / name)) in done[:at], name
+    assert ("mark", marker) == done[at + 1]
+    assert ("sync", marker) in done[at + 2 :] and ("sync", str(tmp_path)) in done[at + 2 :]
+
+
+def test_what_is_pruned_is_no_checkpoint_from_the_first_moment(tmp_path: Path, monkeypatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    marked, remove = [], shutil.rmtree
+
+    def removed(folder: Path, **options) -> None:
+        marked.append((folder / checkpoint.MARKER).exists())
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    checkpoint.prune(tmp_path, keep=1)
+    assert marked == [False] and [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_what_another_rank_could_not_write_is_an_error_on_all(tmp_path: Path) -> None:
+    class FirstOfTwo(World):
+        def share(self, item):
+            return [item, ("No space left on device", True) if writing else None]
+
+    writing = False
+
+    def write(target: checkpoint.Checkpoint) -> None:
+        nonlocal writing
+        writing = True
+        write_some(target)
+
+    with pytest.raises(CheckpointError, match=r"could not be written \(rank 1: No space left"):
+        checkpoint.save(tmp_path, 1, FACTS, FirstOfTwo(), write, keep=2)
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The engine without DeepSpeed on a module of one weight: what is not finite is left out, and what fp16 remembers."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,3 +108,22 @@ def test_zero_tells_the_loss_scale_that_an_update_was_made_with() -> None:
     scaler.cur_scale = 1.0
     engine.scale_state = state
     assert scaler.cur_scale == state["scale"] == 2.0**14
+
+
+def test_a_large_gradient_is_clipped_and_told_as_it_was() -> None:
+    module = Slope()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    engine = PlainEngine(Accelerator(cpu=True), module, optimizer, max_grad_norm=0.5, precision="fp32")
+    engine.micro_step((2.0, 0.0), 1.0, last=True)
+    assert engine.step(1.0).grad_norm == 2.0
+    assert weight_of(engine) == pytest.approx(0.5)
+
+
+def test_a_checkpoint_carries_the_loss_scale(tmp_path: Path) -> None:
+    first = engine_of("fp16")
+    first.micro_step((math.inf, 0.0), 1.0, last=True)
+    first.step(0.25)
+    first.save(tmp_path)
+    second = engine_of("fp16")
+    second.load(tmp_path)
+    assert second.scale_state == first.scale_state == {"scale": 2**15, "good_steps": 0}

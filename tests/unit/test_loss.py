@@ -207,3 +207,11 @@ def test_resting_dropout_rests_dropout_alone_and_wakes_it_again() -> None:
     with resting_dropout(module):
         assert module.training and module[0].training and not module[1].training
     assert module[1].training
+
+
+def test_only_positions_with_a_label_reach_the_head(tiny_model: Path, vision: VisionSpec, collator) -> None:
+    module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0, 1, 2), 0)]
+    rows = []
+    module.model.get_base_model().lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1]))
+    module(batch)
+    assert rows == [(batch.num_label_tokens,)]

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,3 +269,21 @@ def test_a_folder_copied_elsewhere_gives_the_same_order(tmp_path: Path, tiny_sha
         for data in (build_data({"shards": str(where)}, "data") for where in (tiny_shards, elsewhere))
     ]
     assert orders[0].fingerprint == orders[1].fingerprint
+
+
+def test_weights_balance_and_window_of_a_recipe_decide_what_an_epoch_draws(tiny_shards: Path, others: Path) -> None:
+    def drawn(balance: float) -> list[tuple[str, str]]:
+        """Folder and class of each draw of an epoch."""
+        tree = {"shards": str(tiny_shards), "mix": [{"shards": str(others), "weight": 2}], "class_balance": balance}
+        data = build_data(tree | {"shuffle_window": 16}, "data")
+        mixture = open_mixture(data, "train")
+        order = build_data_order(mixture, data)
+        assert order.window == 16
+        ids = order.ids(0, 0, 0, order.epoch_length).tolist()
+        return [(mixture.key(i).split("/")[0], mixture.label(i).name) for i in ids]
+
+    folders = Counter(folder for folder, _ in drawn(0))
+    assert folders == {d.name: n * len(open_split(d, "train")) for d, n in ((tiny_shards, 1), (others, 2))}
+    natural, balanced = (Counter(dish for _, dish in drawn(balance)).values() for balance in (0, 1))
+    assert max(natural) >= 1.5 * min(natural)
+    assert max(balanced) - min(balanced) <= 2

@@ -241,3 +241,12 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str, told: str) 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=told):
         load_config(str(tmp_path))
+
+
+def test_a_pickled_base_is_refused_and_not_read(tmp_path: Path, tiny_model: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for refuse in (require_base, lambda base: load_base(base, "none", "fp32", "sdpa", torch.device("cpu"))):
+        with pytest.raises(ModelError):
+            refuse(str(folder))

@@ -144,11 +144,12 @@ def test_the_meter_divides_by_the_label_tokens_and_counts_padding() -> None:
         image_grid_thw=torch.zeros(2, 3, dtype=torch.long),
         ids=(3, 4),
         refused=("train-00000009",),
+        replaced=("train-00000003", "train-00000004"),
     )
     totals = StepMeter(batches=[batch]).reduce(World(), torch.tensor(8.0))
     assert totals["loss"] == 2.0
     assert totals["padding_share"] == pytest.approx(0.3)
-    assert totals["refused"] == 1
+    assert (totals["refused"], totals["replaced"]) == (1, 2)
     assert totals["samples_per_second"] == pytest.approx(totals["label_tokens_per_second"] / 2)
     json.dumps(totals)
 

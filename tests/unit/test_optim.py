@@ -47,3 +47,11 @@ def test_torch_adamw_keeps_float32_moments() -> None:
     weight.grad = torch.randn_like(weight)
     optimizer.step()
     assert state_dtypes(optimizer) == ["float32"]
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "adamw"])
+def test_the_recipes_numbers_reach_the_optimiser(name: str) -> None:
+    optim = Optim(name=name, learning_rate=0.5, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.25)
+    defaults = build_optimizer([torch.nn.Parameter(torch.ones(4))], optim).defaults
+    found = [defaults[key] for key in ("lr", "betas", "eps", "weight_decay")]
+    assert found == [0.5, (0.8, 0.7), 1e-3, 0.25]

@@ -1,6 +1,7 @@
 """Floors stand above known silent faults; the pins fit the ranges; pyproject.toml holds what it may."""
 
 import configparser
+import re
 import tomllib
 from pathlib import Path
 
@@ -53,3 +54,11 @@ def test_pyproject_holds_the_build_system_and_lint_rules_only() -> None:
     tree = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert tree.keys() == {"build-system", "tool"}
     assert tree["tool"].keys() == {"ruff"}
+
+
+def test_each_part_imports_only_from_those_before_it() -> None:
+    parts = ("data", "model", "train", "evaluate")
+    for number, part in enumerate(parts[:-1]):
+        later = re.compile(rf"^\s*(?:from|import) kfood_dist\.(?:{'|'.join(parts[number + 1 :])})\b.*", re.MULTILINE)
+        for path in sorted((ROOT / "kfood_dist" / part).rglob("*.py")):
+            assert not later.findall(path.read_text(encoding="utf-8")), path

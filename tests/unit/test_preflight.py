@@ -1,9 +1,13 @@
 """Which changes to a recipe a run may be resumed with."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from kfood_dist.config import Recipe
-from kfood_dist.train.preflight import forbidden_changes
+from kfood_dist.train.build import adapter_facts
+from kfood_dist.train.preflight import forbidden_changes, num_steps
 
 
 def recipe(**sections: dict[str, object]) -> Recipe:
@@ -24,3 +28,20 @@ def test_how_often_and_how_long_may_change_and_what_is_learned_may_not() -> None
     assert forbidden_changes(recipe(), changed, measured=True) == []
     changed = recipe(train={"seed": 1}, lora={"r": 4})
     assert [words.split()[0] for words in forbidden_changes(recipe(), changed, False)] == ["lora.r", "train.seed"]
+
+
+def test_an_adapter_says_how_it_was_asked(tmp_path: Path) -> None:
+    """All that evaluation and prediction repeat; `resize` is the shards' own."""
+    asked = recipe(
+        data={"system": "s", "prompt": "p", "image_size": 112, "max_length": 99}, model={"precision": "fp32"}
+    )
+    assert adapter_facts(asked, "letterbox") == {
+        "base": "base", "system": "s", "prompt": "p", "image_size": 112, "resize": "letterbox", "max_length": 99,
+        "quantization": "nf4", "precision": "fp32", "attention": "sdpa",
+    }  # fmt: skip
+
+
+def test_a_run_is_as_long_as_its_epochs_or_its_steps() -> None:
+    plan = SimpleNamespace(steps_per_epoch=4)
+    assert num_steps(recipe(train={"epochs": 3}), plan) == 12  # type: ignore[arg-type]
+    assert num_steps(recipe(train={"epochs": 3, "max_steps": 5}), plan) == 5  # type: ignore[arg-type]

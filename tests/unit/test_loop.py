@@ -1,0 +1,48 @@
+"""The loop around the engine: what a step draws, what is measured, and which steps are saved."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kfood_dist.runtime import World
+from kfood_dist.train.loop import Trainer, seed_step
+
+
+def test_random_numbers_follow_from_seed_step_and_rank() -> None:
+    def drawn(*words: int) -> tuple[float, ...]:
+        seed_step(*words)
+        return tuple(torch.rand(4).tolist())
+
+    assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    assert len({drawn(*words) for words in ((1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0))}) == 4
+
+
+def test_a_step_between_two_saves_that_is_as_good_as_the_best_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.2, 0.6, 0.6, 0.4, 0.5])
+    trainer, saved = object.__new__(Trainer), []
+    trainer.recipe = SimpleNamespace(
+        train=SimpleNamespace(save_every_steps=100), eval=SimpleNamespace(every_steps=1, split="val")
+    )
+    trainer.world, trainer.max_steps, trainer.validation = World(), 5, object()
+    trainer.log = SimpleNamespace(step=lambda row: None, evaluation=lambda *words: None, say=print)
+
+    def save(self: Trainer, done: int, scores: dict[str, float], insist: bool) -> bool:
+        saved.append(done)
+        self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
+        return True
+
+    monkeypatch.setattr(Trainer, "train_step", lambda self, step, batches: {})
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(Trainer, "_write_run_json", lambda self, done: None)
+    monkeypatch.setattr(Trainer, "save", save)
+    assert trainer._take_steps(0, iter(())) == 5
+    assert saved == [1, 2, 3, 5], "the later of equals"
+
+
+def test_a_measurement_takes_the_first_samples_asked_for() -> None:
+    trainer = object.__new__(Trainer)
+    trainer.validation = SimpleNamespace(shards=range(9))
+    for asked, found in ((4, 4), (None, 9), (20, 9)):
+        trainer.recipe = SimpleNamespace(eval=SimpleNamespace(max_samples=asked))
+        assert trainer.validation_ids.tolist() == list(range(found))
