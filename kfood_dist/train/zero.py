@@ -110,7 +110,7 @@ def _offload_faults(section: dict[str, Any]) -> list[str]:
 
 
 def _bf16_section(precision: str) -> dict[str, Any]:
-    # DeepSpeed looks by default, but only this says that a gradient that is not finite is never applied.
+    # Written down although it is DeepSpeed's default: a gradient that is not finite is never applied.
     return {"enabled": True, "check_grad_overflow": True} if precision == "bf16" else {"enabled": False}
 
 

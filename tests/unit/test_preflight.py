@@ -1,6 +1,5 @@
 """Which changes to a recipe a run may be resumed with."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +29,7 @@ def test_how_often_and_how_long_may_change_and_what_is_learned_may_not() -> None
     assert [words.split()[0] for words in forbidden_changes(recipe(), changed, False)] == ["lora.r", "train.seed"]
 
 
-def test_an_adapter_says_how_it_was_asked(tmp_path: Path) -> None:
+def test_an_adapter_says_how_it_was_asked() -> None:
     """All that evaluation and prediction repeat; `resize` is the shards' own."""
     asked = recipe(
         data={"system": "s", "prompt": "p", "image_size": 112, "max_length": 99}, model={"precision": "fp32"}
