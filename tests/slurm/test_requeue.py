@@ -1,6 +1,8 @@
-"""How a stopped job goes back to the queue, under a real Slurm. Packers that wait before they begin stand for all."""
+"""How a stopped job goes back to the queue, under a real Slurm. What waits before it begins stands for all."""
 
+import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -82,3 +84,51 @@ def test_a_job_that_may_not_be_requeued_ends(slurm: MiniSlurm, gate: Path, pictu
     facts = slurm.wait(f"{job}_1", 30)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "76:0", "0")
     assert "slurm: stopped, and not requeued: the job is RUNNING, Requeue=0" in slurm.log(f"{job}_1")
+
+
+def test_a_failure_is_the_nodes_fault_if_one_does_not_answer(slurm: MiniSlurm, set_site, tmp_path: Path) -> None:
+    """Slurm itself has not noticed: the script asks all nodes, requeues, and the second start succeeds."""
+    command = tmp_path / "command"
+    command.write_text(
+        "#!/bin/bash\n"
+        '[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0\n'
+        f"touch {tmp_path}/$SLURMD_NODENAME\n"
+        f"until [ -e {tmp_path}/go ]; do sleep 0.1; done; exit 1\n"
+    )
+    command.chmod(0o755)
+    set_site(KFOOD_CONTAINER=command, KFOOD_NODE_TIMEOUT=3)
+    job = slurm.sbatch("--nodes=2", "--exclusive", "slurm/train.sbatch", "recipe.yaml")
+    slurm.until(lambda: all((tmp_path / node).exists() for node in ("node1", "node2")), 60, "both nodes", job)
+    daemon = slurm.daemons["node2"]
+    daemon.send_signal(signal.SIGSTOP)
+    try:
+        (tmp_path / "go").touch()
+        slurm.until(lambda: "stopped, requeued; the next start is number 2" in slurm.log(job), 30, "the requeue", job)
+    finally:
+        daemon.send_signal(signal.SIGCONT)
+    facts = slurm.wait(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+
+
+def test_a_preempted_evaluation_begins_again(
+    slurm: MiniSlurm, set_site, tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Its first start never ends by itself, and does not end when it is warned."""
+    command = tmp_path / "command"
+    command.write_text(
+        "#!/bin/bash\n"
+        f"export PATH={Path(sys.executable).parent}:$PATH\n"
+        '[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exec "$@"\n'
+        f'touch {tmp_path}/began; exec "${{@:1:4}}" sleep 1000\n'  # bash -c 'trap …' deaf
+    )
+    command.chmod(0o755)
+    set_site(KFOOD_CONTAINER=command)
+    words = ("--shards", tiny_shards, "--model", tiny_model, "--out", tmp_path / "report", "--limit", "4")
+    partition = ("--partition=low", "--signal=USR1@20")
+    job = slurm.sbatch("--exclusive", *partition, "slurm/evaluate.sbatch", *words)
+    slurm.until((tmp_path / "began").exists, 60, "the first start", job)
+    other = slurm.sbatch("--nodes=2", "--exclusive", "--partition=high", "--wrap", "sleep 1")
+    assert slurm.wait(other)["JobState"] == "COMPLETED"
+    facts = slurm.wait(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["images"] == 4

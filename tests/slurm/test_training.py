@@ -156,11 +156,12 @@ def test_a_mistake_is_told_and_not_tried_again(slurm: MiniSlurm, make) -> None:
 
 
 def test_a_job_that_is_stopped_too_often_is_given_up(slurm: MiniSlurm, make, set_site) -> None:
+    """Here by hand, with the file STOP."""
     set_site(KFOOD_MAX_STARTS=1)
     recipe = make(train={"max_steps": 400, "zero_stage": 0})
     job = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, recipe.parent / "run", 1)
-    slurm.run("scancel", "--signal=USR1", job)
+    (recipe.parent / "run" / "STOP").touch()
     facts = slurm.wait(job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "76:0", "0"), slurm.log(job)
     assert "stopped at start 1 of KFOOD_MAX_STARTS=1; given up" in slurm.log(job)

@@ -80,3 +80,33 @@ def test_links_lead_somewhere() -> None:
         folder = (ROOT / readme).parent
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / readme).read_text(encoding="utf-8")):
             assert (folder / target).exists(), f"{readme}: {target}"
+
+
+def test_the_memory_table_follows_from_the_published_sizes() -> None:
+    """ds_configs/README.md: each row's formula, computed here from hidden size, layers and inner width."""
+    text = (ROOT / "ds_configs/README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    of_row = {row[0]: row[2:] for row in rows if len(row) == 6}
+    needs = {(row[0], row[1]): int(row[2].split()[0]) for row in rows if len(row) == 5 and row[2].endswith(" GB")}
+    key_values = {"3B": 256, "7B": 512, "32B": 1024, "72B": 1024}  # width of keys and of values: heads × head size
+    for column, (model, of_keys) in enumerate(key_values.items()):
+        sizes = re.findall(r"\d+", of_row["hidden × layers, inner width"][column])
+        hidden, layers, inner = map(int, sizes)
+        table = {name: float(cells[column]) for name, cells in of_row.items() if re.fullmatch(r"[\d.]+", cells[column])}
+        linear = layers * (2 * hidden * hidden + 2 * hidden * of_keys + 3 * hidden * inner) / 1e9
+        assert table["L"] == pytest.approx(linear, abs=0.001)
+        rank = 16 * layers * (4 * hidden + 2 * (hidden + of_keys) + 3 * (hidden + inner)) / 1e6
+        assert table["A"] == pytest.approx(rank, abs=0.5)
+        others = table["E"] + table["V"]
+        exact = {
+            "weights, 4-bit": 0.516 * linear + 2 * others,
+            "weights, bf16": 2 * (linear + others),
+            "adapters": 14 * rank / 1e3,
+            "activations": 2000 * (2 * hidden * layers + 4 * (10 * hidden + 5 * inner)) / 1e9,
+            "unpacking": 4 * hidden * inner / 1e9,
+        }
+        for name, value in exact.items():
+            assert table[name] == pytest.approx(value, abs=0.0501), (model, name)
+        shared = exact["adapters"] + exact["activations"] + table["the rest"]
+        assert needs[model, "4-bit"] == pytest.approx(exact["weights, 4-bit"] + exact["unpacking"] + shared, abs=0.55)
+        assert needs[model, "bf16 LoRA"] == pytest.approx(exact["weights, bf16"] + shared, abs=0.55)

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kfood_dist.data.collate import LeftOut
 from kfood_dist.runtime import World
+from kfood_dist.train import loop
 from kfood_dist.train.loop import Trainer, seed_step
 
 
@@ -46,3 +48,28 @@ def test_a_measurement_takes_the_first_samples_asked_for() -> None:
     for asked, found in ((4, 4), (None, 9), (20, 9)):
         trainer.recipe = SimpleNamespace(eval=SimpleNamespace(max_samples=asked))
         assert trainer.validation_ids.tolist() == list(range(found))
+
+
+@pytest.mark.parametrize(("left_out", "more"), [(20, None), (23, "validation: 3 more left out")])
+def test_a_measurement_names_twenty_of_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, left_out: int, more: str | None
+) -> None:
+    batch = SimpleNamespace(
+        ids=(0,), refused=[LeftOut(f"key{i}", "damaged") for i in range(left_out)], num_label_tokens=1,
+        labels=torch.tensor([[-100, 5]]), to=lambda device: batch,
+    )  # fmt: skip
+    said: list[str] = []
+    trainer = object.__new__(Trainer)
+    trainer.validation, trainer.world, trainer.device = SimpleNamespace(shards=range(1 + left_out)), World(), "cpu"
+    trainer.recipe = SimpleNamespace(
+        eval=SimpleNamespace(max_samples=None, batch_size=64), data=SimpleNamespace(num_workers=0, worker_start=None)
+    )
+    trainer.log = SimpleNamespace(say=said.append)
+    trainer.watch = SimpleNamespace(beat=lambda what: None)
+    trainer.stop, trainer.took_s = SimpleNamespace(asked=lambda: False), {}
+    trainer.module = torch.nn.Module()
+    trainer.engine = SimpleNamespace(forward=lambda on_device: (torch.tensor(0.5), torch.tensor([True]), None))
+    monkeypatch.setattr(loop, "stream", lambda *words, **named: (one for one in [batch]))
+    scores = trainer.validate()
+    assert scores == {"loss": 0.5, "accuracy": 1 / (1 + left_out), "samples": 1 + left_out}
+    assert said == [f"validation: key{i} left out: damaged" for i in range(20)] + ([more] if more else [])
