@@ -43,7 +43,8 @@ def same(run: Path, whole: Path) -> bool:
 
 
 def was_warned(run: Path) -> bool:
-    return (run / "STOP").exists()
+    """Also before it was seen to: the warning comes up to a minute early, and the run may have obeyed already."""
+    return (run / "STOP").exists() or "stopped after step" in (run / "log.txt").read_text()
 
 
 def started_again(slurm: MiniSlurm, job: str) -> bool:
