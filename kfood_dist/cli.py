@@ -8,18 +8,19 @@ import argparse
 import importlib
 import sys
 
-from kfood_dist import __version__, console
+from kfood_dist import __version__
 from kfood_dist.errors import KfoodError, LaunchError
-from kfood_dist.runtime import World
-from kfood_dist.utf8 import settle_names
+from kfood_dist.system import console
+from kfood_dist.system.processes import World
+from kfood_dist.system.utf8 import settle_names
 
 VERBS = {
     "mini": (
         "kfood_dist.practice.mini",
         "write a practice set in the AI-Hub layout and a tiny untrained model",
     ),
-    "pack": ("kfood_dist.data.packing.pack", "pack a folder or a CSV of pictures into WebDataset shards"),
-    "verify": ("kfood_dist.data.verify", "check packed shards byte by byte"),
+    "pack": ("kfood_dist.pack.pack", "pack a folder or a CSV of pictures into WebDataset shards"),
+    "verify": ("kfood_dist.data.shards.verify", "check packed shards byte by byte"),
     "order": ("kfood_dist.data.order", "print who reads which sample at which step"),
     "train": (
         "kfood_dist.train.main",
@@ -28,7 +29,7 @@ VERBS = {
     "eval": ("kfood_dist.evaluate.main", "measure a model on held-out pictures"),
     "compare": ("kfood_dist.evaluate.compare", "put reports side by side, such as base and tuned"),
     "predict": ("kfood_dist.evaluate.predict", "name the dish on single pictures"),
-    "doctor": ("kfood_dist.doctor", "tell what this machine has, what is missing, and what mends it"),
+    "doctor": ("kfood_dist.doctor.checks", "tell what this machine has, what is missing, and what mends it"),
 }
 RESULTS = ("order", "predict")  # verbs whose standard output is their result
 

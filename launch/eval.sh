@@ -4,4 +4,4 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/python.sh"
-exec "$PYTHON" -m kfood_dist.launch eval "$@"
+exec "$PYTHON" -m kfood_dist.launch.start eval "$@"

@@ -17,15 +17,15 @@ from running import train, write_recipe
 from whole import WHOLE_STEPS, Whole
 
 from kfood_dist.cli import main
-from kfood_dist.config import Data, Lora
-from kfood_dist.data.collate import StreamingCollator
-from kfood_dist.data.plan import MicroBatch
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.template import Template
+from kfood_dist.config.recipe import Data, Lora
+from kfood_dist.data.batch.collate import StreamingCollator
+from kfood_dist.data.batch.template import Template
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.shards.reader import open_split
 from kfood_dist.model.adapters import attach_lora, save_adapter
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 from kfood_dist.model.load import load_base
-from kfood_dist.model.loss import AnswerLoss
+from kfood_dist.model.objective.answer import AnswerLoss
 from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
 

@@ -165,7 +165,7 @@ def _become_rank(
     """In a process forked from the server: take over what a launched process would have, and work."""
     import torch
 
-    from kfood_dist.runtime import end_with_parent
+    from kfood_dist.system.processes import end_with_parent
 
     os.setsid()
     end_with_parent(os.getppid())

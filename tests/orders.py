@@ -1,6 +1,6 @@
 """The plainest order of samples, for tests of what reads by one."""
 
-from kfood_dist.data.sampling import Order, build_order
+from kfood_dist.data.plan.sampling import Order, build_order
 
 
 def plain_order(num_samples: int, window: int | None = None, index_hash: str = "") -> Order:

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from forked import Ended, Ranks, run_ranks, run_verb, start_ranks
 
-from kfood_dist.config import load_recipe
-from kfood_dist.launch import Machine, choose
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.launch.start import Machine, choose
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 420

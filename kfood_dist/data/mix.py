@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from kfood_dist.config import Data
-from kfood_dist.data.labels import DishClass
-from kfood_dist.data.manifest import Manifest
-from kfood_dist.data.plan import MicroBatch, Plan
-from kfood_dist.data.sampling import Order, build_order
-from kfood_dist.data.shards import ShardSplit, open_split
+from kfood_dist.config.recipe import Data
+from kfood_dist.data.plan.plan import MicroBatch, Plan
+from kfood_dist.data.plan.sampling import Order, build_order
+from kfood_dist.data.shards.manifest import Manifest
+from kfood_dist.data.shards.reader import ShardSplit, open_split
+from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import ShardError
 
 

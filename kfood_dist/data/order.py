@@ -5,11 +5,11 @@ import sys
 
 import numpy as np
 
-from kfood_dist.config import build_data
+from kfood_dist.config.recipe import build_data
 from kfood_dist.data.mix import Mixture, build_data_order, open_mixture
-from kfood_dist.data.plan import EMPTY, Plan
+from kfood_dist.data.plan.plan import EMPTY, Plan
 from kfood_dist.errors import RecipeError
-from kfood_dist.words import plural
+from kfood_dist.system.words import plural
 
 # What a micro-step of all ranks may hold: as an array, 128 MiB.
 _MAX_SLOTS = 2**24

@@ -17,8 +17,8 @@ from typing import Any
 from kfood_dist.evaluate.metrics import mcnemar_exact
 from kfood_dist.evaluate.page import Column, interval, page, percent, table
 from kfood_dist.evaluate.report import PREDICTIONS, Report, ReportError, load_report, write_whole
-from kfood_dist.runtime import require_folder_possible
-from kfood_dist.words import plural
+from kfood_dist.system.processes import require_folder_possible
+from kfood_dist.system.words import plural
 
 FORMAT, VERSION = "kfood-comparison", 1
 COMPARISON, COMPARISON_PAGE = "comparison.json", "comparison.html"

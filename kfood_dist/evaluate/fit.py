@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.data.manifest import Manifest
-from kfood_dist.data.template import Template
+from kfood_dist.data.batch.template import Template
+from kfood_dist.data.shards.manifest import Manifest
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.evaluate.settings import Settings
 from kfood_dist.model import base as base_model

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from kfood_dist import gpus
-from kfood_dist.data.collate import Batch
-from kfood_dist.data.template import Template
+from kfood_dist.data.batch.collate import Batch
+from kfood_dist.data.batch.template import Template
 from kfood_dist.errors import LaunchError
 from kfood_dist.evaluate.settings import Settings
 from kfood_dist.model.load import load_base
-from kfood_dist.model.loss import normalise_patches
-from kfood_dist.runtime import World
-from kfood_dist.words import plural
+from kfood_dist.model.objective.answer import normalise_patches
+from kfood_dist.system import gpus
+from kfood_dist.system.processes import World
+from kfood_dist.system.words import plural
 
 
 @dataclass(frozen=True)

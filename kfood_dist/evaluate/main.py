@@ -17,23 +17,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.stage import stage
-from kfood_dist.data.template import Template
+from kfood_dist.data.batch.template import Template
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.shards.stage import stage
 from kfood_dist.evaluate import panel
+from kfood_dist.evaluate.evaluation import Task, check, find_earlier
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.page import interval, percent, report_page
 from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
 from kfood_dist.evaluate.settings import add_model_arguments, base_fingerprint, sha256_file
-from kfood_dist.evaluate.task import Task, check, find_earlier
-from kfood_dist.runtime import World, end_with_launcher, quiet_libraries, run_rank
-from kfood_dist.words import plural
+from kfood_dist.system.processes import World, end_with_launcher, quiet_libraries, run_rank
+from kfood_dist.system.words import plural
 
 if TYPE_CHECKING:
     import torch
 
-    from kfood_dist.evaluate.ask import Part
+    from kfood_dist.evaluate.rank import Part
 
 _PACKAGES = ("kfood_dist", "torch", "transformers", "peft", "bitsandbytes")
 _SHOWN = 24  # pictures on the page
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 def answer(task: Task, earlier: Report | None, template: Template, world: World, stage_dir: Path | None) -> int:
     """Answer all pictures, together with the other ranks, unless rank 0 has an `earlier` report."""
-    from kfood_dist.evaluate.ask import answer_part, any_rank, process_group
     from kfood_dist.evaluate.generate import pick_device
+    from kfood_dist.evaluate.rank import answer_part, any_rank, process_group
 
     device = pick_device(world)
     with process_group(world, device):
@@ -127,7 +127,7 @@ def preflight(args: argparse.Namespace) -> Task | None:
 
 def conclude(task: Task, parts: list["Part"], world: World, device: "torch.device") -> None:
     """Put the ranks' parts together and write everything, on rank 0."""
-    from kfood_dist.evaluate.ask import make_record
+    from kfood_dist.evaluate.rank import make_record
 
     refused = sorted(i for part in parts for i in part.refused)
     found = {i: make_record(task.shards, i, "", 0.0) for i in refused}

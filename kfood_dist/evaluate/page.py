@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from kfood_dist.evaluate.metrics import Record
-from kfood_dist.words import plural
+from kfood_dist.system.words import plural
 
 _STYLE = """
 :root { color-scheme: light dark; --edge: #8884; --good: #1a7f37; --bad: #c4302b; }

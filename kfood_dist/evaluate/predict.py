@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfood_dist.data.images import ImageRejected, prepare_jpeg
-from kfood_dist.data.labels import clean
-from kfood_dist.data.plan import MicroBatch
+from kfood_dist.data.picture.images import ImageRejected, prepare_jpeg
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.task.dish import clean
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
-from kfood_dist.runtime import World, quiet_libraries
-from kfood_dist.words import plural
+from kfood_dist.system.processes import World, quiet_libraries
+from kfood_dist.system.words import plural
 
 if TYPE_CHECKING:
-    from kfood_dist.data.collate import StreamingCollator
+    from kfood_dist.data.batch.collate import StreamingCollator
     from kfood_dist.evaluate.generate import Answer, Answerer
 
 DEFAULT_RESIZE = "squash"  # the packer's default, where neither an adapter nor shards say
@@ -54,7 +54,7 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Answer every picture that can be read; 1 if one cannot."""
     settings, recipe_eval = resolve_settings(args)
-    from kfood_dist.data.collate import StreamingCollator
+    from kfood_dist.data.batch.collate import StreamingCollator
     from kfood_dist.evaluate.generate import load_answerer, pick_device
 
     quiet_libraries()

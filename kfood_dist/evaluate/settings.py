@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kfood_dist import config
-from kfood_dist.config import Data, Eval, Model, Recipe
-from kfood_dist.data.images import RESIZE_POLICIES
+from kfood_dist.config import recipe as config
+from kfood_dist.config.recipe import Data, Eval, Model, Recipe
+from kfood_dist.data.picture.images import RESIZE_POLICIES
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.files import base_folder
 

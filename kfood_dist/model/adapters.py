@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from kfood_dist.config import Lora, Recipe
+from kfood_dist.config.recipe import Lora, Recipe
 from kfood_dist.errors import ModelError
 from kfood_dist.model.base import LANGUAGE_MODEL
 

@@ -7,8 +7,8 @@ import math
 from dataclasses import replace
 from typing import Any, Protocol
 
-from kfood_dist.data.patches import VisionSpec, grid_of
-from kfood_dist.data.template import SampleTooLong, Template
+from kfood_dist.data.batch.template import SampleTooLong, Template
+from kfood_dist.data.picture.patches import VisionSpec, grid_of
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.files import located, require_supported
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kfood_dist.errors import KfoodError, SourceError
 from kfood_dist.practice.pictures import DISHES, MAX_PER_CLASS, write_pictures
-from kfood_dist.runtime import quiet_libraries
+from kfood_dist.system.processes import quiet_libraries
 
 FORMAT, VERSION = "kfood-mini", 1  # the version rises whenever the same options would draw other bytes
 DONE, UNFINISHED = "mini.json", ".mini-unfinished.json"

@@ -6,34 +6,34 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kfood_dist import gpus
-from kfood_dist.config import Recipe
-from kfood_dist.data.collate import StreamingCollator
+from kfood_dist.config.recipe import Recipe
+from kfood_dist.data.batch.collate import StreamingCollator
+from kfood_dist.data.batch.template import Template
 from kfood_dist.data.mix import open_mixture
-from kfood_dist.data.patches import VisionSpec
-from kfood_dist.data.plan import Plan
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.template import Template
+from kfood_dist.data.picture.patches import VisionSpec
+from kfood_dist.data.plan.plan import Plan
+from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import CheckpointError
 from kfood_dist.model.adapters import attach_lora, load_adapter
 from kfood_dist.model.base import LANGUAGE_MODEL, build_template
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
 from kfood_dist.model.load import load_base, recompute_activations
-from kfood_dist.model.loss import AnswerLoss
-from kfood_dist.monitor import RunLog
-from kfood_dist.runtime import World, limit_waits
-from kfood_dist.train import checkpoint
-from kfood_dist.train.checkpoint import Checkpoint
-from kfood_dist.train.engine import Engine, build_accelerator, build_engine, collective_timeout
-from kfood_dist.train.facts import machine_facts, model_facts
+from kfood_dist.model.objective.answer import AnswerLoss
+from kfood_dist.system import gpus
+from kfood_dist.system.processes import World, limit_waits
+from kfood_dist.system.words import plural
+from kfood_dist.train.engine.base import Engine, build_accelerator, build_engine, collective_timeout
+from kfood_dist.train.engine.optim import build_optimizer
 from kfood_dist.train.loop import Trainer
-from kfood_dist.train.optim import build_optimizer
 from kfood_dist.train.preflight import num_steps, require_same_base
-from kfood_dist.train.skips import SkipWatch
-from kfood_dist.train.stop import StopRequest
-from kfood_dist.train.watch import Watch
-from kfood_dist.words import plural
+from kfood_dist.train.run import checkpoint
+from kfood_dist.train.run.checkpoint import Checkpoint
+from kfood_dist.train.run.facts import machine_facts, model_facts
+from kfood_dist.train.run.monitor import RunLog
+from kfood_dist.train.run.skips import SkipWatch
+from kfood_dist.train.run.stop import StopRequest
+from kfood_dist.train.run.watchdog import Watch
 
 
 def build_trainer(

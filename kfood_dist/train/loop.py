@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from kfood_dist.config import Recipe
-from kfood_dist.data.collate import Batch, LeftOut, StreamingCollator
+from kfood_dist.config.recipe import Recipe
+from kfood_dist.data.batch.collate import Batch, LeftOut, StreamingCollator
+from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.mix import read_ahead
-from kfood_dist.data.plan import MicroBatch, Plan, deal
-from kfood_dist.data.stream import stream
+from kfood_dist.data.plan.plan import MicroBatch, Plan, deal
 from kfood_dist.errors import CheckpointError, TrainingError
 from kfood_dist.model.adapters import save_adapter
-from kfood_dist.model.loss import AnswerLoss, exact_matches
-from kfood_dist.monitor import RunLog, StepMeter, peak_memory_gib
-from kfood_dist.runtime import World
-from kfood_dist.train import checkpoint
-from kfood_dist.train.engine import Engine, adapter_weights
-from kfood_dist.train.facts import optimizer_facts, write_run_json
-from kfood_dist.train.optim import learning_rate_at
-from kfood_dist.train.skips import SkipWatch
-from kfood_dist.train.stop import StopRequest
-from kfood_dist.train.watch import Watch
+from kfood_dist.model.objective.answer import AnswerLoss, exact_matches
+from kfood_dist.system.processes import World
+from kfood_dist.train.engine.base import Engine, adapter_weights
+from kfood_dist.train.engine.optim import learning_rate_at
+from kfood_dist.train.run import checkpoint
+from kfood_dist.train.run.facts import optimizer_facts, write_run_json
+from kfood_dist.train.run.monitor import RunLog, StepMeter, peak_memory_gib
+from kfood_dist.train.run.skips import SkipWatch
+from kfood_dist.train.run.stop import StopRequest
+from kfood_dist.train.run.watchdog import Watch
 
 _BAD_LISTED = 50
 _LEFT_OUT_LISTED = 20

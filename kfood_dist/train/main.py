@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfood_dist import console
-from kfood_dist.config import Recipe, load_recipe, save_recipe
-from kfood_dist.data.plan import Plan
-from kfood_dist.data.stage import stage
+from kfood_dist.config.recipe import Recipe, load_recipe, save_recipe
+from kfood_dist.data.plan.plan import Plan
+from kfood_dist.data.shards.stage import stage
 from kfood_dist.errors import KfoodError, LaunchError, RecipeError
+from kfood_dist.launch.supervise import FINISHED, STOPPED
 from kfood_dist.model.adapters import require_adapter
-from kfood_dist.monitor import clock, read_metrics
-from kfood_dist.runtime import (
+from kfood_dist.system import console
+from kfood_dist.system.locks import hold
+from kfood_dist.system.processes import (
     World,
     end_with_launcher,
     has_launcher,
@@ -26,13 +27,12 @@ from kfood_dist.runtime import (
     raise_open_file_limit,
     run_rank,
 )
-from kfood_dist.supervise import FINISHED, STOPPED
-from kfood_dist.train import checkpoint
-from kfood_dist.train.limit import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
-from kfood_dist.train.lock import hold
+from kfood_dist.system.words import plural
+from kfood_dist.train.dry_run import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
 from kfood_dist.train.preflight import num_steps, preflight
-from kfood_dist.train.stop import StopRequest, read_state, write_status
-from kfood_dist.words import plural
+from kfood_dist.train.run import checkpoint
+from kfood_dist.train.run.monitor import clock, read_metrics
+from kfood_dist.train.run.stop import StopRequest, read_state, write_status
 
 if TYPE_CHECKING:
     from kfood_dist.train.loop import Trainer
@@ -146,7 +146,7 @@ def train_by_launcher(args: argparse.Namespace, world: World) -> int:
     """Train each recipe in processes of its own; exit status as launch/train.sh gives it."""
     if world.size > 1:
         raise LaunchError("a rank trains one recipe", "start through launch/train.sh")
-    from kfood_dist import launch  # which starts this module, once for each recipe
+    from kfood_dist.launch import start as launch  # which starts this module, once for each recipe
 
     processes = ["--processes", args.processes] if args.processes else []
     return launch.main([*words_of(args, args.recipes, args.set), *processes])

@@ -8,18 +8,18 @@ The launcher runs it once, before it starts any rank; each rank runs it again, s
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.config import Recipe, load_recipe
-from kfood_dist.data.manifest import Manifest
+from kfood_dist.config.recipe import Recipe, load_recipe
 from kfood_dist.data.mix import build_data_order, open_mixture
-from kfood_dist.data.plan import Plan, accumulation_for, cut_anew
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.plan.plan import Plan, accumulation_for, cut_anew
+from kfood_dist.data.shards.manifest import Manifest
+from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import CheckpointError, RecipeError
 from kfood_dist.model.base import build_template
 from kfood_dist.model.files import base_folder, require_base
 from kfood_dist.model.identity import config_changes, fingerprint, fingerprint_of_files, read_config
-from kfood_dist.runtime import require_folder_possible
-from kfood_dist.train import checkpoint
-from kfood_dist.train.zero import deepspeed_config
+from kfood_dist.system.processes import require_folder_possible
+from kfood_dist.train.engine.zero_config import deepspeed_config
+from kfood_dist.train.run import checkpoint
 
 # What may change between a run's start and its resume: where things lie, how the global batch is cut (the data
 # position checks that it stays the same), how memory is used, when to save and measure, what to publish, and how long

@@ -9,11 +9,11 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kfood_dist.config import Recipe
+from kfood_dist.config.recipe import Recipe
 from kfood_dist.errors import CheckpointError
-from kfood_dist.train import checkpoint
-from kfood_dist.train.checkpoint import Checkpoint
-from kfood_dist.train.facts import add_to_run_json
+from kfood_dist.train.run import checkpoint
+from kfood_dist.train.run.checkpoint import Checkpoint
+from kfood_dist.train.run.facts import add_to_run_json
 
 
 @dataclass(frozen=True)

@@ -104,15 +104,15 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
     """The contenders, and why others are not among them."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    from kfood_dist.data.collate import StreamingCollator
-    from kfood_dist.data.images import decode_rgb
-    from kfood_dist.data.plan import Plan
-    from kfood_dist.data.sampling import build_order
-    from kfood_dist.data.shards import open_split
-    from kfood_dist.data.stream import stream
-    from kfood_dist.data.template import Template
+    from kfood_dist.data.batch.collate import StreamingCollator
+    from kfood_dist.data.batch.loader import stream
+    from kfood_dist.data.batch.template import Template
+    from kfood_dist.data.picture.images import decode_rgb
+    from kfood_dist.data.plan.plan import Plan
+    from kfood_dist.data.plan.sampling import build_order
+    from kfood_dist.data.shards.reader import open_split
     from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
-    from kfood_dist.runtime import keep_freed_memory
+    from kfood_dist.system.processes import keep_freed_memory
 
     split = open_split(shards, "train")
     size = split.manifest.image_size
@@ -281,9 +281,9 @@ def pillow_alone(data: bytes) -> bytes:
 
 
 def packers(folder: Path, size: tuple[int, int]) -> dict[str, Contender]:
-    from kfood_dist.data.images import prepare_jpeg
-    from kfood_dist.data.resample import _bands
-    from kfood_dist.runtime import keep_freed_memory
+    from kfood_dist.data.picture.images import prepare_jpeg
+    from kfood_dist.data.picture.resample import _bands
+    from kfood_dist.system.processes import keep_freed_memory
 
     files = photographs(folder, size)
 
@@ -314,7 +314,7 @@ def fidelity(folder: Path, size: tuple[int, int]) -> dict[str, tuple[float, floa
     """PSNR in dB, least and median, of each result against the exactly resized picture before it was a JPEG."""
     import numpy as np
 
-    from kfood_dist.data.images import prepare_jpeg
+    from kfood_dist.data.picture.images import prepare_jpeg
 
     found: dict[str, list[float]] = {"kfood_dist": [], "Pillow at full decode": []}
     for data in photographs(folder, size):

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def build(shards: Path, out: Path) -> None:
     """A packed folder of NUM_SHARDS × SAMPLES_PER_SHARD training samples, with the pictures of `shards`."""
-    from kfood_dist.data.manifest import load_manifest, seal
-    from kfood_dist.data.shards import open_split
-    from kfood_dist.data.tars import Entry, file_sha256, save_index, write_tar
+    from kfood_dist.data.shards.manifest import load_manifest, seal
+    from kfood_dist.data.shards.reader import open_split
+    from kfood_dist.data.shards.tars import Entry, file_sha256, save_index, write_tar
 
     split = open_split(shards, "train")
     out.mkdir(parents=True)
@@ -63,12 +63,12 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
     began = time.perf_counter()
     import torch  # noqa: F401
 
-    from kfood_dist.data.collate import StreamingCollator
-    from kfood_dist.data.plan import Plan
-    from kfood_dist.data.sampling import build_order
-    from kfood_dist.data.shards import open_split
-    from kfood_dist.data.stream import stream
-    from kfood_dist.data.template import Template
+    from kfood_dist.data.batch.collate import StreamingCollator
+    from kfood_dist.data.batch.loader import stream
+    from kfood_dist.data.batch.template import Template
+    from kfood_dist.data.plan.plan import Plan
+    from kfood_dist.data.plan.sampling import build_order
+    from kfood_dist.data.shards.reader import open_split
     from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 
     template = Template(load_tokenizer(model), load_vision_spec(model, load_config(model), 224), "", "이름은?", 1536)

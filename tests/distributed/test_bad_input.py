@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from running import kfood, start, write_recipe
 
-from kfood_dist import launch
+from kfood_dist.launch import start as launch
 
 Refuse = Callable[..., None]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import metrics, train, try_train, write_recipe
 
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.shards.reader import open_split
 
 GLOBAL_BATCH = 8
 

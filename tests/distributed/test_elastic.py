@@ -11,8 +11,8 @@ from forked import run_verb
 from running import metrics, train, training, write_recipe
 from sweep import swept
 
-from kfood_dist.launch import main
-from kfood_dist.train import checkpoint
+from kfood_dist.launch.start import main
+from kfood_dist.train.run import checkpoint
 
 STEPS, CUT = 6, 3
 RANKS_AND_STAGE = tuple[int, int]

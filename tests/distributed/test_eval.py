@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import ROOT, environment, evaluate
 
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.shards.reader import open_split
 
 
 def launched(

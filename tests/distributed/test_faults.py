@@ -15,8 +15,8 @@ from forked import run_verb
 from running import adapter_bytes, metrics, num_steps, start, train, training, wait_until, write_recipe
 from whole import WHOLE_STEPS, Whole
 
-from kfood_dist import launch
 from kfood_dist.cli import main
+from kfood_dist.launch import start as launch
 
 STEPS = WHOLE_STEPS
 

@@ -12,9 +12,9 @@ import torch
 from crafted import EMBEDDING, craft, steepen_head, swell_tower, unique_token
 from running import metrics, train, write_recipe
 
-from kfood_dist.config import load_recipe
-from kfood_dist.data.shards import open_split
-from kfood_dist.launch import main
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.launch.start import main
 from kfood_dist.train.preflight import preflight
 
 STEPS = 6

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from running import ROOT, environment, train, try_train, write_recipe
 
-from kfood_dist import launch
-from kfood_dist.supervise import Supervisor
+from kfood_dist.launch import start as launch
+from kfood_dist.launch.supervise import Supervisor
 
 
 def run(recipe: Path, *words: str) -> tuple[int, str]:

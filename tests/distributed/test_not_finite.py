@@ -13,8 +13,8 @@ from running import metrics, train, try_train, write_recipe
 from safetensors.torch import load_file
 from sweep import swept
 
-from kfood_dist.config import load_recipe
-from kfood_dist.data.shards import ShardSplit, open_split
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.data.shards.reader import ShardSplit, open_split
 from kfood_dist.train.preflight import preflight
 
 STEPS = 12

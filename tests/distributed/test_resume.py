@@ -19,8 +19,8 @@ from running import (
 )
 from whole import WHOLE_STEPS, Whole
 
-from kfood_dist import launch
 from kfood_dist.cli import main
+from kfood_dist.launch import start as launch
 from kfood_dist.practice.tiny_model import write_model
 
 STEPS = WHOLE_STEPS

@@ -15,7 +15,7 @@ from faulty_server import serving
 from running import ROOT, TIMEOUT_S, adapter_bytes, environment, evaluate, metrics, train, write_recipe
 from whole import WHOLE_STEPS, Whole
 
-from kfood_dist.data.manifest import load_manifest
+from kfood_dist.data.shards.manifest import load_manifest
 
 NAME = "Someone/Tiny-VL"
 

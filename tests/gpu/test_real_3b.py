@@ -16,7 +16,7 @@ import pytest
 import torch
 from running import launch, metrics, write_recipe
 
-from kfood_dist.config import load_recipe
+from kfood_dist.config.recipe import load_recipe
 from kfood_dist.practice.tiny_model import build_config, preprocessor_settings, train_tokenizer
 
 REHEARSAL = os.environ.get("KFOOD_GPU_REHEARSAL") == "1"

@@ -8,7 +8,7 @@ from running import metrics, train, write_recipe
 from safetensors.numpy import load_file
 from sweep import swept
 
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.shards.reader import open_split
 
 CUTS = {"1 × 16": (1, 16, 1), "2 × 8": (2, 8, 1), "2 × 4 × 2": (2, 4, 2)}  # ranks, micro-batch, accumulation
 

@@ -19,7 +19,7 @@ from plain import plain_losses
 from running import metrics, train, write_recipe
 from sweep import swept
 
-from kfood_dist.train.zero import SHIPPED
+from kfood_dist.train.engine.zero_config import SHIPPED
 
 STEPS = 20
 EXACT, ROUNDED = 1e-6, 5e-3  # relative, as measured above

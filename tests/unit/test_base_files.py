@@ -14,9 +14,9 @@ import torch
 from bases import cut, edit, publish, put_into_cache
 from running import write_recipe
 
-from kfood_dist import doctor
 from kfood_dist.cli import main
-from kfood_dist.config import Lora, load_recipe
+from kfood_dist.config.recipe import Lora, load_recipe
+from kfood_dist.doctor import checks as doctor
 from kfood_dist.errors import KfoodError, ModelError
 from kfood_dist.model import files
 from kfood_dist.model.adapters import attach_lora, save_adapter

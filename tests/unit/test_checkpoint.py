@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from kfood_dist.cli import build_parser
-from kfood_dist.config import build_recipe
+from kfood_dist.config.recipe import build_recipe
 from kfood_dist.errors import CheckpointError
-from kfood_dist.runtime import World
-from kfood_dist.train import checkpoint, state
+from kfood_dist.system.processes import World
+from kfood_dist.train.engine import state
 from kfood_dist.train.main import best_step, evaluation_command
+from kfood_dist.train.run import checkpoint
 
 FACTS = {
     "data": {"epoch": 0}, "base_fingerprint": "f", "world_size": 1, "distributed_type": "NO", "zero_stage": 0

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from kfood_dist import cluster
-from kfood_dist.cluster import RESTART_PATIENCE_S, Cluster, outlast
 from kfood_dist.errors import LaunchError
+from kfood_dist.system import cluster
+from kfood_dist.system.cluster import RESTART_PATIENCE_S, Cluster, outlast
 
 STEP = {
     "SLURM_JOB_ID": "1234567",

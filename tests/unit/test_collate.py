@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfood_dist.cli import main
-from kfood_dist.data.collate import StreamingCollator, substitutes
-from kfood_dist.data.images import decode_rgb
-from kfood_dist.data.patches import VisionSpec, encode_picture, patchify
-from kfood_dist.data.plan import MicroBatch
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.storage import OutOfReachError
-from kfood_dist.data.stream import stream
-from kfood_dist.data.template import IGNORED, Template
+from kfood_dist.data.batch.collate import StreamingCollator, substitutes
+from kfood_dist.data.batch.loader import stream
+from kfood_dist.data.batch.template import IGNORED, Template
+from kfood_dist.data.picture.images import decode_rgb
+from kfood_dist.data.picture.patches import VisionSpec, encode_picture, patchify
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.storage.base import OutOfReachError
 from kfood_dist.errors import ModelError, RecipeError, ShardError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
-from kfood_dist.model.loss import normalise_patches
+from kfood_dist.model.objective.answer import normalise_patches
 
 
 @pytest.fixture(scope="module")

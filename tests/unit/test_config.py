@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kfood_dist.config import load_recipe, save_recipe
+from kfood_dist.config.recipe import load_recipe, save_recipe
 from kfood_dist.errors import RecipeError
 
 MINIMAL = "data: {shards: s}\nmodel: {base: m}\nrun: {dir: r}\n"

@@ -11,7 +11,7 @@ import pytest
 from pictures import encoded, picture, tall_jpeg
 from PIL import Image
 
-from kfood_dist.data.images import ImageRejected, decode_rgb, prepare_jpeg
+from kfood_dist.data.picture.images import ImageRejected, decode_rgb, prepare_jpeg
 
 
 def heic(image, **options):

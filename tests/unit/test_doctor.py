@@ -11,12 +11,12 @@ import pytest
 import torch
 from running import ROOT, environment
 
-from kfood_dist import doctor
 from kfood_dist.cli import main
-from kfood_dist.doctor import FAULT, OK, WARN, Finding
-from kfood_dist.doctor_trials import adamw8bit_step, compile_complaint, nf4_error
+from kfood_dist.doctor import checks as doctor
+from kfood_dist.doctor.checks import FAULT, OK, WARN, Finding
+from kfood_dist.doctor.trials import adamw8bit_step, compile_complaint, nf4_error
 from kfood_dist.errors import ShardError
-from kfood_dist.gpus import Gpu, Gpus
+from kfood_dist.system.gpus import Gpu, Gpus
 
 CPU = torch.device("cpu")
 

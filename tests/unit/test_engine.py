@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from kfood_dist.train.engine import PlainEngine, Update, ZeroEngine
+from kfood_dist.train.engine.base import PlainEngine, Update, ZeroEngine
 
 
 class Slope(torch.nn.Module):

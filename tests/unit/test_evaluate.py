@@ -12,20 +12,21 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kfood_dist.cli import build_parser, main
-from kfood_dist.data.collate import StreamingCollator
-from kfood_dist.data.images import prepare_jpeg
-from kfood_dist.data.plan import MicroBatch
-from kfood_dist.data.shards import ShardSplit, open_split
+from kfood_dist.data.batch.collate import StreamingCollator
+from kfood_dist.data.picture.images import prepare_jpeg
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.shards.reader import ShardSplit, open_split
 from kfood_dist.errors import RecipeError
-from kfood_dist.evaluate import ask, panel
+from kfood_dist.evaluate import panel
+from kfood_dist.evaluate import rank as ask
+from kfood_dist.evaluate.evaluation import Task, check, find_earlier
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.main import conclude
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.settings import Settings, resolve_settings
-from kfood_dist.evaluate.task import Task, check, find_earlier
-from kfood_dist.model.loss import AnswerLoss
-from kfood_dist.runtime import World
+from kfood_dist.model.objective.answer import AnswerLoss
+from kfood_dist.system.processes import World
 
 EXACT = ("--set", "model.quantization=none", "--set", "model.precision=fp32")
 

@@ -22,14 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pictures import write_folder
 
-from kfood_dist.config import load_recipe
-from kfood_dist.data.manifest import load_manifest, seal
-from kfood_dist.data.packing.job import pack
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.split import parse_fractions
-from kfood_dist.data.shards import INDEX_DTYPE, open_split
-from kfood_dist.data.verify import verify
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.reader import INDEX_DTYPE, open_split
+from kfood_dist.data.shards.verify import verify
 from kfood_dist.errors import KfoodError, RecipeError, ShardError
+from kfood_dist.pack.job import pack
+from kfood_dist.pack.options import PackOptions
+from kfood_dist.pack.split import parse_fractions
 
 INDEX = "train-000000.index.npy"
 # Half a minute for one example is a hang, on however busy a machine: each takes milliseconds.
@@ -235,7 +235,8 @@ def test_an_index_that_promises_terabytes_takes_no_memory(packed: Path, folder: 
         put_index(packed, folder, data)
         code = (
             "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30));"
-            "from kfood_dist.data.shards import open_split; print(open_split(sys.argv[1], 'train').read_many([0, 1]))"
+            "from kfood_dist.data.shards.reader import open_split;"
+            "print(open_split(sys.argv[1], 'train').read_many([0, 1]))"
         )
         done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from kfood_dist.data.images import prepare_jpeg
-from kfood_dist.data.packing.groups import ALIKE, NEAR, group_pictures, near_pairs
-from kfood_dist.data.packing.place import leaked_at_random
-from kfood_dist.data.packing.prepare import Prepared, perceptual_hash
-from kfood_dist.data.packing.sources import Record
-from kfood_dist.data.packing.split import assign_splits, parse_fractions
+from kfood_dist.data.picture.images import prepare_jpeg
+from kfood_dist.pack.groups import ALIKE, NEAR, group_pictures, near_pairs
+from kfood_dist.pack.place import leaked_at_random
+from kfood_dist.pack.prepare import Prepared, perceptual_hash
+from kfood_dist.pack.sources import Record
+from kfood_dist.pack.split import assign_splits, parse_fractions
 from kfood_dist.practice.pictures import DISHES, write_pictures
 
 

@@ -9,7 +9,7 @@ from pictures import encoded, picture
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from kfood_dist.data.images import (
+from kfood_dist.data.picture.images import (
     RESIZE_POLICIES,
     ImageRejected,
     _colour,
@@ -309,7 +309,7 @@ def test_decoding_something_else_is_refused():
         ("PIL.ImageFile.ImageFile.load", "JPEG", "crop"),
         ("PIL.ImageFile.ImageFile.load", "PNG", "squash"),
         ("PIL.ImageFile.ImageFile.load", "GIF", "letterbox"),
-        ("kfood_dist.data.decoding.jpeg_factory", "JPEG", "squash"),
+        ("kfood_dist.data.picture.decoding.jpeg_factory", "JPEG", "squash"),
         ("PIL.Image.open", "PNG", "squash"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfood_dist.data.labels import DishClass, clean, is_match, load_classes, normalise, stands_for_two
+from kfood_dist.data.task.dish import DishClass, clean, is_match, load_classes, normalise, stands_for_two
 from kfood_dist.errors import SourceError
 
 

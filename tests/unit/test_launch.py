@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from kfood_dist import cli, doctor, gpus
-from kfood_dist import launch as launch_module
-from kfood_dist.cluster import Cluster
-from kfood_dist.config import load_recipe
-from kfood_dist.data.plan import accumulation_for
+from kfood_dist import cli
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.data.plan.plan import accumulation_for
+from kfood_dist.doctor import checks as doctor
 from kfood_dist.errors import LaunchError
 from kfood_dist.evaluate.generate import pick_device
-from kfood_dist.gpus import Gpu, Gpus
-from kfood_dist.launch import (
+from kfood_dist.launch import start as launch_module
+from kfood_dist.launch.start import (
     CONFIGS,
     Machine,
     accelerate_command,
@@ -33,7 +32,10 @@ from kfood_dist.launch import (
     parse_processes,
     precision_notice,
 )
-from kfood_dist.runtime import World
+from kfood_dist.system import gpus
+from kfood_dist.system.cluster import Cluster
+from kfood_dist.system.gpus import Gpu, Gpus
+from kfood_dist.system.processes import World
 from kfood_dist.train.main import words_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -327,7 +329,7 @@ def test_the_driver_is_asked_and_torch_in_a_process_of_its_own(monkeypatch: pyte
 
     monkeypatch.setattr(subprocess, "run", run)
     assert gpus.look() == Gpus(4, (T4,), "2", "13.0", CUDA_13)
-    assert asked == [[sys.executable, "-m", "kfood_dist.gpus"]]
+    assert asked == [[sys.executable, "-m", "kfood_dist.system.gpus"]]
     monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 0, "", ""))
     with pytest.raises(LaunchError, match="torch cannot look for GPUs"):
         gpus.look()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfood_dist.errors import LaunchError
-from kfood_dist.train.lock import hold, require_free
+from kfood_dist.system.locks import hold, require_free
 
 HOLD = """
 import sys

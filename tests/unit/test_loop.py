@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kfood_dist.data.collate import LeftOut
-from kfood_dist.runtime import World
+from kfood_dist.data.batch.collate import LeftOut
+from kfood_dist.system.processes import World
 from kfood_dist.train import loop
 from kfood_dist.train.loop import Trainer, seed_step
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kfood_dist.config import Lora
-from kfood_dist.data.collate import Batch, StreamingCollator
-from kfood_dist.data.patches import VisionSpec
-from kfood_dist.data.plan import MicroBatch
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.template import Template
+from kfood_dist.config.recipe import Lora
+from kfood_dist.data.batch.collate import Batch, StreamingCollator
+from kfood_dist.data.batch.template import Template
+from kfood_dist.data.picture.patches import VisionSpec
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.shards.reader import open_split
 from kfood_dist.model.adapters import attach_lora
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 from kfood_dist.model.load import load_base, recompute_activations
-from kfood_dist.model.loss import AnswerLoss, exact_matches, normalise_patches
+from kfood_dist.model.objective.answer import AnswerLoss, exact_matches, normalise_patches
 from kfood_dist.train.loop import resting_dropout
 
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ from orders import plain_order
 from page_cache import drop_pages, resident_share, settled
 
 from kfood_dist.cli import main
-from kfood_dist.config import Data, build_data
+from kfood_dist.config.recipe import Data, build_data
 from kfood_dist.data.mix import Mixture, build_data_order, open_mixture, read_ahead
-from kfood_dist.data.plan import Plan
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.plan.plan import Plan
+from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.practice.pictures import DISHES, write_pictures
-from kfood_dist.runtime import World
+from kfood_dist.system.processes import World
 from kfood_dist.train.loop import Trainer
 
 
@@ -135,7 +135,7 @@ def test_training_asks_ahead_where_the_default_windows_cut_an_epoch(
     monkeypatch: pytest.MonkeyPatch, local_rank: int, window: int, asks: bool
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("kfood_dist.data.sampling.DEFAULT_WINDOW", window)
+    monkeypatch.setattr("kfood_dist.data.plan.sampling.DEFAULT_WINDOW", window)
     monkeypatch.setattr("kfood_dist.train.loop.stream", lambda collator, micro_batches, *_, **__: micro_batches)
     run = SimpleNamespace(
         recipe=SimpleNamespace(data=Data(shards="here")),

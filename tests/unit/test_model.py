@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from kfood_dist.config import LINEAR_LAYERS, Lora
+from kfood_dist.config.recipe import LINEAR_LAYERS, Lora
 from kfood_dist.errors import ModelError
 from kfood_dist.model.adapters import adapted_modules, attach_lora, read_adapter_facts, save_adapter, target_pattern
 from kfood_dist.model.base import LANGUAGE_MODEL, VISION_TOWER, load_config

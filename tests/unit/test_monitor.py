@@ -9,11 +9,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kfood_dist.console import LineFile
-from kfood_dist.data.collate import Batch
-from kfood_dist.monitor import RunLog, StepMeter, clock, read_metrics
-from kfood_dist.runtime import World
-from kfood_dist.train.facts import machine_facts
+from kfood_dist.data.batch.collate import Batch
+from kfood_dist.system.console import LineFile
+from kfood_dist.system.processes import World
+from kfood_dist.train.run.facts import machine_facts
+from kfood_dist.train.run.monitor import RunLog, StepMeter, clock, read_metrics
 
 
 def row(step: int, loss: float) -> dict[str, float]:

@@ -4,8 +4,8 @@ import bitsandbytes
 import pytest
 import torch
 
-from kfood_dist.config import Optim
-from kfood_dist.train.optim import build_optimizer, learning_rate_at, state_dtypes
+from kfood_dist.config.recipe import Optim
+from kfood_dist.train.engine.optim import build_optimizer, learning_rate_at, state_dtypes
 
 
 def curve(**options) -> list[float]:

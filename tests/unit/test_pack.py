@@ -24,21 +24,21 @@ from pictures import encoded, folder_bytes, picture, write_folder
 from PIL import Image
 
 from kfood_dist.cli import main
-from kfood_dist.data.images import decode_rgb
-from kfood_dist.data.labels import is_match
-from kfood_dist.data.manifest import load_manifest, seal
-from kfood_dist.data.packing import chunks, job
-from kfood_dist.data.packing.choose import choose
-from kfood_dist.data.packing.chunks import prepare_chunk
-from kfood_dist.data.packing.job import pack
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.prepare import in_processes, made_by
-from kfood_dist.data.packing.sources import scan
-from kfood_dist.data.shards import INDEX_DTYPE, open_split
-from kfood_dist.data.tars import write_tar
-from kfood_dist.data.verify import verify
+from kfood_dist.data.picture.images import decode_rgb
+from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.reader import INDEX_DTYPE, open_split
+from kfood_dist.data.shards.tars import write_tar
+from kfood_dist.data.shards.verify import verify
+from kfood_dist.data.task.dish import is_match
 from kfood_dist.errors import KfoodError, ShardError, SourceError
-from kfood_dist.words import plural
+from kfood_dist.pack import chunks, job
+from kfood_dist.pack.choose import choose
+from kfood_dist.pack.chunks import prepare_chunk
+from kfood_dist.pack.job import pack
+from kfood_dist.pack.options import PackOptions
+from kfood_dist.pack.prepare import in_processes, made_by
+from kfood_dist.pack.sources import scan
+from kfood_dist.system.words import plural
 
 SMALL = PackOptions(image_size=32, shard_size=10, workers=1)
 DISHES = {"구이/구이/불고기": 15, "한과/한과/약과": 15, "만두/만두": 15}
@@ -356,7 +356,7 @@ def test_an_out_with_other_files_is_left_alone_and_an_empty_one_filled(source, t
 def test_what_reads_back_damaged_is_not_published_and_not_kept(source, tmp_path, monkeypatch):
     out = tmp_path / "deep" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("kfood_dist.data.packing.job.verify", lambda folder: [f"{folder.name} is bad"])
+        patch.setattr("kfood_dist.pack.job.verify", lambda folder: [f"{folder.name} is bad"])
         with pytest.raises(KfoodError, match="reads back damaged"):
             pack(source, out, SMALL)
     assert not out.exists()
@@ -488,10 +488,10 @@ def killed_after(num_chunks):
 def test_an_array_resubmitted_in_part_finishes_with_the_same_bytes(source, tmp_path, monkeypatch, again):
     """As `--array=3,5` after `--array=0-7`: whatever the tasks and their number, nothing is left undone."""
     pack(source, tmp_path / "undisturbed", SMALL)
-    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 2)
+    monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 2)
     for part in range(1, 9):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr("kfood_dist.data.packing.job.prepare_chunk", killed_after(2 if part in (4, 6) else 3))
+            patch.setattr("kfood_dist.pack.job.prepare_chunk", killed_after(2 if part in (4, 6) else 3))
             pack(source, tmp_path / "out", replace(SMALL, part=part, parts=8))
     assert len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 22
     packed = [pack(source, tmp_path / "out", replace(SMALL, part=part, parts=parts)) for part, parts in again]
@@ -502,7 +502,7 @@ def test_an_array_resubmitted_in_part_finishes_with_the_same_bytes(source, tmp_p
 
 def test_a_chunk_that_another_packer_prepared_meanwhile_is_not_prepared_again(source, tmp_path, monkeypatch):
     """Another comes when this one has prepared its first chunk, and prepares all others."""
-    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     prepared = []
     real = chunks.prepare_one
     monkeypatch.setattr(chunks, "prepare_one", lambda *inputs: prepared.append(inputs[0]) or real(*inputs))
@@ -536,7 +536,7 @@ def test_a_packer_that_slurm_started_again_waits_for_the_lock_of_a_lost_node(sou
     (tmp_path / ".out.partial").mkdir()
     with open(tmp_path / ".out.partial" / "part-1-of-1.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr("kfood_dist.cluster.time.sleep", lambda seconds: fcntl.flock(lock, fcntl.LOCK_UN))
+        monkeypatch.setattr("kfood_dist.system.cluster.time.sleep", lambda seconds: fcntl.flock(lock, fcntl.LOCK_UN))
         assert pack(source, tmp_path / "out", SMALL).manifest
     assert f"another process is writing {tmp_path / 'out'}; waiting" in capsys.readouterr().out
 
@@ -554,10 +554,10 @@ def test_only_one_packer_puts_the_shards_together(source, tmp_path, capsys):
 
 def test_a_damaged_chunk_is_made_again(source, tmp_path, monkeypatch):
     pack(source, tmp_path / "undisturbed", SMALL)
-    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     for damage in (lambda data: data[:-100], lambda data: b"", lambda data: data[:50] + b"x" + data[51:]):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr("kfood_dist.data.packing.job.prepare_chunk", killed_after(4))
+            patch.setattr("kfood_dist.pack.job.prepare_chunk", killed_after(4))
             pack(source, tmp_path / "out", SMALL)
         victim = next((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))
         victim.write_bytes(damage(victim.read_bytes()))
@@ -568,12 +568,12 @@ def test_a_damaged_chunk_is_made_again(source, tmp_path, monkeypatch):
 
 def test_other_options_use_what_still_fits(source, tmp_path, monkeypatch):
     """Split and shard size do not touch a picture; its size does."""
-    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     made = []
     monkeypatch.setattr(
-        "kfood_dist.data.packing.job.prepare_chunk", lambda c, **words: made.append(c.name) or prepare_chunk(c, **words)
+        "kfood_dist.pack.job.prepare_chunk", lambda c, **words: made.append(c.name) or prepare_chunk(c, **words)
     )
-    monkeypatch.setattr("kfood_dist.data.packing.job._merge", lambda *inputs: sys.exit("stopped"))
+    monkeypatch.setattr("kfood_dist.pack.job._merge", lambda *inputs: sys.exit("stopped"))
     for options, in_all in (
         (SMALL, 7),
         (replace(SMALL, shard_size=3, seed=5), 7),
@@ -589,13 +589,11 @@ def test_what_another_version_prepared_is_made_anew(source, tmp_path, monkeypatc
     pack(source, tmp_path / "undisturbed", SMALL)
     with monkeypatch.context() as patch:
         if other == "algorithm":
-            patch.setattr("kfood_dist.data.packing.prepare.ALGORITHM", -1)
+            patch.setattr("kfood_dist.pack.prepare.ALGORITHM", -1)
         else:
-            patch.setattr(
-                "kfood_dist.data.packing.prepare.version", lambda name: "0" if name == other else version(name)
-            )
-        patch.setattr("kfood_dist.data.packing.prepare.perceptual_hash", lambda jpeg: 0)  # as it was made then
-        patch.setattr("kfood_dist.data.packing.job._merge", lambda *inputs: sys.exit("stopped"))
+            patch.setattr("kfood_dist.pack.prepare.version", lambda name: "0" if name == other else version(name))
+        patch.setattr("kfood_dist.pack.prepare.perceptual_hash", lambda jpeg: 0)  # as it was made then
+        patch.setattr("kfood_dist.pack.job._merge", lambda *inputs: sys.exit("stopped"))
         with pytest.raises(SystemExit, match="stopped"):
             pack(source, tmp_path / "out", SMALL)
     assert len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 1
@@ -618,7 +616,7 @@ def test_a_refused_picture_that_was_mended_is_used_though_its_size_is_the_same(s
 
 def test_pictures_prepared_from_another_copy_of_the_source_are_used(source, tmp_path, monkeypatch):
     """As of a source that each job brings to its own node: made of other files, at other times."""
-    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     pack(source, tmp_path / "whole", SMALL)
     for part in (1, 2):
         copy = shutil.copytree(source, tmp_path / str(part) / source.name)
@@ -633,7 +631,7 @@ def test_a_picture_that_may_be_read_now_is_used(source, tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return open(path, mode)
 
-    monkeypatch.setattr("kfood_dist.data.packing.sources.read.open", unless_forbidden, raising=False)
+    monkeypatch.setattr("kfood_dist.pack.sources.read.open", unless_forbidden, raising=False)
     copy = shutil.copytree(source, tmp_path / source.name)
     victim = next(copy.rglob("*.jpg"))
     victim.chmod(0)
@@ -666,7 +664,7 @@ def test_interrupted_by_hand_it_says_so_and_keeps_what_is_done(slow, tmp_path):
 
 def test_a_source_that_vanishes_stops_the_packing_which_goes_on_when_it_is_back(source, tmp_path, monkeypatch):
     pack(source, tmp_path / "undisturbed", SMALL)
-    monkeypatch.setattr("kfood_dist.data.packing.chunks.CHUNK_RECORDS", 7)
+    monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     moved = shutil.copytree(source, tmp_path / "moved")
 
     def until_it_vanishes(chunk, **words):
@@ -675,7 +673,7 @@ def test_a_source_that_vanishes_stops_the_packing_which_goes_on_when_it_is_back(
         prepare_chunk(chunk, **words)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfood_dist.data.packing.job.prepare_chunk", until_it_vanishes)
+        patch.setattr("kfood_dist.pack.job.prepare_chunk", until_it_vanishes)
         with pytest.raises(SourceError, match=r"→ "):
             pack(moved, tmp_path / "out", SMALL)
     assert len(list((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))) == 3
@@ -725,13 +723,13 @@ def test_a_disk_that_fills_up_leaves_finished_shards_intact(source, tmp_path, mo
         return write_tar(path, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kfood_dist.data.packing.write.write_tar", until_full)
+        patch.setattr("kfood_dist.pack.write.write_tar", until_full)
         with pytest.raises(KfoodError, match=r"no space left to write .*out .*→ free .* it goes on where it stopped"):
             pack(source, tmp_path / "out", SMALL)
     assert len(list((tmp_path / ".out.partial").rglob("train-*.index.npy"))) == 3
     again = []
     monkeypatch.setattr(
-        "kfood_dist.data.packing.write.write_tar", lambda path, e: again.append(path.name) or write_tar(path, e)
+        "kfood_dist.pack.write.write_tar", lambda path, e: again.append(path.name) or write_tar(path, e)
     )
     pack(source, tmp_path / "out", SMALL)
     assert written == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]

@@ -15,12 +15,12 @@ import pytest
 from pictures import folder_bytes, write_folder
 
 from kfood_dist.cli import main
-from kfood_dist.data.packing import job, workspace
-from kfood_dist.data.packing.job import pack
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.tars import write_tar
-from kfood_dist.data.verify import verify
+from kfood_dist.data.shards.tars import write_tar
+from kfood_dist.data.shards.verify import verify
 from kfood_dist.errors import KfoodError, SourceError
+from kfood_dist.pack import job, workspace
+from kfood_dist.pack.job import pack
+from kfood_dist.pack.options import PackOptions
 
 SMALL = PackOptions(image_size=32, shard_size=10, workers=1)
 FIRST, SECOND = replace(SMALL, part=1, parts=2), replace(SMALL, part=2, parts=2)
@@ -196,7 +196,7 @@ def test_shards_that_a_killed_packer_finished_are_taken_over(source, undisturbed
         monkeypatch.setattr(os, "link", no_links)
     written = []
     monkeypatch.setattr(
-        "kfood_dist.data.packing.write.write_tar", lambda path, e: written.append(path.name) or write_tar(path, e)
+        "kfood_dist.pack.write.write_tar", lambda path, e: written.append(path.name) or write_tar(path, e)
     )
     pack(source, tmp_path / "out", SMALL)
     assert len(written) == (6 if where == "another, without links" else 2)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orders import plain_order
 
-from kfood_dist.data.plan import EMPTY, Plan, accumulation_for, cut_anew, deal
-from kfood_dist.data.sampling import Order, _balanced_draws, _times_drawn, build_order
-from kfood_dist.data.shuffle import RUNS_PER_WINDOW, Shuffle
+from kfood_dist.data.plan.plan import EMPTY, Plan, accumulation_for, cut_anew, deal
+from kfood_dist.data.plan.sampling import Order, _balanced_draws, _times_drawn, build_order
+from kfood_dist.data.plan.shuffle import RUNS_PER_WINDOW, Shuffle
 from kfood_dist.errors import CheckpointError, RecipeError
 
 GOLDEN = [9, 6, 5, 7, 8, 11, 0, 4, 10, 1, 2, 3]

@@ -9,7 +9,7 @@ import pytest
 from test_evaluate import EXACT, likelihood, load, micro_batch, read
 
 from kfood_dist.cli import main
-from kfood_dist.data.labels import clean
+from kfood_dist.data.task.dish import clean
 from kfood_dist.evaluate.generate import Answer
 from kfood_dist.evaluate.predict import name_dish, rank_names
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kfood_dist.config import Recipe
+from kfood_dist.config.recipe import Recipe
 from kfood_dist.train.build import adapter_facts
 from kfood_dist.train.preflight import forbidden_changes, num_steps
 

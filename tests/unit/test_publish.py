@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from kfood_dist.config import Recipe
+from kfood_dist.config.recipe import Recipe
 from kfood_dist.errors import CheckpointError
-from kfood_dist.runtime import World
-from kfood_dist.train import checkpoint
+from kfood_dist.system.processes import World
 from kfood_dist.train.main import publish, train
 from kfood_dist.train.publish import publish_adapter
-from kfood_dist.train.stop import StopRequest
+from kfood_dist.train.run import checkpoint
+from kfood_dist.train.run.stop import StopRequest
 
 FACTS = {
     "data": {"epoch": 0}, "base_fingerprint": "f", "world_size": 1, "distributed_type": "NO", "zero_stage": 0

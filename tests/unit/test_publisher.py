@@ -11,16 +11,16 @@ from pictures import encoded, folder_bytes, picture, write_folder
 from zips import as_folder, zipped
 
 from kfood_dist.cli import main
-from kfood_dist.data.labels import DishClass
-from kfood_dist.data.manifest import load_manifest, seal
-from kfood_dist.data.packing.job import pack
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.publisher import assign, settle
-from kfood_dist.data.packing.sources import Record, scan
-from kfood_dist.data.packing.split import parse_fractions
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.verify import verify
+from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.shards.verify import verify
+from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import SourceError
+from kfood_dist.pack.job import pack
+from kfood_dist.pack.options import PackOptions
+from kfood_dist.pack.publisher import assign, settle
+from kfood_dist.pack.sources import Record, scan
+from kfood_dist.pack.split import parse_fractions
 
 JPEG = encoded(picture())
 SMALL = PackOptions(image_size=32, shard_size=10, workers=1)

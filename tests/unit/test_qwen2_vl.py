@@ -9,13 +9,13 @@ import torch
 from bases import write_qwen2_vl
 from test_loss import build, model_inputs
 
-from kfood_dist import doctor
 from kfood_dist.cli import main
-from kfood_dist.config import Data
-from kfood_dist.data.collate import StreamingCollator
-from kfood_dist.data.plan import MicroBatch
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.template import Template
+from kfood_dist.config.recipe import Data
+from kfood_dist.data.batch.collate import StreamingCollator
+from kfood_dist.data.batch.template import Template
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.doctor import checks as doctor
 from kfood_dist.model.adapters import adapted_modules, save_adapter
 from kfood_dist.model.base import LANGUAGE_MODEL, VISION_TOWER, build_template
 from kfood_dist.model.load import linear_types
@@ -60,7 +60,7 @@ def test_the_loss_is_the_models_own(qwen2_vl: Path, template: Template, collator
 
 
 def decoded(jpeg: bytes) -> Any:
-    from kfood_dist.data.images import decode_rgb
+    from kfood_dist.data.picture.images import decode_rgb
 
     return decode_rgb(jpeg)
 

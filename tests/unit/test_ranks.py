@@ -14,7 +14,7 @@ from running import environment, write_recipe
 from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d
 
-from kfood_dist.runtime import World
+from kfood_dist.system.processes import World
 
 STALL_S = 50
 EXPECTED_S = 2 * STALL_S + 60
@@ -28,12 +28,12 @@ def timeouts() -> list[float]:
 
 def build_and_train(recipe_path: Path, damaged: str) -> None:
     """Build a trainer, load a damaged base as it would be loaded, and take a step; prints what it saw as one line."""
-    from kfood_dist.config import load_recipe
+    from kfood_dist.config.recipe import load_recipe
     from kfood_dist.errors import ModelError
     from kfood_dist.model.load import load_base
     from kfood_dist.train.build import build_trainer
     from kfood_dist.train.preflight import preflight
-    from kfood_dist.train.stop import StopRequest
+    from kfood_dist.train.run.stop import StopRequest
 
     world, recipe = World.from_environment(), load_recipe(recipe_path)
     plan = preflight(recipe, world.size)
@@ -85,7 +85,7 @@ def test_every_process_group_waits_longer_than_the_watch(
 
 def meet_late(run_dir: Path) -> None:
     """Begin to watch in a group with a short limit; then one rank comes much later than the other, as if suspended."""
-    from kfood_dist.train.watch import Watch
+    from kfood_dist.train.run.watchdog import Watch
 
     world = World.from_environment()
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))

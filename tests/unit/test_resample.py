@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kfood_dist.data.resample import _UNIT, _bands, resample
+from kfood_dist.data.picture.resample import _UNIT, _bands, resample
 
 # Smaller and larger than the result, just above and far above it, and wider than one strip.
 SHAPES = [(100, 150), (224, 224), (450, 600), (480, 640), (233, 1500), (3000, 260)]

@@ -14,8 +14,8 @@ import torch
 from running import environment
 
 from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
-from kfood_dist.runtime import World, quiet_loggers, require_folder_possible, run_rank, write_whole
-from kfood_dist.words import plural
+from kfood_dist.system.processes import World, quiet_loggers, require_folder_possible, run_rank, write_whole
+from kfood_dist.system.words import plural
 
 
 def test_a_process_started_alone_is_rank_0_of_1() -> None:
@@ -85,7 +85,7 @@ def test_a_number_agrees_with_its_noun(told: str, text: str) -> None:
 
 
 def test_a_rank_that_starts_when_its_launcher_has_ended_ends() -> None:
-    code = "import kfood_dist.runtime as r; r.end_with_launcher(); print('goes on')"
+    code = "from kfood_dist.system import processes as r; r.end_with_launcher(); print('goes on')"
     for launcher, goes_on in ((os.getpid(), True), (2**30, False)):
         variables = {"TORCHELASTIC_RUN_ID": "none", "KFOOD_LAUNCHER_PID": str(launcher)}
         done = subprocess.run(
@@ -96,7 +96,7 @@ def test_a_rank_that_starts_when_its_launcher_has_ended_ends() -> None:
 
 STARTED_BY_A_SHELL = """
 import os, subprocess, sys, time
-code = "import time; import kfood_dist.runtime as r; r.end_with_launcher(); print(1, flush=True); time.sleep(60)"
+code = "import time, kfood_dist.system.processes as r; r.end_with_launcher(); print(1, flush=True); time.sleep(60)"
 child = subprocess.Popen([sys.executable, "-c", code],
     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 child.stdout.readline()

@@ -14,13 +14,13 @@ import webdataset
 from pictures import write_folder
 from PIL import Image
 
-from kfood_dist.data.manifest import load_manifest, seal
-from kfood_dist.data.packing.job import pack
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.split import parse_fractions
-from kfood_dist.data.shards import INDEX_DTYPE, open_split
-from kfood_dist.data.storage import OutOfReachError
+from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.reader import INDEX_DTYPE, open_split
+from kfood_dist.data.storage.base import OutOfReachError
 from kfood_dist.errors import ShardError
+from kfood_dist.pack.job import pack
+from kfood_dist.pack.options import PackOptions
+from kfood_dist.pack.split import parse_fractions
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
 
@@ -110,7 +110,7 @@ def test_many_are_read_in_the_order_asked_for(packed):
 
 @pytest.mark.parametrize("kept_bytes", [1, 256 << 20])
 def test_rows_and_labels_are_in_order_however_few_indexes_are_kept(packed, monkeypatch, kept_bytes):
-    monkeypatch.setattr("kfood_dist.data.shards._KEPT_INDEX_BYTES", kept_bytes)
+    monkeypatch.setattr("kfood_dist.data.shards.reader._KEPT_INDEX_BYTES", kept_bytes)
     whole = np.concatenate([np.load(packed / f"train-{n:06d}.index.npy") for n in range(3)])
     split = open_split(packed, "train")
     for ids in ([17], [9, 0, 17, 1], range(18), [-1, 5]):  # the last shard's index is there before the first's
@@ -229,7 +229,7 @@ def test_descriptors_are_few_and_given_back(packed, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     split = open_split(packed, "train")
     assert len(os.listdir("/proc/self/fd")) == before
-    monkeypatch.setattr("kfood_dist.data.storage._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("kfood_dist.data.storage.base._MAX_OPEN_FILES", 2)
     for i in (0, 8, 17, 0, 8):
         split.read(i)
         assert len(os.listdir("/proc/self/fd")) <= before + 2

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfood_dist.data.collate import Batch
+from kfood_dist.data.batch.collate import Batch
 from kfood_dist.errors import TrainingError
-from kfood_dist.monitor import RunLog
-from kfood_dist.runtime import World
-from kfood_dist.train.checkpoint import MARKER
-from kfood_dist.train.engine import Update
-from kfood_dist.train.skips import Loss, SkipWatch, last_good, reason
+from kfood_dist.system.processes import World
+from kfood_dist.train.engine.base import Update
+from kfood_dist.train.run.checkpoint import MARKER
+from kfood_dist.train.run.monitor import RunLog
+from kfood_dist.train.run.skips import Loss, SkipWatch, last_good, reason
 
 APPLIED = Update(grad_norm=0.5, applied=True, loss_scale=None)
 SKIPPED = Update(grad_norm=math.nan, applied=False, loss_scale=None)

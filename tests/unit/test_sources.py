@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pictures import encoded, picture, write_folder
 
-from kfood_dist.data.images import ImageRejected
-from kfood_dist.data.labels import DishClass
-from kfood_dist.data.packing.sources import Record, read_picture, scan
-from kfood_dist.data.packing.sources.scan import _with_own_names
+from kfood_dist.data.picture.images import ImageRejected
+from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import SourceError
+from kfood_dist.pack.sources import Record, read_picture, scan
+from kfood_dist.pack.sources.scan import _with_own_names
 
 JPEG = encoded(picture())
 

@@ -2,8 +2,8 @@ import pytest
 from pictures import encoded, picture
 from zips import as_folder, zipped
 
-from kfood_dist.data.packing.sources import BoxCount, scan_source
-from kfood_dist.data.packing.sources.boxes import parse
+from kfood_dist.pack.sources import BoxCount, scan_source
+from kfood_dist.pack.sources.boxes import parse
 
 JPEG = encoded(picture())
 

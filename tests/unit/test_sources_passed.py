@@ -9,12 +9,12 @@ from PIL import Image
 from zips import as_folder, zipped
 
 from kfood_dist.cli import main
-from kfood_dist.data.labels import DishClass
-from kfood_dist.data.manifest import load_manifest
-from kfood_dist.data.packing.sources import scan, scan_source
-from kfood_dist.data.packing.sources.passed import container_kind, how_to_read
-from kfood_dist.data.packing.sources.record import SUFFIXES
+from kfood_dist.data.shards.manifest import load_manifest
+from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import SourceError
+from kfood_dist.pack.sources import scan, scan_source
+from kfood_dist.pack.sources.passed import container_kind, how_to_read
+from kfood_dist.pack.sources.record import SUFFIXES
 
 JPEG = encoded(picture())
 

@@ -18,12 +18,12 @@ import pytest
 from pictures import encoded, picture
 from zips import CRC, FLAGS, METHOD, OFFSET, PACKED, UNPACKED, as_folder, with_field, zipped
 
-from kfood_dist.data.images import ImageRejected
-from kfood_dist.data.labels import load_classes
-from kfood_dist.data.packing.chunks import cut, load_chunk, prepare_chunk
-from kfood_dist.data.packing.prepare import PictureSettings, Prepared, Refusal, in_processes
-from kfood_dist.data.packing.sources import opened, read, read_picture, scan, scan_source, zips
+from kfood_dist.data.picture.images import ImageRejected
+from kfood_dist.data.task.dish import load_classes
 from kfood_dist.errors import SourceError
+from kfood_dist.pack.chunks import cut, load_chunk, prepare_chunk
+from kfood_dist.pack.prepare import PictureSettings, Prepared, Refusal, in_processes
+from kfood_dist.pack.sources import opened, read, read_picture, scan, scan_source, zips
 
 CLASSES = Path(__file__).resolve().parents[2] / "shards" / "kfood150.tsv"
 SETTINGS = PictureSettings(image_size=32, resize="squash", quality=90, min_side=32, crop_boxes=False)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfood_dist.data.packing.split import assign_splits, keyed_digest, parse_fractions
 from kfood_dist.errors import SourceError
+from kfood_dist.pack.split import assign_splits, keyed_digest, parse_fractions
 
 FRACTIONS = st.sampled_from(["0.8,0.1,0.1", "0.5,0.25,0.25", "1,0,0", "0,0,1", "0.7,0,0.3", "0.98,0.01,0.01"])
 SAMPLES = st.lists(st.tuples(st.integers(0, 60), st.sampled_from("가나다")), min_size=1, max_size=120)

@@ -15,14 +15,14 @@ import pytest
 from faulty_server import FAULTS, serving
 from pictures import write_folder
 
-from kfood_dist.data.manifest import load_manifest
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.pack import pack
-from kfood_dist.data.packing.split import parse_fractions
-from kfood_dist.data.remote import RemoteStorage
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.stage import stage
+from kfood_dist.data.shards.manifest import load_manifest
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.shards.stage import stage
+from kfood_dist.data.storage.remote import RemoteStorage
 from kfood_dist.errors import LaunchError, ShardError
+from kfood_dist.pack.options import PackOptions
+from kfood_dist.pack.pack import pack
+from kfood_dist.pack.split import parse_fractions
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
 FILES = [f"train-00000{n}.{kind}" for n in range(3) for kind in ("index.npy", "tar")]
@@ -161,7 +161,7 @@ def stage_only(url, place):
 
 def kill_while_copying(server, place, monkeypatch):
     """Stage until the last shard does not answer, then kill -9; the small batches make the others be there by then."""
-    monkeypatch.setattr("kfood_dist.data.stage._BATCH_PIECES", 1)
+    monkeypatch.setattr("kfood_dist.data.shards.stage._BATCH_PIECES", 1)
     server.break_next("stall", "train-000002.tar", 1)
     process = FORK.Process(target=stage_only, args=(server.url, place))
     process.start()
@@ -323,7 +323,7 @@ def test_a_damaged_source_is_noticed(packed, place, tmp_path, damage):
 
 def test_too_little_room_is_told_before_anything_is_copied(server, place, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("kfood_dist.data.stage.shutil.disk_usage", lambda folder: usage(10, 10, 1000))
+    monkeypatch.setattr("kfood_dist.data.shards.stage.shutil.disk_usage", lambda folder: usage(10, 10, 1000))
     needed = sum(s.bytes + s.index_bytes for s in load_manifest(server.url).shards_of("train"))
     with (
         pytest.raises(LaunchError, match=rf"has 1,000 bytes free; .* needs {needed:,} more there → name another"),

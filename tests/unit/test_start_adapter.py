@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kfood_dist.config import Lora, build_recipe
+from kfood_dist.config.recipe import Lora, build_recipe
 from kfood_dist.errors import ModelError
 from kfood_dist.model.adapters import attach_lora, load_adapter, require_adapter
 from kfood_dist.model.load import load_base

@@ -9,7 +9,7 @@ from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.optim import AdamW8bit
 
 from kfood_dist.errors import CheckpointError
-from kfood_dist.train.state import Held, Saved, Stretch, load, save
+from kfood_dist.train.engine.state import Held, Saved, Stretch, load, save
 
 SIZES = {"a": 5000, "b": 300, "c": 9001}
 TOTAL = sum(SIZES.values())

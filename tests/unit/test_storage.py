@@ -17,14 +17,14 @@ from faulty_server import FAULTS, serving
 from page_cache import drop_pages, resident_share, settled
 from pictures import write_folder
 
-from kfood_dist.data.manifest import load_manifest
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.pack import pack
-from kfood_dist.data.packing.split import parse_fractions
-from kfood_dist.data.remote import RemoteStorage
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.storage import LocalStorage, MissingFileError, open_storage, spans
+from kfood_dist.data.shards.manifest import load_manifest
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.storage.base import LocalStorage, MissingFileError, open_storage, spans
+from kfood_dist.data.storage.remote import RemoteStorage
 from kfood_dist.errors import ShardError
+from kfood_dist.pack.options import PackOptions
+from kfood_dist.pack.pack import pack
+from kfood_dist.pack.split import parse_fractions
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
 TAR = "train-000001.tar"  # samples 7 to 13
@@ -71,7 +71,7 @@ def test_a_path_and_a_file_url_are_the_same_folder(packed, local):
 
 @pytest.mark.parametrize("quick_s", [-1.0, 1000.0])
 def test_ranges_come_in_order_whether_or_not_the_disk_is_waited_for(packed, monkeypatch, quick_s):
-    monkeypatch.setattr("kfood_dist.data.storage._QUICK_S", quick_s)  # every read has to wait, or none
+    monkeypatch.setattr("kfood_dist.data.storage.base._QUICK_S", quick_s)  # every read has to wait, or none
     storage = LocalStorage(packed)
     data = (packed / TAR).read_bytes()
     ranges = [(TAR, 512 * n % len(data), 1 + 97 * n) for n in range(40)]
@@ -104,7 +104,7 @@ def test_a_disk_that_is_slow_is_read_by_several_threads_together(packed, monkeyp
         return pread(*words)
 
     storage = LocalStorage(packed)
-    monkeypatch.setattr("kfood_dist.data.storage._GAP_BYTES", 0)
+    monkeypatch.setattr("kfood_dist.data.storage.base._GAP_BYTES", 0)
     storage._is_quick = False  # as after a read that had to wait
     monkeypatch.setattr("os.pread", waiting)
     assert storage.read_ranges([(TAR, 100 * n, 10) for n in range(8)])

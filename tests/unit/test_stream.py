@@ -17,11 +17,11 @@ import pytest
 import torch
 from running import ROOT, environment
 
-from kfood_dist.data.collate import Batch, StreamingCollator
-from kfood_dist.data.plan import MicroBatch
-from kfood_dist.data.shards import open_split
-from kfood_dist.data.stream import stream
-from kfood_dist.data.template import Template
+from kfood_dist.data.batch.collate import Batch, StreamingCollator
+from kfood_dist.data.batch.loader import stream
+from kfood_dist.data.batch.template import Template
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import LaunchError, ShardError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 

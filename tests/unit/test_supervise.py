@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import ROOT, environment
 
-from kfood_dist.ranks import handled_signals
+from kfood_dist.launch.ranks import handled_signals
 
 SUPERVISED = """
 import os, sys

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfood_dist.data.patches import VisionSpec
-from kfood_dist.data.template import IGNORED, SampleTooLong, Template, truncate
+from kfood_dist.data.batch.template import IGNORED, SampleTooLong, Template, truncate
+from kfood_dist.data.picture.patches import VisionSpec
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
 

@@ -11,11 +11,14 @@ import pytest
 from pictures import write_folder
 from running import environment
 
-from kfood_dist import cli, launch, ranks, utf8
-from kfood_dist.data.packing.sources import scan
+from kfood_dist import cli
 from kfood_dist.errors import LaunchError
-from kfood_dist.runtime import write_whole
-from kfood_dist.utf8 import as_utf8
+from kfood_dist.launch import ranks
+from kfood_dist.launch import start as launch
+from kfood_dist.pack.sources import scan
+from kfood_dist.system import utf8
+from kfood_dist.system.processes import write_whole
+from kfood_dist.system.utf8 import as_utf8
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -66,7 +69,7 @@ def test_a_program_of_ones_own_is_refused_under_another_locale(tmp_path: Path, k
         assert done.returncode == 2
         assert f"kfood: Python reads the names of files as {encoding}, not as UTF-8".encode() in done.stderr
         assert b"PYTHONUTF8=1" in done.stderr
-        scanning = "from pathlib import Path; from kfood_dist.data.packing.sources import scan; scan(Path('.'))"
+        scanning = "from pathlib import Path; from kfood_dist.pack.sources import scan; scan(Path('.'))"
         assert b"LaunchError: " in run(["-c", scanning], variables, tmp_path).stderr
 
 

@@ -10,13 +10,13 @@ import pytest
 from pictures import encoded, picture, write_folder
 
 from kfood_dist.cli import main
-from kfood_dist.data.manifest import seal
-from kfood_dist.data.packing.job import pack
-from kfood_dist.data.packing.options import PackOptions
-from kfood_dist.data.packing.split import parse_fractions
-from kfood_dist.data.tars import members
-from kfood_dist.data.verify import verify
+from kfood_dist.data.shards.manifest import seal
+from kfood_dist.data.shards.tars import members
+from kfood_dist.data.shards.verify import verify
 from kfood_dist.errors import ShardError
+from kfood_dist.pack.job import pack
+from kfood_dist.pack.options import PackOptions
+from kfood_dist.pack.split import parse_fractions
 
 OPTIONS = PackOptions(image_size=32, shard_size=6, workers=1, fractions=parse_fractions("0.75,0,0.25"))
 FIRST, SECOND, TEST = "train-000000", "train-000001", "test-000000"

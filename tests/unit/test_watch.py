@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from kfood_dist.runtime import World
+from kfood_dist.system.processes import World
 from kfood_dist.train.loop import Trainer
-from kfood_dist.train.watch import Seen, Watch, blame
+from kfood_dist.train.run.watchdog import Seen, Watch, blame
 
 NOW = 1000.0
 

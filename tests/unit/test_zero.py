@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from kfood_dist.config import Recipe
+from kfood_dist.config.recipe import Recipe
 from kfood_dist.errors import RecipeError
-from kfood_dist.train.zero import SHIPPED, deepspeed_config
+from kfood_dist.train.engine.zero_config import SHIPPED, deepspeed_config
 
 
 def build(config: Path | None = None, precision: str = "bf16", **train: Any) -> Recipe:

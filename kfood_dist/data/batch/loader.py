@@ -1,0 +1,234 @@
+"""Batches from loader processes, in the plan's order.
+
+    micro-batches of the plan ──► loader processes in turn: collator ──► a socket each ──► a thread each ──► Batch, …
+
+Always holds: the order is the plan's whatever the number of workers. A batch crosses as bytes: no shared memory, no
+named socket and no descriptor is needed for it. A worker that ends is noticed at once; workers end with their parent,
+however that ends; a user's mistake met in a worker is raised here as itself.
+"""
+
+import atexit
+import errno
+import multiprocessing
+import pickle
+import signal
+import socket
+import struct
+import threading
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import cycle
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from kfood_dist.data.batch.collate import Batch, StreamingCollator
+from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.system.processes import end_with_parent, how_it_ended, keep_freed_memory
+
+_PATIENCE_S = 5
+_REMEDIES = {
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.EAGAIN: "raise the limit of processes (`ulimit -u`)",
+    errno.ENOMEM: "give the job more memory",
+}
+
+
+def stream(
+    collator: StreamingCollator,
+    micro_batches: Iterator[MicroBatch],
+    num_workers: int,
+    pin_memory: bool = False,
+    ahead: int = 2,
+    start_method: str = "fork",
+) -> Generator[Batch, None, None]:
+    """The batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this one).
+
+    The processes end with the last batch, or when the generator is closed.
+
+    At least `ahead` of them are under way at any time, so that a step that takes several at once need not wait.
+    `start_method` is multiprocessing's: `fork` starts at once; `spawn` takes seconds, and shares no memory with a
+    process whose network driver does not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
+
+    Raises KfoodError: what a worker met, and LaunchError if one cannot be started or ends.
+    """
+    if not num_workers:
+        keep_freed_memory()
+        for micro_batch in micro_batches:
+            batch = collator[micro_batch]
+            yield batch.pin_memory() if pin_memory else batch
+        return
+    _end_what_is_left_at_exit()
+    workers: list[_Worker] = []
+    try:
+        for _ in range(num_workers):
+            workers.append(_Worker(collator, start_method, pin_memory))
+        yield from _in_turn(workers, micro_batches, num_workers * max(2, -(-ahead // num_workers)))
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _in_turn(workers: "list[_Worker]", micro_batches: Iterator[MicroBatch], ahead: int) -> Iterator[Batch]:
+    asked: deque[_Worker] = deque()
+    for worker, micro_batch in zip(cycle(workers), micro_batches, strict=False):
+        worker.ask(micro_batch)
+        asked.append(worker)
+        if len(asked) == ahead:
+            yield asked.popleft().answer()
+    while asked:
+        yield asked.popleft().answer()
+
+
+class _Worker:
+    """One loader process, seen from its parent: answers what it is asked, in that order."""
+
+    def __init__(self, collator: StreamingCollator, start_method: str, pin_memory: bool):
+        self._device = torch.cuda.current_device() if pin_memory else None
+        self._answers: SimpleQueue[Any] = SimpleQueue()  # None: there will be no more
+        # Takes what comes as it comes: the worker goes on to its next batch.
+        self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
+        try:
+            self._socket, theirs = socket.socketpair()
+            with theirs:  # so that the worker alone holds it, and its end is the connection's
+                context: Any = multiprocessing.get_context(start_method)
+                self._process = context.Process(target=_work, args=(collator, theirs), name="loader", daemon=True)
+                self._process.start()
+            self._start_receiver()
+        except OSError as error:
+            what = f"a loader process cannot be started ({error.strerror or error})"
+            remedy = _REMEDIES.get(error.errno or 0, "see `kfood doctor`")
+            raise LaunchError(what, f"{remedy}, or set data.num_workers=0") from None
+
+    def _start_receiver(self) -> None:
+        try:
+            self._receiver.start()
+        except RuntimeError:  # which says no more than that it cannot be
+            self._process.kill()
+            self._process.join(_PATIENCE_S)
+            raise OSError(errno.EAGAIN, "no thread can be started") from None
+
+    def ask(self, micro_batch: MicroBatch) -> None:
+        with suppress(ConnectionError):  # it ended, which the answer tells
+            self._socket.sendall(b"".join(as_bytes(micro_batch)))
+
+    def answer(self) -> Batch:
+        """The batch that was asked for first of those not yet answered. Raises what the worker met."""
+        found = self._answers.get()
+        if found is None:
+            raise self._fault()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(_PATIENCE_S)
+        self._receiver.join(_PATIENCE_S)
+        self._socket.close()
+
+    def _receive(self) -> None:
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
+            while True:
+                found = receive(self._socket)
+                self._answers.put(found if self._device is None or isinstance(found, Exception) else found.pin_memory())
+        except (EOFError, ConnectionError):
+            self._answers.put(None)
+        except Exception as error:
+            self._answers.put(error)
+
+    def _fault(self) -> LaunchError:
+        self._process.join(_PATIENCE_S)
+        status = self._process.exitcode
+        remedy = "most likely memory ran out: give the job more, or lower data.num_workers"
+        if status not in (None, -signal.SIGKILL):
+            remedy = "most likely a library failed on a picture: see what it printed, and look with `kfood verify`"
+        return LaunchError(
+            f"a loader process ended{'' if status is None else f', {how_it_ended(status)}'}",
+            f"{remedy}; a new start resumes",
+        )
+
+
+def as_bytes(value: Any) -> Sequence[bytes | memoryview]:
+    """What to send of a value, one after the other. Arrays in it go as they lie in memory (pickle 5, PEP 574)."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+    return [struct.pack(f"<{1 + len(parts)}Q", len(parts), *map(len, parts)), *parts]
+
+
+def receive(connection: socket.socket) -> Any:
+    """The next value that was sent. Raises EOFError at the end, also if it is in the middle of a value."""
+    (num_parts,) = struct.unpack("<Q", _read(connection, 8))
+    sizes = struct.unpack(f"<{num_parts}Q", _read(connection, 8 * num_parts))
+    head, *buffers = [_read(connection, size) for size in sizes]
+    return pickle.loads(head, buffers=buffers)
+
+
+def _read(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    left = memoryview(data)
+    while left:
+        num_bytes = connection.recv_into(left)
+        if not num_bytes:
+            raise EOFError
+        left = left[num_bytes:]
+    return data
+
+
+def _work(collator: StreamingCollator, connection: socket.socket) -> None:
+    """Answer with a batch for each micro-batch, in a process of its own, until the parent ends it."""
+    _start_worker()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            for part in _answer(collator, receive(connection)):
+                connection.sendall(part)
+
+
+def _answer(collator: StreamingCollator, micro_batch: MicroBatch) -> Sequence[bytes | memoryview]:
+    """What to send of a batch, or of what went wrong with it."""
+    try:
+        return as_bytes(collator[micro_batch])
+    except KfoodError as error:
+        return as_bytes(error)
+    except MemoryError:
+        what, remedy = "a loader process has no memory left", "give the job more, or lower data.num_workers"
+        return as_bytes(LaunchError(what, f"{remedy}; a new start resumes"))
+    except Exception:
+        return as_bytes(RuntimeError(f"in a loader process:\n{traceback.format_exc()}"))
+
+
+def _start_worker() -> None:
+    """Signals reach a whole terminal or job, and the parent alone decides; where it is killed, its workers go at once.
+
+    Only a second SIGTERM is obeyed, the first may be such a signal.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    end_with_parent(parent.pid)
+    keep_freed_memory()
+    torch.set_num_threads(1)
+
+
+@cache
+def _end_what_is_left_at_exit() -> None:
+    """At its end, let this process end the workers that still run: to one SIGTERM, with which multiprocessing would
+    ask them to end before it waits for them for ever, they are deaf.
+    """
+
+    def end() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join(_PATIENCE_S)
+
+    atexit.register(end)

@@ -1,0 +1,290 @@
+"""Copying the wanted splits of a data set to a disk of this node, once for all its processes.
+
+    data set ──► HOME/<name>-<hash>.lock    shared by all who use the copy; the last one out removes both
+             ──► HOME/<name>-<hash>/        one process copies, the others wait
+                   NAME.partial ──► size, SHA-256 ──► NAME
+
+HOME is STAGE/kfood-stage-<user id>, this user's alone, and goes when it is empty.
+
+The hash is the manifest's, so a file under its final name is a verified copy of just this data set: what a killed
+job left there is used again by the next that wants it, and removed by the next that stages something else. Nothing
+else is ever removed: no lock without our mark, no file of another name, nothing beside that folder.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kfood_dist.data.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from kfood_dist.data.storage.base import LocalStorage, Range, Storage, open_storage
+from kfood_dist.errors import KfoodError, LaunchError, ShardError
+
+_PIECE_BYTES = 8 << 20
+# What is read at once, while the batch before it is hashed and written; twice this is in memory.
+_BATCH_BYTES = 32 << 20
+_BATCH_PIECES = 64
+_PARTIAL = ".partial"
+_COPY_LOCK = ".copying"
+# What stands in a lock of ours; one that anybody else made is left alone, with the folder beside it.
+_MARK = b"kfood: held by who uses the copy beside this file\n"
+# What is written into a copy, and no more is removed from it.
+_COPIED = re.compile(rf"{re.escape(_COPY_LOCK)}|({re.escape(MANIFEST_NAME)}|.+\.tar|.+\.index\.npy)(\{_PARTIAL})?")
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file to copy, as the manifest describes it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def ranges(self) -> list[Range]:
+        return [(self.name, at, min(_PIECE_BYTES, self.bytes - at)) for at in range(0, self.bytes, _PIECE_BYTES)]
+
+
+@contextmanager
+def stage(
+    where: str | Path | Storage, splits: Iterable[str], stage_dir: Path, show_progress: bool = True
+) -> Iterator[Path]:
+    """Copy the manifest and the shards of `splits` into a folder under `stage_dir`; gives the folder.
+
+    Any number of processes of a node may do so at once: one copies, all may read until they leave the block, and
+    the last one to leave removes the copy. Keep `stage_dir` on a disk of the node; several users may name the same,
+    each has copies of their own there.
+
+    Raises ShardError where the data set is missing, damaged or out of reach, and LaunchError where `stage_dir` has
+    no room for it or cannot be written.
+    """
+    storage = open_storage(where)
+    manifest = load_manifest(storage)
+    raw = storage.read(MANIFEST_NAME)
+    folder = _home(stage_dir) / f"{_plain(manifest.where)}-{hashlib.sha256(raw).hexdigest()[:12]}"
+    with _told(stage_dir):
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        lock = _enter(folder)
+    try:
+        with _told(stage_dir):
+            os.pwrite(lock, _MARK, 0)
+            folder.mkdir(exist_ok=True)
+            with _copying(folder, manifest.where):
+                _sweep(folder)
+                _copy(manifest, _files(manifest, set(splits)), folder, show_progress)
+                _write(folder, _File(MANIFEST_NAME, len(raw), hashlib.sha256(raw).hexdigest()), [raw], storage)
+        yield folder
+    finally:
+        _leave(folder, lock)
+
+
+def _plain(where: str) -> str:
+    """The last part of a path or URL, fit to name a folder."""
+    return re.sub(r"[^\w.-]", "_", Path(where).absolute().name) or "shards"
+
+
+def _home(stage_dir: Path) -> Path:
+    return stage_dir / f"kfood-stage-{os.geteuid()}"
+
+
+@contextmanager
+def _told(stage_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(
+            f"cannot stage into {stage_dir} ({error.strerror or error}: {error.filename})",
+            "name a folder of your own on a disk of this node with --stage DIR, or read without --stage",
+        ) from None
+
+
+def _files(manifest: Manifest, splits: set[str]) -> list[_File]:
+    """Indexes first: they are small, and a reader that cannot have them need not wait for the tars."""
+    shards = [shard for shard in manifest.shards if shard.split in splits]
+    indexes = [_File(shard.index_path, shard.index_bytes, shard.index_sha256) for shard in shards]
+    return indexes + [_File(shard.path, shard.bytes, shard.sha256) for shard in shards]
+
+
+# --- who uses a copy
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _enter(folder: Path) -> int:
+    """Share the folder's lock; returns its descriptor. Waits while another process removes the folder."""
+    while True:
+        with suppress(FileExistsError):
+            folder.parent.mkdir(0o700)
+        try:
+            _require_own(folder.parent)
+            lock = os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue  # the last one out has just removed the empty home
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if _is_at(lock, _lock_path(folder)):
+            return lock
+        os.close(lock)  # removed with the folder while this process waited for it
+
+
+def _require_own(home: Path) -> None:
+    # In a place like /tmp anybody could have made it, and would choose what is read from it.
+    status = home.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise LaunchError(f"{home} is no folder of this user", "name another --stage DIR, or read without --stage")
+
+
+def _is_at(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _leave(folder: Path, lock: int) -> None:
+    """Give the lock back, and remove the folder if nobody else shares it; the home too when nothing is left there."""
+    _remove_unless_used(folder, lock)
+    # Loader processes may have inherited the descriptor: closing it here alone would not free the lock.
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
+    with suppress(OSError):  # others use it, or keep something there
+        folder.parent.rmdir()
+
+
+def _remove_unless_used(folder: Path, lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    if _is_at(lock, _lock_path(folder)):
+        _remove_copy(folder)
+        # The lock last: until then, who comes anew waits for it.
+        if folder.exists():
+            print(f"{folder} could not be removed whole; remove it by hand", flush=True)
+        else:
+            _lock_path(folder).unlink()
+
+
+def _remove_copy(folder: Path) -> None:
+    """Remove the files of a copy, and the folder unless something else is in it."""
+    with suppress(OSError):  # what stays is told by the caller
+        if not folder.is_symlink():
+            for path in folder.iterdir():
+                if _COPIED.fullmatch(path.name):
+                    path.unlink()
+            folder.rmdir()
+
+
+def _sweep(kept: Path) -> None:
+    """Remove what killed jobs of this user left of other data sets."""
+    for path in sorted(kept.parent.glob("*.lock")):
+        if path == _lock_path(kept):
+            continue
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue  # just removed by the one who used it, or no file
+        if _is_marked(lock):
+            _leave(path.with_suffix(""), lock)
+        else:
+            os.close(lock)
+
+
+def _is_marked(lock: int) -> bool:
+    with suppress(OSError):
+        return os.pread(lock, len(_MARK) + 1, 0) == _MARK
+    return False
+
+
+@contextmanager
+def _copying(folder: Path, where: str) -> Iterator[None]:
+    """Let one process of the node copy at a time; the others say that they wait."""
+    with open(folder / _COPY_LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process of this node, which copies {where} to {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# --- the copy
+
+
+def _copy(manifest: Manifest, files: Sequence[_File], folder: Path, show_progress: bool) -> None:
+    """Copy the files that are not there whole; raises before the first where they do not fit."""
+    for path in folder.glob(f"*{_PARTIAL}"):
+        if _COPIED.fullmatch(path.name):
+            path.unlink()  # of a process that was killed: nobody else copies here
+    present = LocalStorage(folder).sizes(file.name for file in files)
+    missing = [file for file in files if present[file.name] != file.bytes]
+    num_bytes = sum(file.bytes for file in missing)
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise LaunchError(
+            f"{folder.parent} has {free:,} bytes free; {manifest.where} needs {num_bytes:,} more there",
+            "name another --stage DIR, free some space, or read without --stage",
+        )
+    storage = manifest.storage
+    stream = _read_ahead(storage, [r for file in missing for r in file.ranges()])
+    disable = None if show_progress and missing else True
+    with tqdm(desc="staging", total=num_bytes, unit="B", unit_scale=True, disable=disable) as bar:
+        for file in missing:
+            _write(folder, file, islice(stream, len(file.ranges())), storage)
+            bar.update(file.bytes)
+
+
+def _read_ahead(storage: Storage, ranges: Sequence[Range]) -> Iterator[bytes]:
+    """The bytes of the ranges in order; a batch is read while the one before it is used."""
+    with ThreadPoolExecutor(1, "stage") as reader:
+        reading: Future[list[bytes | ShardError]] = reader.submit(storage.read_ranges, [])
+        for batch in [*_batches(ranges), []]:
+            done, reading = reading, reader.submit(storage.read_ranges, batch)
+            for data in done.result():
+                if isinstance(data, ShardError):
+                    raise data
+                yield data
+
+
+def _batches(ranges: Sequence[Range]) -> Iterator[list[Range]]:
+    batch: list[Range] = []
+    num_bytes = 0
+    for r in ranges:
+        if batch and (num_bytes + r[2] > _BATCH_BYTES or len(batch) == _BATCH_PIECES):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(r)
+        num_bytes += r[2]
+    if batch:
+        yield batch
+
+
+def _write(folder: Path, file: _File, pieces: Iterable[bytes], source: Storage) -> None:
+    """Write one file under a temporary name, and give it its own once it is what the manifest says."""
+    partial, digest, num_bytes = folder / f"{file.name}{_PARTIAL}", hashlib.sha256(), 0
+    try:
+        with open(partial, "wb") as out:
+            for data in pieces:
+                digest.update(data)
+                out.write(data)
+                num_bytes += len(data)
+            out.flush()
+            os.fsync(out.fileno())
+        if num_bytes != file.bytes:
+            raise source.fault(file.name, f"has {num_bytes:,} bytes, not the {file.bytes:,} of the manifest")
+        if digest.hexdigest() != file.sha256:
+            raise source.fault(file.name, "has not the SHA-256 of the manifest")
+        partial.rename(folder / file.name)
+    except (OSError, KfoodError):
+        partial.unlink(missing_ok=True)
+        raise

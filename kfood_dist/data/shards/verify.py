@@ -1,0 +1,228 @@
+"""`kfood verify`: is a packed folder what its manifest says, down to every picture?
+
+    manifest ──► each shard: size, SHA-256 ──► its index: hash, rows ──► its members: place, crc32, JSON, JPEG
+            └──► the folder: shards that no line of the manifest names, and the list of what was left out
+            └──► all indexes: counts per split and class, groups that lie in one split
+
+Every fault is named; one hides another only where there is nothing left to look at.
+"""
+
+import argparse
+import json
+import os
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from kfood_dist.data.picture.images import ImageRejected, decode_rgb
+from kfood_dist.data.shards.manifest import MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest, ShardFile, load_manifest
+from kfood_dist.data.shards.reader import load_index, sample_key
+from kfood_dist.data.shards.tars import Member, file_sha256, members
+from kfood_dist.data.task.dish import DishClass
+from kfood_dist.errors import ShardError
+from kfood_dist.pack.prepare import available_cores
+from kfood_dist.system.words import plural
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: the file within the folder, and what about it."""
+
+    path: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of `kfood verify`."""
+    parser.add_argument("shards", type=local_folder, metavar="SHARDS", help="a folder that `kfood pack` wrote")
+
+
+def local_folder(text: str) -> Path:
+    """The folder of that name; a URL is refused, since every byte is read several times."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text}: give a folder; copy the shards here, or run it where they lie")
+    return Path(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every fault, or one line when there is none; exit status 1 or 0."""
+    faults = verify(args.shards)
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"{plural(len(faults), 'fault')} in {args.shards}: restore what is named, or pack the source again")
+        return 1
+    manifest = load_manifest(args.shards)
+    num_samples = sum(shard.samples for shard in manifest.shards)
+    num_bytes = sum(shard.bytes for shard in manifest.shards)
+    num_shards = len(manifest.shards)
+    found = f"{plural(num_samples, 'sample')} in {plural(num_shards, 'shard')}"
+    print(f"{args.shards}: all sound: {found}, {num_bytes:,} bytes")
+    return 0
+
+
+def verify(folder: Path, show_progress: bool = True) -> list[Fault]:
+    """Every fault of a packed folder, in the order of its shards; an empty list when it is sound.
+
+    Raises ShardError when there is no such folder.
+    """
+    try:
+        manifest = load_manifest(folder)
+    except ShardError as error:
+        if not os.path.isdir(folder):
+            raise
+        return [Fault(MANIFEST_NAME, error.what)]
+    # Threads suffice: hashing, checksums and decoding release the interpreter.
+    with ThreadPoolExecutor(available_cores()) as pool:
+        checked = pool.map(lambda shard: _check_shard(manifest, shard), manifest.shards)
+        disable = None if show_progress else True
+        results = list(tqdm(checked, "verify", len(manifest.shards), unit="shard", disable=disable))
+    faults = [fault for found, _ in results for fault in found]
+    indexes = [index for _, index in results]
+    faults += _check_folder(manifest)
+    if all(index is not None for index in indexes):
+        faults += _check_counts(manifest, [index for index in indexes if index is not None])
+    return faults
+
+
+def verify_some(manifest: Manifest, splits: Sequence[str]) -> tuple[list[str], list[Fault]]:
+    """Check the first shard of each of some splits; the shards' names, and every fault of theirs."""
+    chosen = [shard for split in dict.fromkeys(splits) for shard in manifest.shards_of(split)[:1]]
+    return [shard.path for shard in chosen], [fault for shard in chosen for fault in _check_shard(manifest, shard)[0]]
+
+
+def count_samples(classes: Sequence[DishClass], indexes: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What the manifest states of one split, from its shards' indexes: samples, groups, samples per class."""
+    labels = Counter(label for index in indexes for label in index["label"].tolist())
+    groups = {group for index in indexes for group in index["group"].tolist()}
+    return {
+        "samples": labels.total(),
+        "groups": len(groups),
+        "per_class": {dish.name: labels[i] for i, dish in enumerate(classes)},
+    }
+
+
+def _check_shard(manifest: Manifest, shard: ShardFile) -> tuple[list[Fault], np.ndarray | None]:
+    faults: list[Fault] = []
+    index = None
+    try:
+        index = load_index(manifest, shard)
+    except ShardError as error:
+        faults.append(Fault(shard.index_path, error.what))
+    path = manifest.folder / shard.path
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            faults.append(Fault(shard.path, f"has {size:,} bytes, not the {shard.bytes:,} of the manifest"))
+        elif file_sha256(path) != shard.sha256:
+            faults.append(Fault(shard.path, "has not the SHA-256 of the manifest"))
+        if index is not None:
+            faults += (Fault(shard.path, what) for what in _check_members(manifest, index, path))
+    except OSError as error:
+        faults.append(Fault(shard.path, f"cannot be read ({error.strerror})"))
+    return faults, index
+
+
+def _check_members(manifest: Manifest, index: np.ndarray, path: Path) -> Iterator[str]:
+    """Each member against its index row; a tar that was cut short is one fault, not one per lost sample."""
+    expected = {}
+    for row in index:
+        key = row["key"].decode("ascii", errors="replace")
+        expected[f"{key}.jpg"] = (row, "image")
+        expected[f"{key}.json"] = (row, "json")
+    try:
+        for member in members(path):
+            if member.name not in expected:
+                yield f"holds {member.name}, which is not in its index"
+                continue
+            row, part = expected.pop(member.name)
+            yield from _check_member(manifest, row, part, member)
+    except tarfile.TarError as error:
+        yield f"is not a whole tar ({error})"
+    if expected:
+        yield f"lacks {len(expected):,} of {2 * len(index):,} members, {next(iter(expected))} first"
+
+
+def _check_member(manifest: Manifest, row: np.void, part: str, member: Member) -> Iterator[str]:
+    if (member.offset, len(member.data)) != (row[f"{part}_offset"], row[f"{part}_size"]):
+        yield f"{member.name} is not where its index says"
+    if zlib.crc32(member.data) != row[f"{part}_crc32"]:
+        yield f"{member.name} has wrong bytes (crc32 differs)"
+    elif part == "image":
+        yield from _check_picture(row, member)
+    else:
+        yield from _check_json(manifest, row, member)
+
+
+def _check_picture(row: np.void, member: Member) -> Iterator[str]:
+    try:
+        height, width, _ = decode_rgb(member.data).shape
+    except ImageRejected as error:
+        yield f"{member.name} does not decode ({error.detail})"
+        return
+    if (width, height) != (row["width"], row["height"]):
+        yield f"{member.name} is {width}×{height}, its index says {row['width']}×{row['height']}"
+
+
+def _check_json(manifest: Manifest, row: np.void, member: Member) -> Iterator[str]:
+    try:
+        said = json.loads(member.data)
+        found = [said[name] for name in ("label", "category", "group", "width", "height")]
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"{member.name} is not a sample's JSON ({type(error).__name__}: {error})"
+        return
+    dish = manifest.classes[int(row["label"])]
+    if found != [dish.name, dish.category, int(row["group"]), int(row["width"]), int(row["height"])]:
+        yield f"{member.name} contradicts its index"
+
+
+def _check_folder(manifest: Manifest) -> Iterator[Fault]:
+    """Shards and indexes that no line of the manifest names, and the list of what was left out."""
+    rejected = manifest.folder / REJECTED_NAME
+    try:
+        if file_sha256(rejected) != manifest.raw["rejected"]["sha256"]:
+            yield Fault(REJECTED_NAME, "has not the SHA-256 of the manifest")
+    except OSError as error:
+        yield Fault(REJECTED_NAME, f"cannot be read ({error.strerror})")
+    known = {shard.path for shard in manifest.shards} | {shard.index_path for shard in manifest.shards}
+    for path in sorted(manifest.folder.iterdir()):
+        if path.name.endswith((".tar", ".index.npy")) and path.name not in known:
+            yield Fault(path.name, "is not in the manifest")
+
+
+def _check_counts(manifest: Manifest, indexes: list[np.ndarray]) -> Iterator[Fault]:
+    """The manifest's counts against the indexes, keys that occur once, and groups that lie in one split.
+
+    The split that a source came with may tear groups apart; the manifest says how many.
+    """
+    by_split: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for shard, index in zip(manifest.shards, indexes, strict=True):
+        by_split[shard.split].append(index)
+    counts = {split: count_samples(manifest.classes, parts) for split, parts in by_split.items()}
+    if manifest.raw.get("splits") != counts:
+        yield Fault(MANIFEST_NAME, "states other numbers of samples, groups or pictures per class than the indexes")
+    owner: dict[int, str] = {}
+    torn: dict[str, set[int]] = {}
+    for split, parts in by_split.items():
+        keys = [key for part in parts for key in part["key"].tolist()]
+        if keys != [sample_key(split, number).encode("ascii") for number in range(len(keys))]:
+            yield Fault(MANIFEST_NAME, f"has keys in {split} that do not count its samples")
+        groups = {group for part in parts for group in part["group"].tolist()}
+        torn[split] = {group for group in groups if owner.setdefault(group, split) != split}
+    if (stated := manifest.groups_across) == 0:
+        for split, groups in torn.items():
+            if groups:
+                yield Fault(MANIFEST_NAME, f"has {len(groups)} groups in {split} that lie in another split too")
+    elif (across := len(set().union(*torn.values()))) != stated:
+        yield Fault(MANIFEST_NAME, f"states {stated} groups that lie in several splits, the indexes have {across}")

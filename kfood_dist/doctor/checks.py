@@ -1,0 +1,368 @@
+"""`kfood doctor`: what this machine has, what is missing, and the command that mends it.
+
+    each check ──► Findings (OK, WARN or FAULT, what was found, the remedy) ──► one line each ──► 1 if any fault
+
+Always holds: a check says what it saw by doing the thing where that takes seconds; a check that crashes is a fault of
+its own and stops no other; nothing is fetched and nothing is left behind.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import io
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kfood_dist.doctor.trials import adamw8bit_step, compile_complaint, nf4_error
+from kfood_dist.errors import KfoodError
+from kfood_dist.system import gpus
+from kfood_dist.system.gpus import Gpus
+from kfood_dist.system.processes import quiet_loggers
+from kfood_dist.system.words import plural
+
+OK, WARN, FAULT = "OK", "WARN", "FAULT"
+DISTRIBUTION = "kfood_dist"
+
+PYTHONS = ((3, 11), (3, 12))  # python_requires in setup.cfg, and what is tested
+_GIB = 2**30
+_NEEDED_GIB, _WANTED_GIB = 2.0, 20.0  # a run of the tiny model; a 3B model in bf16 with room for shards and runs
+# What NVIDIA names for NCCL, which puts its buffers between GPUs there; Docker gives 64 MiB unless told otherwise
+# (docs.nvidia.com/deeplearning/nccl, "Troubleshooting", shared memory).
+_NCCL_SHM_GIB = 1.0
+
+# QLoRA (arXiv 2305.14314): NF4 of normally distributed weights errs by some 9% of their size, and so does a product.
+_NF4_ERROR = (0.02, 0.2)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found: its level, what it is, and what to do about it unless it is fine."""
+
+    level: str
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.what}" + (f" → {self.remedy}" if self.remedy else "")
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `kfood doctor`."""
+    parser.description = (
+        "Check what training needs on this machine by trying it, and name the remedy for each fault. Exit status 1 "
+        "if there is a fault. Nothing is downloaded."
+    )
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="also check that this shard folder can be read")
+    parser.add_argument("--model", metavar="BASE", help="also check that this base model is there and fits")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make every check, print each finding as it comes; 1 if any is a fault."""
+    quiet_loggers()
+    faults = 0
+    for name, check in checks(args.shards, args.model).items():
+        for finding in examine(name, check):
+            print(finding, flush=True)
+            faults += finding.level == FAULT
+    print(plural(faults, "fault") if faults else "no faults")
+    return 1 if faults else 0
+
+
+def checks(shards: Path | None, model: str | None) -> dict[str, Check]:
+    """Every check by name, cheap ones first."""
+    found: dict[str, Check] = {
+        "python": check_python,
+        "packages": check_packages,
+        "torch": check_torch,
+        "gpu": check_gpus,
+        "torchvision": check_torchvision,
+        "bitsandbytes": check_bitsandbytes,
+        "deepspeed": check_deepspeed,
+        "compiler": check_compiler,
+        "disk": partial(check_disk, Path.cwd()),
+        "shared memory": check_shared_memory,
+        "semaphores": check_semaphores,
+        "temporary files": check_temporary_files,
+    }
+    if shards is not None:
+        found["shards"] = partial(check_shards, shards)
+    if model is not None:
+        found["model"] = partial(check_model, model, shards)
+    return found
+
+
+def examine(name: str, check: Check) -> Iterator[Finding]:
+    """The findings of one check; its own crash is one, and a KfoodError carries its remedy along."""
+    try:
+        yield from check()
+    except KfoodError as error:
+        yield Finding(FAULT, f"{name}: {error.what}", error.remedy)
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0][:200]
+        yield Finding(FAULT, f"{name}: {type(error).__name__}: {first_line}", _REINSTALL)
+
+
+_REINSTALL = "install the tested versions: pip install -c launch/constraints.txt -e ."
+
+
+def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Iterator[Finding]:
+    """Python is one of the versions that are tested."""
+    told = f"Python {version[0]}.{version[1]} ({sys.executable})"
+    if version in PYTHONS:
+        yield Finding(OK, told)
+    else:
+        yield Finding(FAULT, f"{told} is not 3.11 or 3.12", "make the environment anew with python3.11 or python3.12")
+
+
+def check_packages(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
+    """Every dependency is installed in a version between its floor and its ceiling, as setup.cfg states them."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(WARN, f"{distribution} runs from its source folder, not installed", "pip install -e .")
+        return
+    requirements = [Requirement(text) for text in wanted]
+    needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    faults = [fault for r in needed if (fault := _package_fault(r))]
+    for fault in faults:
+        yield Finding(FAULT, fault, _REINSTALL)
+    if not faults:
+        shown = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
+        versions = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in needed if r.name in shown)
+        yield Finding(
+            OK, f"{plural(len(needed), 'package')} in the stated versions: {versions}" if versions else "no packages"
+        )
+
+
+def _package_fault(requirement: Any) -> str | None:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is not installed"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return f"{requirement.name} is {version}; {requirement.specifier} is needed"
+    return None
+
+
+def check_torch(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
+    """torch computes, sees the GPU if the machine has one, and has kernels for it."""
+    import torch
+
+    found = probe()
+    build = f"CUDA {found.cuda}" if found.cuda else "CPU only"
+    assert float(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum()) == 8.0, "2×2 ones multiply wrongly"
+    has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    if fault := gpus.trouble(replace(found, shown=found.shown or int(has_driver and gpus.are_wanted()))):
+        yield Finding(FAULT, *fault)
+    else:
+        yield Finding(OK, f"torch {found.torch} ({build}), {plural(torch.get_num_threads(), 'thread')}")
+
+
+def check_gpus(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
+    """Each GPU, its memory, and whether it computes in bf16."""
+    import torch
+
+    found = probe()
+    if not found.usable:
+        yield Finding(WARN, "no GPU: training runs on the CPU", "fine for the practice set; a 3B model needs a GPU")
+    for i, gpu in enumerate(found.usable):
+        free, total = (n / _GIB for n in torch.cuda.mem_get_info(i))
+        told = f"GPU {i}: {gpu}, {total:.0f} GiB ({free:.0f} free)"
+        if gpu.has_bf16:
+            yield Finding(OK, f"{told}, bf16")
+        else:
+            yield Finding(WARN, f"{told}, bf16 is emulated and slow", "set model.precision=fp16")
+
+
+def check_torchvision() -> Iterator[Finding]:
+    """torchvision is not needed; but one that does not fit torch breaks transformers."""
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(OK, "torchvision is not installed, and not needed")
+        return
+    try:
+        importlib.import_module("torchvision")
+        yield Finding(OK, f"torchvision {version}")
+    except Exception as error:
+        yield Finding(
+            FAULT,
+            f"torchvision {version} does not load ({type(error).__name__}), and transformers will trip over it",
+            "pip uninstall torchvision, or install the one made for this torch",
+        )
+
+
+def check_bitsandbytes(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
+    """bitsandbytes multiplies in 4-bit, and takes an 8-bit AdamW step, on the device training would use."""
+    import torch
+
+    if fault := gpus.bitsandbytes_trouble(probe()):
+        yield Finding(FAULT, *fault)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    error = nf4_error(device)
+    low, high = _NF4_ERROR
+    if low < error < high:
+        yield Finding(OK, f"bitsandbytes multiplies in NF4 on {device} (relative error {error:.3f})")
+    else:
+        yield Finding(
+            FAULT, f"bitsandbytes in NF4 on {device}: relative error {error:.3f}, not {low} to {high}", _REINSTALL
+        )
+    dtype, moved = adamw8bit_step(device)
+    if dtype == torch.uint8 and 0.9 < moved < 1.1:
+        yield Finding(OK, f"bitsandbytes takes an AdamW step with 8-bit states on {device}")
+    else:
+        yield Finding(
+            FAULT,
+            f"bitsandbytes' AdamW8bit on {device}: states in {dtype}, a first step of {moved:.2f} learning rates",
+            _REINSTALL,
+        )
+
+
+def check_deepspeed() -> Iterator[Finding]:
+    """DeepSpeed can be imported."""
+    with redirect_stdout(io.StringIO()):  # it greets on standard output
+        deepspeed = importlib.import_module("deepspeed")
+    yield Finding(OK, f"deepspeed {deepspeed.__version__} can be imported")
+
+
+def check_compiler(programs: Path = Path(sys.executable).parent) -> Iterator[Finding]:
+    """What DeepSpeed builds optional ops with, such as AdamW on the CPU for offloading: C++, Python's headers, ninja.
+
+    No shipped recipe needs one of them. `programs` is the environment's own folder of programs.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        yield Finding(
+            WARN, "no C++ compiler", "fine for the shipped recipes; to offload the optimiser: sudo apt-get install g++"
+        )
+    elif fault := compile_complaint(compiler):
+        remedy = f"sudo apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-dev g++"
+        yield Finding(WARN, f"{compiler} does not build an extension ({fault})", remedy)
+    else:
+        yield Finding(OK, f"{compiler} builds extensions")
+    if shutil.which("ninja", path=f"{programs}{os.pathsep}{os.environ.get('PATH', '')}") is None:
+        yield Finding(WARN, f"ninja is neither in {programs} nor on the PATH", "pip install ninja")
+
+
+def check_disk(folder: Path, needed_gib: float = _NEEDED_GIB, wanted_gib: float = _WANTED_GIB) -> Iterator[Finding]:
+    """Free space where the command was given, as runs and shards land below it by default."""
+    free = shutil.disk_usage(folder).free / _GIB
+    told = f"{free:.1f} GiB free in {folder}"
+    remedy = "make room, or put shards and run.dir on another disk"
+    if free < needed_gib:
+        yield Finding(FAULT, f"{told}, less than {needed_gib:g}", remedy)
+    elif free < wanted_gib:
+        yield Finding(WARN, f"{told}; a 3B model and its runs want {wanted_gib:g}", remedy)
+    else:
+        yield Finding(OK, told)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm"), num_gpus: int | None = None) -> Iterator[Finding]:
+    """NCCL has room between GPUs. Loader processes need none.
+
+    `num_gpus` is how many of this machine one run uses, all of them unless given.
+    """
+    if num_gpus is None:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    free = shutil.disk_usage(folder).free / _GIB if folder.is_dir() else 0.0
+    told = f"{free * 1024:,.0f} MiB of shared memory free in {folder}"
+    if num_gpus > 1 and free < _NCCL_SHM_GIB:
+        remedy = "start the container with --shm-size=1g"
+        yield Finding(WARN, f"{told}; NCCL may need {_NCCL_SHM_GIB:g} GiB between {num_gpus} GPUs", remedy)
+    else:
+        yield Finding(OK, told)
+
+
+def check_semaphores() -> Iterator[Finding]:
+    """Semaphores can be made, which lie in /dev/shm: packing in several processes needs some."""
+    try:
+        multiprocessing.get_context("fork").Lock()
+        yield Finding(OK, "semaphores can be made")
+    except OSError as error:
+        remedy = "make /dev/shm writable and make room there; until then pack with --workers 1"
+        yield Finding(FAULT, f"no semaphore can be made ({error.strerror})", remedy)
+
+
+def check_temporary_files() -> Iterator[Finding]:
+    """The folder for temporary files, TMPDIR or another, takes a file and a socket as multiprocessing names it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            (Path(folder) / "file").write_bytes(b"some bytes")
+            try:
+                listener.bind(f"{folder}/listener-12345678")
+                too_long = None
+            except OSError as error:
+                too_long = str(error)
+    except OSError as error:
+        yield Finding(FAULT, f"no temporary file can be written ({error})", _TMPDIR_REMEDY)
+        return
+    used, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
+    if wanted and os.path.realpath(wanted) != os.path.realpath(used):
+        yield Finding(WARN, f"TMPDIR is {wanted}, which cannot be written to; {used} is used", _TMPDIR_REMEDY)
+    elif too_long:
+        what = f"no socket can be made in the temporary folder {used} ({too_long}); training needs none, libraries may"
+        yield Finding(WARN, what, _TMPDIR_REMEDY)
+    else:
+        yield Finding(OK, f"temporary files and sockets in {used}")
+
+
+_TMPDIR_REMEDY = "set TMPDIR to a folder of this machine with a short path and room, such as /tmp"
+
+
+def check_shards(folder: Path) -> Iterator[Finding]:
+    """The manifest of a shard folder reads, its files are there and of their sizes, each split's ends are pictures."""
+    from kfood_dist.data.picture.images import decode_rgb
+    from kfood_dist.data.shards.manifest import load_manifest
+    from kfood_dist.data.shards.reader import open_split
+
+    manifest = load_manifest(folder)
+    counts = []
+    for split in manifest.splits:
+        shards = open_split(folder, split)
+        shards.require_files()
+        for i in {0, len(shards) - 1}:
+            decode_rgb(shards.read(i))
+        shards.close()
+        counts.append(f"{split} {len(shards)}")
+    dishes = plural(len(manifest.classes), "dish", "dishes")
+    yield Finding(
+        OK if counts else FAULT,
+        f"{folder}: {dishes} at {manifest.image_size} px, {', '.join(counts) or 'no pictures'}",
+        "" if counts else "pack it again",
+    )
+
+
+def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
+    """The base model's files are whole, and the template is built of them as training does; no weights are read."""
+    from kfood_dist.config.recipe import Data
+    from kfood_dist.data.shards.manifest import load_manifest
+    from kfood_dist.model.base import build_template, load_config
+    from kfood_dist.model.files import base_folder, require_base
+
+    require_base(base)
+    if base_folder(base) is None:
+        yield Finding(WARN, f"{base} is on the hub, not here", f"hf download {base}, or let training fetch it")
+        return
+    image_size = Data.model_fields["image_size"].default if shards is None else load_manifest(shards).image_size
+    # How long a sample may be is the recipe's to say.
+    asked = Data(shards=str(shards or "."), image_size=image_size, max_length=sys.maxsize)
+    template = build_template(base, asked)
+    yield Finding(OK, f"{base}: {load_config(base).model_type}, {template.vision.unit} pixels per image token")

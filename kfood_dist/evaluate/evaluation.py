@@ -1,0 +1,86 @@
+"""One evaluation, checked: everything that can be told wrong is told here, in seconds, before weights are loaded.
+
+arguments ──► settings, shards, fingerprints ──► check ──► Task ──► find_earlier ──► a report that answers it, or None
+"""
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kfood_dist.data.shards.reader import ShardSplit, open_split
+from kfood_dist.evaluate.fit import require_same_pictures
+from kfood_dist.evaluate.report import Report, reusable
+from kfood_dist.evaluate.settings import Settings, adapter_fingerprint, base_fingerprint, resolve_settings
+from kfood_dist.model.adapters import read_adapter_facts
+from kfood_dist.model.files import require_base
+from kfood_dist.system.processes import World, require_folder_possible
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation, checked: what is asked of which model, and `inputs`, which decide the answers."""
+
+    shards: ShardSplit
+    source: str
+    num_samples: int
+    settings: Settings
+    model: str
+    adapter: Path | None
+    batch_size: int
+    max_new_tokens: int
+    out: Path
+    tensorboard: Path | None
+    step: int
+    inputs: dict[str, Any]
+
+
+def check(args: argparse.Namespace) -> Task:
+    """Everything that can be told wrong without the model's weights, told now. Raises KfoodError."""
+    settings, recipe_eval = resolve_settings(args)
+    shards = open_split(args.shards, args.split)
+    require_same_pictures(settings, shards.manifest)
+    if World.from_environment().is_main:
+        shards.require_files()
+    for folder, option in ((args.out, "--out"), (args.tensorboard, "--tensorboard")):
+        require_folder_possible(folder, option)
+    settings = replace(settings, resize=shards.manifest.resize)
+    batch_size = args.batch_size or recipe_eval.batch_size
+    max_new_tokens = args.max_new_tokens or recipe_eval.max_new_tokens
+    require_base(args.model)
+    fingerprint = base_fingerprint(args.model)
+    return Task(
+        shards=shards,
+        source=shards.manifest.where,
+        num_samples=min(args.limit or len(shards), len(shards)),
+        settings=settings,
+        model=args.model,
+        adapter=args.adapter,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        out=args.out,
+        tensorboard=args.tensorboard,
+        step=_trained_steps(args.adapter) if args.step is None else args.step,
+        inputs={
+            "index_hash": shards.index_hash,
+            "split": args.split,
+            "limit": args.limit,
+            "model": args.model,
+            "model_fingerprint": fingerprint,
+            "adapter": str(args.adapter) if args.adapter else None,
+            "adapter_fingerprint": adapter_fingerprint(args.adapter) if args.adapter else None,
+            "settings": asdict(settings) | {"batch_size": batch_size, "max_new_tokens": max_new_tokens},
+        },
+    )
+
+
+def _trained_steps(adapter: Path | None) -> int:
+    """How many steps an adapter was trained for, so that its accuracy lands at its place in TensorBoard."""
+    step = read_adapter_facts(adapter).get("step", 0) if adapter else 0
+    return step if isinstance(step, int) else 0
+
+
+def find_earlier(task: Task) -> Report | None:
+    """The report in the output folder, if it answers this very task."""
+    # Without a fingerprint the model is not on this machine yet: nothing says it is the same.
+    return reusable(task.out, task.inputs) if task.inputs["model_fingerprint"] else None

@@ -1,0 +1,297 @@
+"""Starts `kfood train` and `kfood eval` under `accelerate launch`, on what this machine or job has.
+
+    machine, job, ZeRO stage, --processes ──► choose ──► Launch (configuration, process count, why) ──► accelerate
+
+Run by launch/train.sh and launch/eval.sh; in a job of several machines, once on each. What is wrong with a recipe is
+said here, before any rank starts. The exit status of training: 0 finished, 75 stopped as asked and to be started
+again, 2 a mistake to mend, 1 failed, 130 interrupted.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kfood_dist.config.recipe import Recipe, load_recipe
+from kfood_dist.doctor.checks import OK, check_shared_memory
+from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.evaluate import main as evaluation
+from kfood_dist.launch.supervise import FINISHED, INTERRUPTED, MISTAKE, STOPPED, Supervisor
+from kfood_dist.model.adapters import require_adapter
+from kfood_dist.system import console, gpus
+from kfood_dist.system.cluster import Cluster, require_one_node
+from kfood_dist.system.gpus import Gpus
+from kfood_dist.system.locks import require_free
+from kfood_dist.system.utf8 import settle_names
+from kfood_dist.system.words import plural
+from kfood_dist.train import main as training
+from kfood_dist.train.dry_run import limited
+from kfood_dist.train.preflight import preflight
+from kfood_dist.train.run.checkpoint import newest
+
+CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "accelerate"
+DEFAULT_CPU_PROCESSES = 2
+ALONE = Cluster()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What matters here of a machine: GPUs that torch can use, cores, and whether DeepSpeed can run."""
+
+    num_gpus: int
+    num_cores: int
+    has_deepspeed: bool
+    emulates_bf16: str = ""  # the first GPU that has no units for bf16
+
+    @property
+    def default_processes(self) -> int:
+        return self.num_gpus or min(DEFAULT_CPU_PROCESSES, self.num_cores)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start: an accelerate configuration of launch/accelerate, how many processes here, and why."""
+
+    configuration: str
+    processes: int  # on this machine; every machine of a job has as many
+    zero_stage: int
+    why: str
+
+
+def look_around(look: Callable[[], Gpus] = gpus.look) -> Machine:
+    """Describe the machine this runs on; CUDA_VISIBLE_DEVICES counts, as it does for torch.
+
+    Raises LaunchError if there are GPUs that torch cannot use: training would go on on the CPU, or fail once loaded.
+    """
+    found = look()
+    if fault := gpus.trouble(found):
+        raise gpus.refusal(*fault)
+    return Machine(
+        num_gpus=len(found.usable),
+        num_cores=len(os.sched_getaffinity(0)),
+        has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
+        emulates_bf16=next((str(gpu) for gpu in found.usable if not gpu.has_bf16), ""),
+    )
+
+
+def precision_notice(machine: Machine, precision: str) -> str:
+    """What to say of a machine that would compute in bf16 without units for it; empty where there is nothing."""
+    if not machine.emulates_bf16 or precision != "bf16":
+        return ""
+    return f"{machine.emulates_bf16} emulates bf16, which is slow → --set model.precision=fp16"
+
+
+def choose(machine: Machine, zero_stage: int, processes: int | None, num_machines: int = 1) -> Launch:
+    """Pick processes and configuration; a pure function. `zero_stage` 0 means without DeepSpeed.
+
+    `processes`, as everything else here but `num_machines`, is of one machine.
+
+    Raises LaunchError for what the machine cannot do.
+    """
+    num_gpus = machine.num_gpus
+    if num_gpus and processes and processes > num_gpus:
+        raise LaunchError(
+            f"--processes {processes} on {plural(num_gpus, 'GPU')}", f"ask for at most {num_gpus}, one per GPU"
+        )
+    if processes is not None and processes < 1:
+        raise LaunchError(f"--processes {processes}", "ask for at least 1")
+    count = processes or machine.default_processes
+    found = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}" if num_gpus else f"no GPU, {machine.num_cores} cores"
+    asked = "as asked" if processes else "one per GPU" if num_gpus else f"gloo on CPU, at most {DEFAULT_CPU_PROCESSES}"
+    where = f"{found}: {count} process{'es' if count > 1 else ''} ({asked})"
+    where += f" on each of {num_machines} nodes" if num_machines > 1 else ""
+    total = count * num_machines
+
+    if zero_stage and not machine.has_deepspeed:
+        if total > 1:
+            raise LaunchError(
+                f"train.zero_stage is {zero_stage}, but deepspeed is not installed",
+                "pip install deepspeed, or --set train.zero_stage=0 to train with DDP",
+            )
+        zero_stage, where = 0, f"{where}; deepspeed is not installed, and one process does without"
+    if zero_stage:
+        return Launch("deepspeed", count, zero_stage, f"{where}, DeepSpeed ZeRO-{zero_stage}")
+    if total == 1:
+        return Launch("single", 1, 0, f"{where}, without DeepSpeed")
+    return Launch("ddp", count, 0, f"{where}, DDP without DeepSpeed")
+
+
+def parse_processes(text: str | None, machine: Machine, recipe: Recipe | None = None, machines: int = 1) -> int | None:
+    """The number that `--processes` asks for; None if it does not say. `fit` is the most that divide a global batch.
+
+    Raises LaunchError for what is no number.
+    """
+    if text == "fit" and recipe is not None:
+        return most_that_fit(recipe, machine.default_processes, machines)
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise LaunchError(f"--processes {text}", "give a number, one process per GPU") from None
+
+
+def most_that_fit(recipe: Recipe, available: int, machines: int = 1) -> int:
+    """The most of `available` processes on each of `machines` that cut the recipe's global batch into micro-batches.
+
+    All of them where none do, for preflight to say why.
+    """
+    batch, micro_batch = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if batch is None:
+        return available
+    return next((n for n in range(available, 0, -1) if batch % (n * machines * micro_batch) == 0), available)
+
+
+def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = ALONE) -> list[str]:
+    """The whole command line; `verb` is what follows `kfood`. Port 0 lets accelerate take a free one."""
+    several = [
+        *("--num_machines", str(cluster.num_machines)),
+        *("--machine_rank", str(cluster.machine_rank)),
+        *("--main_process_ip", str(cluster.address)),
+        *(["--deepspeed_multinode_launcher", "standard"] if launch.configuration == "deepspeed" else []),
+    ]
+    return [
+        *(sys.executable, "-m", "kfood_dist.launch.ranks"),  # accelerate launch
+        *("--config_file", str(CONFIGS / f"{launch.configuration}.yaml")),
+        *("--num_processes", str(launch.processes * cluster.num_machines)),
+        *(several if cluster.num_machines > 1 else []),
+        *("--main_process_port", str(cluster.port or 0)),
+        *("-m", "kfood_dist", *verb),
+    ]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch", description="Start a verb on all GPUs of this machine or job.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train = verbs.add_parser("train", help="train by a recipe; takes what `kfood train` takes", prog="launch/train.sh")
+    training.add_arguments(train)
+    evaluate = verbs.add_parser("eval", help="measure a model; takes what `kfood eval` takes", prog="launch/eval.sh")
+    evaluation.add_arguments(evaluate)
+    add_processes(evaluate)
+    return parser
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Declare the launcher's own option of an evaluation."""
+    parser.add_argument("--processes", metavar="N", help="processes (default: one per GPU, or two on the CPU)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Say what was picked and why, then train or evaluate; exit status 2 for a mistake."""
+    try:
+        settle_names(argv)
+    except LaunchError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return MISTAKE
+    console.best_effort(waits=False)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
+    try:
+        return train(args) if args.verb == "train" else evaluate(args, argv)
+    except KfoodError as error:
+        print(f"launch {args.verb}: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+@dataclass(frozen=True)
+class Start:
+    """One recipe's training, ready to be started."""
+
+    recipe: Recipe
+    launch: Launch
+    verb: Sequence[str]
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train the recipes in order, as long as each is finished. Raises KfoodError before the first one starts."""
+    training.require_recipe(args)
+    cluster = Cluster.here()
+    if cluster.num_machines > 1 and len(args.recipes) > 1:
+        raise LaunchError("several recipes in one job of several nodes", "queue a job for each: bash slurm/stages.sh")
+    if args.limit is not None and len(args.recipes) > 1:
+        raise LaunchError("--limit with several recipes", "try one at a time")
+    if cluster.is_head:
+        named = ", ".join(map(str, args.recipes))
+        print(f"launch train: checking {named}, this machine, the shards and the base model", flush=True)
+    machine = look_around()
+    starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
+    supervisor, tries = Supervisor(), args.limit is not None and cluster.is_head
+    for start in starts:
+        if not newest(start.recipe.run.dir / "checkpoints"):
+            require_adapter(start.recipe)  # now, as the recipe before this one may have made it
+        if cluster.is_head:
+            require_free(start.recipe.run.dir)
+            start.recipe.run.dir.mkdir(parents=True, exist_ok=True)
+            console.keep_in(start.recipe.run.dir / console.LOG_FILE)
+            at = f"; meeting at {cluster.address}:{cluster.port}, {cluster.why}" if cluster.address else ""
+            print(f"launch train: {start.launch.why}{at}", flush=True)
+            if notice := precision_notice(machine, start.recipe.model.precision):
+                print(f"launch train: {notice}", flush=True)
+        tell_shared_memory(start.launch, machine)
+        if tries:  # what a killed one left, before any rank looks there
+            shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
+        command = accelerate_command(start.launch, start.verb, cluster)
+        status = supervisor.run(command, environment_for(start.launch, machine), start.recipe.run.dir, cluster.is_head)
+        if tries:
+            shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
+        if status != FINISHED:
+            return status
+        if supervisor.asked and start is not starts[-1]:
+            return STOPPED
+    return FINISHED
+
+
+def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, cluster: Cluster) -> Start:
+    """Pick how to train one recipe, and check all of it that can be checked now."""
+    recipe = load_recipe(path, args.set)
+    processes = parse_processes(args.processes, machine, recipe, cluster.num_machines)
+    launch = choose(machine, recipe.train.zero_stage, processes, cluster.num_machines)
+    overrides = [*args.set, f"train.zero_stage={launch.zero_stage}"]
+    recipe = load_recipe(path, overrides)
+    if cluster.is_head and args.limit is None:
+        require_free(recipe.run.dir)  # a run under way there removes checkpoints while they are checked
+    preflight(recipe, launch.processes * cluster.num_machines)
+    recipe = recipe if args.limit is None else limited(recipe, args.limit)
+    return Start(recipe, launch, training.words_of(args, [path], overrides))
+
+
+def evaluate(args: argparse.Namespace, argv: list[str]) -> int:
+    """Say that an earlier report answers the question, or become `accelerate launch` on this machine."""
+    require_one_node("an evaluation")
+    print("launch eval: checking the shards, the settings and the base model", flush=True)
+    task = evaluation.preflight(args)
+    if task is None:
+        return FINISHED
+    machine = look_around()
+    launch = choose(machine, 0, parse_processes(args.processes, machine))
+    print(f"launch eval: {launch.why}", flush=True)
+    tell_shared_memory(launch, machine)
+    if notice := precision_notice(machine, task.settings.precision):
+        print(f"launch eval: {notice}", flush=True)
+    own = argparse.ArgumentParser()
+    add_processes(own)
+    _, words = own.parse_known_args(argv)  # all that `kfood eval` takes
+    command = accelerate_command(launch, words)
+    os.execve(command[0], command, environment_for(launch, machine))
+
+
+def tell_shared_memory(launch: Launch, machine: Machine) -> None:
+    """Warn where NCCL may find too little shared memory, as in a container: its own error does not name it."""
+    for finding in check_shared_memory(num_gpus=min(launch.processes, machine.num_gpus)):
+        if finding.level != OK:
+            print(f"launch: {finding}", file=sys.stderr, flush=True)
+
+
+def environment_for(launch: Launch, machine: Machine) -> dict[str, str]:
+    """This process's environment, and what it leaves open."""
+    threads = str(max(1, machine.num_cores // launch.processes))
+    settled = {"OMP_NUM_THREADS": threads} | ({} if machine.num_gpus else {"DS_ACCELERATOR": "cpu"})
+    return settled | dict(os.environ)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,364 @@
+"""The packing itself: from a source to a packed folder, in steps that may be stopped anywhere.
+
+    scan ──► choose ──► chunks of records ──► this packer's part, one file each ──► what others have not prepared
+                                                                                        │ (one packer)
+    OUT appears in one rename ◄── verify ◄── tars + indexes ◄── splits ◄── groups ◄── merge
+
+Always holds: the same source, options and seed give the same bytes, whatever the number of workers and of packers,
+and however often they were stopped; a packer that is not stopped finishes the whole, though others never come back; OUT
+is whole or untouched; what grows with the source in memory are names and numbers, never pictures.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kfood_dist import __version__
+from kfood_dist.data.picture.decoding import HEIC_REMEDY, NEEDS_HEIC
+from kfood_dist.data.shards.manifest import FORMAT, MANIFEST_NAME, REJECTED_NAME, VERSION, Manifest, load_manifest, seal
+from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.shards.tars import write_file
+from kfood_dist.data.shards.verify import verify
+from kfood_dist.data.storage.base import open_storage
+from kfood_dist.data.task.dish import DishClass, load_classes
+from kfood_dist.errors import KfoodError, ShardError, SourceError
+from kfood_dist.pack.choose import choose, count_short
+from kfood_dist.pack.chunks import Chunk, cut, is_there, load_chunk, prepare_chunk
+from kfood_dist.pack.groups import group_pictures
+from kfood_dist.pack.options import PackOptions, fingerprint
+from kfood_dist.pack.place import classes_of, leaked_at_random, part_ambiguous, place
+from kfood_dist.pack.prepare import Prepared, Refusal, in_processes
+from kfood_dist.pack.publisher import SourceSplit, assign, count_across, settle
+from kfood_dist.pack.sources import Record, scan_source
+from kfood_dist.pack.sources.names import file_name
+from kfood_dist.pack.workspace import (
+    discard,
+    merging,
+    publish,
+    remove_work,
+    require_place,
+    require_space,
+    shard_folder,
+    work_folder,
+    writing,
+)
+from kfood_dist.pack.write import ShardWriter
+
+# A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
+_OVERHEAD_BYTES = 2600
+# What helps where this is why most inputs are refused.
+_REMEDIES = {
+    "missing": "name the folder where the paths start with --image-root",
+    "no_split": "put them into the source's splits, or deal all anew with --split 0.8,0.1,0.1",
+    NEEDS_HEIC: HEIC_REMEDY,
+}
+# A class id is a u2 in the index.
+_MAX_CLASSES = 2**16
+_LABELS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a packing came to: the manifest, whether it was there already, and whether another packer made it while this
+    one worked; or None while another packer puts the shards together.
+    """
+
+    manifest: Manifest | None
+    reused: bool = False
+    by_another: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A packing that is settled: its inputs, and what will be said of them."""
+
+    out: Path
+    options: PackOptions
+    records: list[Record]
+    source: dict[str, Any]
+    chosen_from: frozenset[str]
+    own_split: SourceSplit | None
+
+
+def pack(source: Path, out: Path, options: PackOptions) -> Packed:
+    """Pack `source` into the new folder `out`, together with the packers of its other parts, if there are any.
+
+    Raises SourceError when an option or the source cannot be used, too much is refused (the list then lies in
+    `OUT.rejected.csv`) or `out` holds anything else; KfoodError when the disk is full. After a SourceError or
+    KfoodError the same call goes on where it stopped.
+    """
+    options.check()
+    out = Path(os.path.realpath(out))
+    require_place(out)
+    job = _settle(source, out, options)
+    refused = [Refusal(r.source, r.label, r.problem, r.detail) for r in job.records if r.problem is not None]
+    with writing(job.out):
+        if (existing := _existing(job)) is not None:
+            remove_work(job.out)  # of one that was killed just after it had published
+            return Packed(existing, reused=True)
+        _require_enough(job, refused)
+    try:
+        return _pack_part(job, refused)
+    except KfoodError:
+        # Where another packer was quicker OUT is taken, and what this one needed is gone.
+        finished = None
+        with suppress(KfoodError, OSError):
+            finished = _by_another(job)
+        if finished is None:
+            raise
+        return finished
+
+
+def _pack_part(job: _Job, refused: list[Refusal]) -> Packed:
+    """Prepare this packer's chunks, then those that others have not, and put the shards together."""
+    options = job.options
+    chunks = cut([record for record in job.records if record.problem is None], options.picture_settings())
+    with work_folder(job.out, options.part, options.parts) as work:
+        if (finished := _by_another(job)) is not None:
+            return finished
+        _prepare(job, chunks[options.part - 1 :: options.parts], work / "chunks")
+        left = [chunk for chunk in chunks if not is_there(chunk, work / "chunks")]
+        # Whose these are may be at work, or gone for good. In a random order packers seldom prepare the same one.
+        _prepare(job, random.sample(left, len(left)), work / "chunks")
+        with merging(work) as mine:
+            if not mine:
+                return Packed(None)
+            if (finished := _by_another(job)) is not None:
+                return finished
+            _merge(job, chunks, refused, work)
+    _kept_list(job.out).unlink(missing_ok=True)
+    return Packed(load_manifest(job.out))
+
+
+def _by_another(job: _Job) -> Packed | None:
+    """What another packer made of OUT while this one worked; None while there is nothing."""
+    # NFS remembers for a while that a name was not there; opening the folder makes it ask again.
+    os.scandir(job.out.parent).close()
+    if (existing := _existing(job)) is None:
+        return None
+    remove_work(job.out)
+    return Packed(existing, reused=True, by_another=True)
+
+
+def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
+    listed = None if options.classes is None else load_classes(options.classes)
+    found = scan_source(source, options.image_root, listed, options.encoding)
+    num_classes = len(listed or {record.label for record in found.records if record.problem is None})
+    if num_classes > _MAX_CLASSES:
+        raise SourceError(
+            f"{num_classes:,} classes are more than the {_MAX_CLASSES:,} that a data set has room for",
+            "name the classes with --classes, or check that the labels are dishes' names",
+        )
+    settled, own_split = settle(found.records, is_dealt=options.fractions is not None)
+    records, chosen_from = choose(settled, options.per_class, options.subset, options.seed)
+    origin = {
+        "kind": found.kind,
+        "name": unicodedata.normalize("NFC", file_name(source.resolve().name)),
+        "fingerprint": fingerprint(found.kind, records, listed, options),
+        "crop_lists": asdict(found.boxes),
+        "passed_by": found.passed.as_json(),
+    }
+    return _Job(out, options, records, origin, chosen_from, own_split)
+
+
+def _existing(job: _Job) -> Manifest | None:
+    """The manifest of OUT if it is whole and the data set wanted, None if there is nothing yet."""
+    out = job.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    another = "choose another OUT, or remove this one first"
+    try:
+        manifest = load_manifest(out)
+    except ShardError as error:
+        raise SourceError(f"{out} is there already and is no packed data set ({error.what})", another) from None
+    origin = manifest.raw.get("source")
+    if not isinstance(origin, dict) or origin.get("fingerprint") != job.source["fingerprint"]:
+        raise SourceError(f"{out} holds another data set: of another source, or other options", another)
+    for split in manifest.splits:
+        open_split(out, split).require_files()
+    if (share := manifest.raw["rejected"]["share"]) > job.options.max_rejected:
+        raise SourceError(
+            f"{out} was packed with {share:.1%} of its inputs refused, above --max-rejected {job.options.max_rejected}",
+            f"see {out / REJECTED_NAME}; mend the source, or raise --max-rejected",
+        )
+    return manifest
+
+
+def _prepare(job: _Job, chunks: Sequence[Chunk], folder: Path) -> None:
+    """Prepare the chunks that are not there yet, or cannot be used."""
+    to_do = [chunk for chunk in chunks if load_chunk(chunk, folder) is None]
+    in_all, left = (sum(len(chunk.records) for chunk in some) for some in (chunks, to_do))
+    with tqdm(total=in_all, initial=in_all - left, desc="prepare", unit="picture", disable=None) as progress:
+        do = partial(prepare_chunk, settings=job.options.picture_settings(), folder=folder)
+        for done in in_processes(do, to_do, job.options.workers):
+            progress.update(len(done.records))
+
+
+def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Path) -> None:
+    """From prepared chunks to OUT."""
+    options = job.options
+    pictures, unusable = _gather(job, chunks, work / "chunks")
+    pictures, ambiguous = part_ambiguous(pictures)
+    refused = [*refused, *unusable, *ambiguous]
+    _require_enough(job, refused)
+    classes = classes_of(pictures) if options.classes is None else load_classes(options.classes)
+    groups = group_pictures(pictures)
+    fractions, seed = options.shares(), options.seed
+    splits = assign(groups, [picture.record for picture in pictures], job.own_split, fractions, seed)
+
+    result = shard_folder(work, _shards_name(job, pictures))
+    written = sum(path.stat().st_size for path in result.iterdir())
+    require_space(result, sum(p.num_bytes + _OVERHEAD_BYTES for p in pictures) - written)
+    storage = open_storage(work / "chunks")
+    writer = ShardWriter(result, storage, classes, options.image_size, options.shard_size)
+    for split, samples in place(pictures, groups, splits, classes, seed).items():
+        writer.write(split, samples)
+    storage.close()
+    rejected_csv = _rejected_csv(refused)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "image_size": options.image_size,
+        "resize": options.resize,
+        "jpeg_quality": options.quality,
+        "seed": options.seed,
+        "source": job.source,
+        "chosen": _chosen(job, pictures, classes),
+        "crop_boxes": _count_boxes(pictures) if options.crop_boxes else None,
+        "class_list": options.classes is not None,
+        "classes": [{"name": c.name, "category": c.category, "aliases": c.aliases} for c in classes],
+        "splits": writer.splits,
+        "source_split": _describe_split(job.own_split, groups, splits),
+        "random_split_would_leak": leaked_at_random(pictures, groups, fractions, seed),
+        "rejected": {
+            "count": len(refused),
+            "share": round(len(refused) / len(job.records), 6),
+            "by_reason": _by_reason(refused),
+            "sha256": hashlib.sha256(rejected_csv).hexdigest(),
+        },
+        "shards": writer.shards,
+    }
+    for name, data in ((REJECTED_NAME, rejected_csv), (MANIFEST_NAME, seal(manifest))):
+        write_file(result / name, data)
+    if faults := verify(result):
+        discard(result)
+        raise KfoodError(f"what was written to {job.out} reads back damaged ({faults[0]})", "check that disk")
+    publish(result, job.out)
+
+
+def _shards_name(job: _Job, pictures: Sequence[Prepared]) -> str:
+    """A name for the shards that are to be written: finished ones of that name, by whomever, have the same bytes."""
+    digest = hashlib.sha256(f"{__version__} {job.source['fingerprint']}\n".encode())
+    for p in pictures:
+        digest.update(f"{p.file} {p.offset} {p.num_bytes} {p.sha256} {p.perceptual_hash}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _chosen(job: _Job, pictures: Sequence[Prepared], classes: Sequence[DishClass]) -> dict[str, Any] | None:
+    """Which part of the source this is, and the classes short of pictures now that all are read."""
+    per_class, subset = job.options.per_class, job.options.subset
+    if per_class is None:
+        return None
+    names = {*job.chosen_from, *(dish.name for dish in classes)}
+    short = count_short(per_class, names, (picture.record.label for picture in pictures))
+    return {"per_class": per_class, "subset": subset, "short": short}
+
+
+def _describe_split(own: SourceSplit | None, groups: Sequence[int], splits: Sequence[str]) -> dict[str, Any] | None:
+    """The source's own split and what became of it; None if it has none."""
+    if own is None:
+        return None
+    groups_across, in_train = count_across(groups, splits)
+    return {
+        "given": own.given,
+        "kept": own.is_kept,
+        "outside": own.num_outside,
+        "from_train": own.from_train,
+        "groups_across": groups_across,
+        "look_alike_in_train": in_train,
+    }
+
+
+def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prepared], list[Refusal]]:
+    """What became of every record, in order; a chunk's file that cannot be used is made again."""
+    pictures: list[Prepared] = []
+    unusable: list[Refusal] = []
+    for chunk in chunks:
+        outcomes = load_chunk(chunk, folder)
+        if outcomes is None:
+            prepare_chunk(chunk, job.options.picture_settings(), folder)
+            outcomes = load_chunk(chunk, folder)
+            if outcomes is None:
+                raise KfoodError(f"{folder / chunk.name} reads back damaged", "check that disk")
+        pictures += (outcome for outcome in outcomes if isinstance(outcome, Prepared))
+        unusable += (outcome for outcome in outcomes if isinstance(outcome, Refusal))
+    return pictures, unusable
+
+
+def _count_boxes(pictures: Sequence[Prepared]) -> dict[str, int]:
+    counts = Counter(picture.cropped for picture in pictures)
+    return {"cropped": counts[True], "without_box": counts[None], "unusable_box": counts[False]}
+
+
+def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
+    """Raise SourceError, leaving the list beside OUT, when nothing or too little remains."""
+    num_inputs, limit = len(job.records), job.options.max_rejected
+    share = len(refused) / num_inputs
+    if len(refused) < num_inputs and share <= limit:
+        return
+    reasons = _by_reason(refused)
+    kept = _kept_list(job.out)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(_rejected_csv(refused))
+    above = "" if len(refused) == num_inputs else f", more than --max-rejected {limit}"
+    told, remedy = _why_refused(next(iter(reasons)), refused, job.options)
+    raise SourceError(
+        f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}{told}",
+        f"each is named in {kept}; {remedy}",
+    )
+
+
+def _why_refused(reason: str, refused: Sequence[Refusal], options: PackOptions) -> tuple[str, str]:
+    """What else to say of the commonest reason, and its remedy."""
+    if reason != "unknown_label":
+        return "", "; ".join(filter(None, [_REMEDIES.get(reason), "mend the source, or raise --max-rejected"]))
+    labels = Counter(refusal.label for refusal in refused if refusal.reason == reason)
+    some = counted(dict(labels.most_common(_LABELS_SHOWN))) + (", …" if len(labels) > _LABELS_SHOWN else "")
+    return (
+        f"; {len(labels):,} labels are not in the class list {options.classes}: {some}",
+        "leave --classes out to take the labels found as the classes, or add them to the list",
+    )
+
+
+def _kept_list(out: Path) -> Path:
+    return out.with_name(f"{out.name}.{REJECTED_NAME}")
+
+
+def _by_reason(refused: Sequence[Refusal]) -> dict[str, int]:
+    counts = Counter(refusal.reason for refusal in refused)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def counted(by_reason: Mapping[str, int]) -> str:
+    """`unreadable 12, too_small 3`."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in by_reason.items())
+
+
+def _rejected_csv(refused: Sequence[Refusal]) -> bytes:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["source", "label", "reason", "detail"])
+    rows.writerows([r.source, r.label, r.reason, r.detail] for r in sorted(refused))
+    return text.getvalue().encode("utf-8")

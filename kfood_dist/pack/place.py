@@ -1,0 +1,81 @@
+"""Which sample goes where: classes, groups, splits and the order within a split. Pure, and quick.
+
+    prepared pictures ──► part_ambiguous ──► those whose bytes have one label only
+                      ──► classes_of     ──► class list (unless one was given)
+    and their splits  ──► place          ──► the samples of each split, in a seeded shuffled order
+
+Always holds: the order of the pictures that come in decides nothing.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kfood_dist.data.shards.manifest import SPLITS
+from kfood_dist.data.task.dish import DishClass
+from kfood_dist.pack.prepare import Prepared, Refusal
+from kfood_dist.pack.split import assign_splits, keyed_digest
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture with its place: `label` is its class id; `group` holds what must stay in one split."""
+
+    picture: Prepared
+    label: int
+    group: int
+
+
+def part_ambiguous(pictures: Sequence[Prepared]) -> tuple[list[Prepared], list[Refusal]]:
+    """Refuse every copy of a file that occurs under two labels: nobody here knows which is right."""
+    labels_of: dict[str, set[str]] = defaultdict(set)
+    for picture in pictures:
+        labels_of[picture.sha256].add(picture.record.label)
+    clear, refused = [], []
+    for picture in pictures:
+        labels = labels_of[picture.sha256]
+        if len(labels) == 1:
+            clear.append(picture)
+        else:
+            detail = f"the same bytes are labelled {' and '.join(sorted(labels))}"
+            refused.append(Refusal(picture.record.source, picture.record.label, "ambiguous", detail))
+    return clear, refused
+
+
+def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
+    """The classes that occur, sorted by name, each with the commonest of its pictures' categories."""
+    categories: dict[str, Counter[str]] = defaultdict(Counter)
+    for picture in pictures:
+        categories[picture.record.label][picture.record.category] += 1
+    return [
+        DishClass(name, min(counts, key=lambda category: (-counts[category], category)), listed=False)
+        for name, counts in sorted(categories.items())
+    ]
+
+
+def place(
+    pictures: Sequence[Prepared],
+    groups: Sequence[int],
+    splits: Sequence[str],
+    classes: Sequence[DishClass],
+    seed: int,
+) -> dict[str, list[Sample]]:
+    """The samples of train, val and test, each in its shuffled order, from a group and a split for each picture."""
+    ids = {dish.name: i for i, dish in enumerate(classes)}
+    placed: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    for picture, group, split in zip(pictures, groups, splits, strict=True):
+        placed[split].append(Sample(picture, ids[picture.record.label], group))
+    for samples in placed.values():
+        samples.sort(key=lambda sample: keyed_digest(seed, "order", sample.picture.record.source))
+    return placed
+
+
+def leaked_at_random(
+    pictures: Sequence[Prepared], groups: Sequence[int], fractions: Mapping[str, float], seed: int
+) -> dict[str, int]:
+    """How many pictures of val and of test would have a look-alike in train, had each been dealt by itself."""
+    alone = [int.from_bytes(keyed_digest(seed, "alone", p.record.source)[:8], "big") for p in pictures]
+    splits = assign_splits(alone, [picture.record.label for picture in pictures], fractions, seed)
+    learnt = {group for group, split in zip(groups, splits, strict=True) if split == "train"}
+    counts = Counter(split for group, split in zip(groups, splits, strict=True) if group in learnt)
+    return {split: counts[split] for split in SPLITS if split != "train"}

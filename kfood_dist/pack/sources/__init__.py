@@ -1,0 +1,19 @@
+"""What there is to pack: one record per picture, from a folder, a zip or a CSV.
+
+    folder  …/구이/구이/갈비구이/Img_000_0001.jpg   files.py ─┐   names.py: labels, categories
+    zip     구이.zip in kfood.zip, read in place    zips.py  ─┼─► scan.py ──► records sorted by `source`
+    CSV     image_path,label                        table.py ─┘   boxes.py: where the dish is
+                                                                                  │
+                              bytes of one picture ◄── read.py ◄── opened.py ◄────┘  in any process
+
+Names are compared in NFC, whatever the file system or the zip kept (macOS writes NFD); files are opened by their
+real path, members of zips by their place. Only listings and sizes are read here, no picture, and nothing is
+ever unpacked to disk. A CSV's rows are read by cells.py, and its paths found by spelling.py.
+"""
+
+from kfood_dist.pack.sources.boxes import BoxCount
+from kfood_dist.pack.sources.read import read_picture
+from kfood_dist.pack.sources.record import Record
+from kfood_dist.pack.sources.scan import Scan, scan, scan_source
+
+__all__ = ["BoxCount", "Record", "Scan", "read_picture", "scan", "scan_source"]

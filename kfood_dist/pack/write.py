@@ -1,0 +1,100 @@
+"""Placed samples and their prepared pictures to the files of a packed folder.
+
+samples of each split ──► cut into shards ──► tar + index each ──► the manifest's entries ──► manifest.json
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kfood_dist.data.shards.reader import sample_key
+from kfood_dist.data.shards.tars import Entry, file_sha256, save_index, write_tar
+from kfood_dist.data.shards.verify import count_samples
+from kfood_dist.data.storage.base import Storage
+from kfood_dist.data.task.dish import DishClass
+from kfood_dist.errors import ShardError
+from kfood_dist.pack.place import Sample
+from kfood_dist.pack.prepare import Prepared
+
+
+class ShardWriter:
+    """Writes shards into one folder and remembers what the manifest will say of them.
+
+    `pictures` is where the samples' JPEGs lie, squares of `image_size` pixels. A shard that an earlier packing of the
+    same samples finished is kept as it is.
+    """
+
+    def __init__(self, folder: Path, pictures: Storage, classes: Sequence[DishClass], image_size: int, shard_size: int):
+        self._folder = folder
+        self._pictures = pictures
+        self._classes = classes
+        self._image_size = image_size
+        self._shard_size = shard_size
+        self.splits: dict[str, dict[str, Any]] = {}
+        self.shards: list[dict[str, Any]] = []
+
+    def write(self, split: str, samples: Sequence[Sample]) -> None:
+        """Write all shards of one split; keys count through them."""
+        indexes = []
+        for number, start in enumerate(range(0, len(samples), self._shard_size)):
+            indexes.append(self._shard(split, number, start, samples[start : start + self._shard_size]))
+        self.splits[split] = count_samples(self._classes, indexes)
+
+    def _shard(self, split: str, number: int, start: int, samples: Sequence[Sample]) -> np.ndarray:
+        name = f"{split}-{number:06d}"
+        tar, index_file = self._folder / f"{name}.tar", self._folder / f"{name}.index.npy"
+        if not index_file.exists():  # it comes last: where it is, the tar is whole
+            tar.unlink(missing_ok=True)
+            partial = self._folder / ".index.partial"
+            partial.unlink(missing_ok=True)
+            save_index(partial, write_tar(tar, self._entries(split, start, samples)))
+            partial.rename(index_file)
+        index = np.load(index_file, allow_pickle=False)
+        self.shards.append(
+            {
+                "split": split,
+                **_described(tar),
+                "samples": len(index),
+                "index": _described(index_file),
+            }
+        )
+        return index
+
+    def _entries(self, split: str, start: int, samples: Sequence[Sample]) -> Iterator[Entry]:
+        for number, sample in enumerate(samples, start=start):
+            dish = self._classes[sample.label]
+            yield Entry(
+                key=sample_key(split, number),
+                jpeg=self._jpeg(sample.picture),
+                json=self._metadata(sample, dish),
+                label=sample.label,
+                group=sample.group,
+                width=self._image_size,
+                height=self._image_size,
+                # No byte-level tokenizer makes more tokens than bytes; one more ends the answer.
+                tokens=len(dish.name.encode("utf-8")) + 1,
+            )
+
+    def _jpeg(self, picture: Prepared) -> bytes:
+        [data] = self._pictures.read_ranges([(picture.file, picture.offset, picture.num_bytes)])
+        if isinstance(data, ShardError):
+            raise data
+        return data
+
+    def _metadata(self, sample: Sample, dish: DishClass) -> bytes:
+        fields = {
+            "label": dish.name,
+            "category": dish.category,
+            "source": sample.picture.record.source,
+            "width": self._image_size,
+            "height": self._image_size,
+            "group": sample.group,
+        }
+        return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode("utf-8")
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"path": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,0 +1,57 @@
+"""The optimiser and its learning rate.
+
+The learning rate is a pure function of the step, set before each update, so no scheduler state needs saving.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from kfood_dist.config.recipe import Optim
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
+    """AdamW over `parameters`: bitsandbytes' with 8-bit block-wise states (arXiv 2110.02861), or torch's.
+
+    Never the paged variant, which breaks on resume (bitsandbytes #782, #1381).
+    """
+    options: dict[str, Any] = {
+        "lr": optim.learning_rate,
+        "betas": (optim.beta1, optim.beta2),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if optim.name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+def learning_rate_at(step: int, max_steps: int, optim: Optim) -> float:
+    """Learning rate of step `step` (from 0) of `max_steps`: linear warm-up, then the decay down to its floor."""
+    warmup_steps = math.ceil(optim.warmup_ratio * max_steps)
+    if step < warmup_steps:
+        return optim.learning_rate * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    decay = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[optim.schedule]
+    floor = optim.min_learning_rate_ratio
+    return optim.learning_rate * (floor + (1 - floor) * decay)
+
+
+def state_dtypes(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The dtypes of the moment tensors an optimiser holds now, as sorted names; empty before its first step."""
+    moments = ("state1", "state2", "exp_avg", "exp_avg_sq")
+    dtypes = {
+        str(value.dtype).removeprefix("torch.")
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name in moments and torch.is_tensor(value)
+    }
+    return sorted(dtypes)

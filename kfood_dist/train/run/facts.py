@@ -1,0 +1,98 @@
+"""`run.json`: what really ran, read from the running objects, not from the recipe."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kfood_dist import __version__
+from kfood_dist.model.adapters import adapted_modules
+from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
+from kfood_dist.model.load import count_parameters, linear_types
+from kfood_dist.system.processes import write_whole
+from kfood_dist.train.engine.optim import state_dtypes
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "webdataset",
+    "numpy",
+    "pillow",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this package and what it builds on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "kfood_dist": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from, or None, as where git is not installed."""
+    where = Path(__file__).resolve().parents[3]
+    try:
+        done = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.decode("ascii").strip() if done.returncode == 0 else None
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """Of a PeftModel: linear layers by part and type, what carries an adapter, and parameter counts."""
+    trainable, total = count_parameters(model)
+    base = model.get_base_model()
+    dtypes = {
+        part: sorted({str(p.dtype).removeprefix("torch.") for n, p in base.named_parameters() if n.startswith(part)})
+        for part in (LANGUAGE_MODEL, VISION_TOWER, HEAD)
+    }
+    return {
+        "linear_layers": linear_types(base),
+        "parameter_dtypes": dtypes,
+        "adapted_modules": len(adapted_modules(base)),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_share": trainable / total,
+    }
+
+
+def optimizer_facts(optimizer: Any) -> dict[str, Any]:
+    """The optimiser's class and the dtypes its moments have by now."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return {
+        "optimizer": f"{type(inner).__module__}.{type(inner).__qualname__}",
+        "optimizer_state_dtypes": state_dtypes(inner),
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """The device that trains, and the command that started it."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+    return {"device": device, "versions": versions(), "git_commit": git_commit(), "command": sys.argv}
+
+
+def add_to_run_json(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to `run.json`, or write it anew if it cannot be read. Raises CheckpointError where it cannot be written."""
+    try:
+        known = dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    write_run_json(folder, {**known, **facts})
+
+
+def write_run_json(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `run.json`. Raises CheckpointError where it cannot."""
+    write_whole(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

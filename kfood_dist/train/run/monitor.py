@@ -1,0 +1,200 @@
+"""What a run tells about itself: one dict per step, for the console, `metrics.jsonl` and TensorBoard alike.
+
+    StepMeter (one step's counts) ──► summed over ranks ──► metrics ──► RunLog.step ──► three places
+
+Always holds: `metrics.jsonl` has one line per optimiser step and none of a step that was undone: a resumed run cuts
+the lines after its checkpoint before it writes.
+"""
+
+import json
+import math
+import os
+import resource
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfood_dist.system.console import LOG_FILE, LineFile, show, stamped
+from kfood_dist.system.processes import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from kfood_dist.data.batch.collate import Batch
+
+GIB = 2**30
+_PACE_STEPS = 100  # whose median tells the time left
+
+
+def peak_memory_gib() -> float:
+    """Most memory held so far: of the GPU if there is one, else of this process (its resident set)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+
+
+def device_memory_gib() -> float:
+    """All there is of what `peak_memory_gib` counts: the GPU's memory, or the machine's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+@dataclass
+class StepMeter:
+    """Counts one optimiser step on this rank; `reduce` makes them the whole run's."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+    batches: "list[Batch]" = field(default_factory=list)
+
+    def reduce(self, world: World, loss_sum: "torch.Tensor") -> dict[str, float]:
+        """The step's metrics over all ranks; a collective, so every rank calls it."""
+        import torch
+
+        elapsed_s = time.perf_counter() - self.started
+        counts = [
+            float(loss_sum),
+            sum(b.num_label_tokens for b in self.batches),
+            sum(len(b.ids) for b in self.batches),
+            sum(b.num_tokens for b in self.batches),
+            sum(b.input_ids.numel() for b in self.batches),
+            sum(len(b.refused) for b in self.batches),
+            sum(len(b.replaced) for b in self.batches),
+            self.waited_s,
+            elapsed_s,
+        ]
+        totals = torch.tensor(counts, dtype=torch.float64, device=loss_sum.device)
+        loss, labels, samples, tokens, slots, refused, replaced, waited, elapsed = world.all_sum(totals).tolist()
+        step_s = elapsed / world.size
+        return {
+            "loss": loss / max(1.0, labels),
+            "samples_per_second": samples / step_s,
+            "label_tokens_per_second": labels / step_s,
+            "data_wait_share": waited / elapsed,
+            "padding_share": 1 - tokens / slots,
+            "refused": refused,
+            "replaced": replaced,
+            "step_seconds": step_s,
+        }
+
+
+class RunLog:
+    """Writes a run's metrics on rank 0; on other ranks every call does nothing."""
+
+    def __init__(self, folder: Path, world: World, start_step: int, max_steps: int, every: int):
+        self.active = world.is_main
+        self.max_steps = max_steps
+        self.every = every
+        self.start_step = start_step
+        self._pace_s: deque[float] = deque(maxlen=_PACE_STEPS)
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.metrics_path = folder / "metrics.jsonl"
+        _cut_after(self.metrics_path, start_step)
+        self.num_skipped = sum(bool(row.get("skipped")) for row in read_metrics(self.metrics_path))
+        self._log = LineFile(folder / LOG_FILE)
+        self._metrics = LineFile(self.metrics_path)
+        self.tensorboard: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def say(self, text: str) -> None:
+        """One line for people: to the console and log.txt."""
+        if self.active:
+            show(text)
+            self._log.write(stamped(text))
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Record one optimiser step; `metrics` holds `step` (counted from 1), `loss`, and what else there is."""
+        if not self.active:
+            return
+        self.num_skipped += bool(metrics["skipped"])
+        metrics = {**metrics, "skipped_in_all": self.num_skipped}
+        # JSON has no word for what is not a finite number.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps(finite) + "\n")
+        curves = {name: value for name, value in finite.items() if value is not None and name not in ("step", "time")}
+        self._draw("train", metrics["step"], curves)
+        if metrics["step"] > self.start_step + 1:  # the first waits for the loader to start and kernels to be chosen
+            self._pace_s.append(metrics["step_seconds"])
+        if metrics["step"] % self.every == 0 or metrics["step"] == self.max_steps:
+            step_s = statistics.median(self._pace_s) if self._pace_s else None
+            self.say(console_line(metrics, self.max_steps, step_s))
+
+    def evaluation(self, step: int, split: str, scores: dict[str, float]) -> None:
+        """Record a measurement of `split` made while training."""
+        if not self.active:
+            return
+        self._draw("eval", step, scores)
+        self.say(f"step {step}  {split}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def _draw(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        """TensorBoard's points. Where it cannot write, its curves end: metrics.jsonl has the same and goes on."""
+        if self.tensorboard is None:
+            return
+        try:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{group}/{name}", value, step)
+        except OSError as error:
+            self.tensorboard = None
+            self.say(f"step {step}: TensorBoard's curves end here, until the next start ({error})")
+
+    def close(self) -> None:
+        if self.active:
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            self._metrics.close()
+            self._log.close()
+
+
+def console_line(metrics: dict[str, Any], max_steps: int, step_s: float | None) -> str:
+    """One readable line of a step's metrics; the time left is told once it is known how long a step takes."""
+    left = "" if step_s is None else f"  left {clock((max_steps - metrics['step']) * step_s)}"
+    line = (
+        f"step {metrics['step']}/{max_steps}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
+        f"grad {metrics['grad_norm']:.3f}  {metrics['samples_per_second']:.1f} samples/s  "
+        f"wait {metrics['data_wait_share']:.0%}  pad {metrics['padding_share']:.0%}  "
+        f"mem {metrics['peak_memory_gib']:.2f} GiB{left}"
+    )
+    if "loss_scale" in metrics:
+        line += f"  scale {metrics['loss_scale']:g}"
+    counts = {"refused": "refused", "replaced": "replaced", "skipped so far": "skipped_in_all"}
+    return line + "".join(f"  {told} {metrics[name]:.0f}" for told, name in counts.items() if metrics[name])
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, or hours, minutes and seconds: 4:07, 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes}:{s:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps on record in a `metrics.jsonl`; what is no whole record, such as a line cut by a kill, is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`: a resumed run takes those steps again."""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,97 @@
+"""Steps whose update was left out: which samples are at fault, and when there are too many in a row.
+
+    engine's Update + each sample's loss ──► SkipWatch.look ──► a line in the log, or the end of the run
+
+Always holds: all ranks leave out the same steps, so all of them come here together; weights that no step has used
+since they were made are not called good.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kfood_dist.data.batch.collate import Batch
+from kfood_dist.errors import TrainingError
+from kfood_dist.system.processes import World
+from kfood_dist.train.engine.base import Update
+from kfood_dist.train.run.checkpoint import MARKER
+from kfood_dist.train.run.monitor import RunLog
+
+_LISTED = 50
+
+
+class Loss(NamedTuple):
+    """A sample by its key, and its loss."""
+
+    key: str
+    value: float
+
+
+class SkipWatch:
+    """Counts the updates left out in a row. At most `limit` are suffered; `start` is the step the run begins with."""
+
+    def __init__(self, limit: int, start: int, key: Callable[[int], str], checkpoints: Path, world: World, log: RunLog):
+        self.limit = limit
+        self.key = key
+        self.checkpoints = checkpoints
+        self.world = world
+        self.log = log
+        self.in_a_row = 0
+        self.last_applied = start  # steps taken when the last update was made
+
+    def look(self, step: int, update: Update, batches: Sequence[Batch], losses: Sequence[torch.Tensor]) -> None:
+        """Account for one step; `losses` are each sample's, by micro-batch. A collective if the update was left out.
+
+        Raises TrainingError when more than `limit` in a row were left out.
+        """
+        if update.applied:
+            self.in_a_row, self.last_applied = 0, step + 1
+            return
+        self.in_a_row += 1
+        mine = [
+            Loss(self.key(i), value)
+            for batch, each in zip(batches, losses, strict=True)
+            for i, value in zip(batch.ids, each.tolist(), strict=False)  # a filler has a loss and no id
+        ]
+        why = reason(update, [loss for of_rank in self.world.share(mine) for loss in of_rank])
+        self.log.say(f"step {step + 1} skipped: {why}")
+        if self.in_a_row > self.limit:
+            raise TrainingError(
+                f"steps skipped in a row: {self.in_a_row}, more than train.max_skipped_steps {self.limit}; "
+                f"step {step + 1}: {why}; {last_good(self.checkpoints, self.last_applied)}",
+                "lower optim.learning_rate, or mend the samples named; the same command goes on from the newest "
+                "checkpoint",
+            )
+
+
+def reason(update: Update, losses: Sequence[Loss]) -> str:
+    """Why an update was left out: the samples whose loss is not finite, or all of the step's if no loss is at fault."""
+    faulty = [f"{loss.key} ({loss.value})" for loss in losses if not math.isfinite(loss.value)]
+    if faulty:
+        return f"the loss is not finite for {_listed(faulty)}"
+    if update.loss_scale is not None and update.loss_scale > 1:
+        return f"a gradient is beyond fp16 at loss scale {update.loss_scale:g}, which is halved"
+    return f"a gradient is not finite, though each sample's loss is; the step's: {_listed([x.key for x in losses])}"
+
+
+def last_good(checkpoints: Path, last_applied: int) -> str:
+    """Name the newest complete checkpoint whose weights have since given a finite gradient, and those that have not.
+
+    Step n is taken with the weights that n - 1 steps have made.
+    """
+    complete = sorted(marker.parent for marker in checkpoints.glob(f"step-*/{MARKER}"))
+    good = [path for path in complete if int(path.name.removeprefix("step-")) < last_applied]
+    doubtful = [path for path in complete if path not in good]
+    told = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet that is known to be good"
+    if doubtful:
+        told += f" (delete {', '.join(path.name for path in doubtful)} if the weights themselves are at fault)"
+    return told
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(islice(names, _LISTED)) + more
