@@ -11,8 +11,8 @@ import sys
 from kfood_dist import __version__
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.system import console
-from kfood_dist.system.processes import World
 from kfood_dist.system.utf8 import settle_names
+from kfood_dist.system.world import World
 
 VERBS = {
     "mini": (
@@ -23,7 +23,7 @@ VERBS = {
     "verify": ("kfood_dist.data.shards.verify", "check packed shards byte by byte"),
     "order": ("kfood_dist.data.order", "print who reads which sample at which step"),
     "train": (
-        "kfood_dist.train.main",
+        "kfood_dist.launch.train",
         "train by a recipe; resumes by itself (start it with launch/train.sh)",
     ),
     "eval": ("kfood_dist.evaluate.main", "measure a model on held-out pictures"),

@@ -5,6 +5,11 @@ run was under way and may do better the next time.
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+import os
+
+# Exit statuses. A run that stopped as it was asked to can be started again.
+FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
+
 
 class KfoodError(Exception):
     """A fault the user can mend: `what` is wrong, and `remedy` mends it."""

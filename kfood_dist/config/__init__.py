@@ -1,0 +1,1 @@
+"""The recipe: its sections, and YAML as recipes use it."""

@@ -29,7 +29,7 @@ from pydantic import (
 
 from kfood_dist.config import yaml_text as recipe_yaml
 from kfood_dist.errors import RecipeError
-from kfood_dist.system.processes import write_whole
+from kfood_dist.system.files import write_whole
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

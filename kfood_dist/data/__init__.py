@@ -1,0 +1,1 @@
+"""From packed shards to batches; imports neither the packer nor the model."""

@@ -1,0 +1,1 @@
+"""How many answers of a model are right."""

@@ -11,10 +11,12 @@ from typing import Any
 from kfood_dist.data.shards.reader import ShardSplit, open_split
 from kfood_dist.evaluate.fit import require_same_pictures
 from kfood_dist.evaluate.report import Report, reusable
-from kfood_dist.evaluate.settings import Settings, adapter_fingerprint, base_fingerprint, resolve_settings
+from kfood_dist.evaluate.settings import Settings, resolve_settings
 from kfood_dist.model.adapters import read_adapter_facts
 from kfood_dist.model.files import require_base
-from kfood_dist.system.processes import World, require_folder_possible
+from kfood_dist.model.identity import adapter_fingerprint, base_fingerprint
+from kfood_dist.system.files import require_folder_possible
+from kfood_dist.system.world import World
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from kfood_dist.evaluate.settings import Settings
 from kfood_dist.model.load import load_base
 from kfood_dist.model.objective.answer import normalise_patches
 from kfood_dist.system import gpus
-from kfood_dist.system.processes import World
 from kfood_dist.system.words import plural
+from kfood_dist.system.world import World
 
 
 @dataclass(frozen=True)

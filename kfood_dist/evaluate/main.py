@@ -26,9 +26,12 @@ from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.page import interval, percent, report_page
 from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
-from kfood_dist.evaluate.settings import add_model_arguments, base_fingerprint, sha256_file
-from kfood_dist.system.processes import World, end_with_launcher, quiet_libraries, run_rank
+from kfood_dist.evaluate.settings import add_model_arguments
+from kfood_dist.model.identity import base_fingerprint
+from kfood_dist.system.files import sha256_file
+from kfood_dist.system.processes import end_with_launcher, quiet_libraries
 from kfood_dist.system.words import plural
+from kfood_dist.system.world import World, run_rank
 
 if TYPE_CHECKING:
     import torch

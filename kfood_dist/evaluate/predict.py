@@ -19,8 +19,9 @@ from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.task.dish import clean
 from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
-from kfood_dist.system.processes import World, quiet_libraries
+from kfood_dist.system.processes import quiet_libraries
 from kfood_dist.system.words import plural
+from kfood_dist.system.world import World
 
 if TYPE_CHECKING:
     from kfood_dist.data.batch.collate import StreamingCollator

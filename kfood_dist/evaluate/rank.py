@@ -26,7 +26,7 @@ from kfood_dist.data.task.dish import clean, is_match
 from kfood_dist.evaluate.evaluation import Task
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.metrics import Record
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 
 # Ranks meet only at the end; the first may have to wait for one that loads its weights from a slow disk.
 _TIMEOUT = timedelta(hours=1)

@@ -17,7 +17,7 @@ from typing import Any
 
 from kfood_dist.errors import KfoodError
 from kfood_dist.evaluate.metrics import Record, by_class, confusions, summarise
-from kfood_dist.evaluate.settings import sha256_file
+from kfood_dist.system.files import sha256_file
 
 FORMAT, VERSION = "kfood-report", 1  # the version rises whenever the same inputs would be scored otherwise
 REPORT, PREDICTIONS, PAGE = "report.json", "predictions.jsonl", "report.html"

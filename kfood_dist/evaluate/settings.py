@@ -8,8 +8,6 @@ compute (quantisation, precision, attention) may be overridden by name with `--s
 """
 
 import argparse
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,9 @@ from kfood_dist.config import recipe as config
 from kfood_dist.config.recipe import Data, Eval, Model, Recipe
 from kfood_dist.data.picture.images import RESIZE_POLICIES
 from kfood_dist.errors import ModelError, RecipeError
-from kfood_dist.model.files import base_folder
 
 DATA_KEYS = ("system", "prompt", "image_size", "max_length")
 MODEL_KEYS = ("quantization", "precision", "attention")
-
-# A file up to this size is known by its content; a larger one by size and time, as reading it takes too long.
-_HASHED_BYTES = 64 * 2**20
-_BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -122,31 +114,3 @@ def _require_no_contradiction(recipe: Recipe, facts: dict[str, Any], chosen: set
                 f"--set data.{key}={asked} contradicts adapter {adapter}, trained with {facts[key]!r}",
                 "leave that --set out",
             )
-
-
-def base_fingerprint(base: str) -> str | None:
-    """What identifies a base model's files, as a SHA-256 in hex; None if they are not on this machine."""
-    folder = base_folder(base)
-    if folder is None:
-        return None
-    return _fingerprint(sorted(file for pattern in _BASE_FILES for file in folder.glob(pattern)))
-
-
-def adapter_fingerprint(folder: Path) -> str:
-    """What identifies an adapter's weights and their configuration, as a SHA-256 in hex."""
-    return _fingerprint([folder / name for name in _ADAPTER_FILES])
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fingerprint(files: list[Path]) -> str:
-    facts = []
-    for file in files:
-        status = file.stat()
-        known_by = sha256_file(file) if status.st_size <= _HASHED_BYTES else f"mtime {status.st_mtime_ns}"
-        facts.append([file.name, status.st_size, known_by])
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Starts ranks, and keeps watch over them."""

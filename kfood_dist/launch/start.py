@@ -18,9 +18,9 @@ from pathlib import Path
 
 from kfood_dist.config.recipe import Recipe, load_recipe
 from kfood_dist.doctor.checks import OK, check_shared_memory
-from kfood_dist.errors import KfoodError, LaunchError
+from kfood_dist.errors import FINISHED, INTERRUPTED, MISTAKE, STOPPED, KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation
-from kfood_dist.launch.supervise import FINISHED, INTERRUPTED, MISTAKE, STOPPED, Supervisor
+from kfood_dist.launch.supervise import Supervisor
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.system import console, gpus
 from kfood_dist.system.cluster import Cluster, require_one_node

@@ -17,12 +17,10 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from kfood_dist.errors import LaunchError
+from kfood_dist.errors import FAILED, FINISHED, INTERRUPTED, MISTAKE, STOPPED, LaunchError
 from kfood_dist.system import console
 from kfood_dist.system.processes import end_with_parent
 from kfood_dist.train.run.stop import SIGNALS, STOP_FILE, is_ignored, read_state
-
-FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
 # When a rank has died, torchrun's agent gives the others that many seconds.
 AGENT_SETTINGS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}

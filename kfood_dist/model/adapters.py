@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from kfood_dist.config.recipe import Lora, Recipe
 from kfood_dist.errors import ModelError
-from kfood_dist.model.base import LANGUAGE_MODEL
+from kfood_dist.model.family import LANGUAGE_MODEL
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,3 +131,19 @@ def load_adapter(model: Any, folder: Path) -> None:
             f"adapter {folder} does not fit the base model ({'; '.join(faults[:3])})",
             "name the base that it was trained on as model.base, or copy the adapter from its run again",
         )
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's whole weights by PEFT's names; under ZeRO-3, which shards them, a collective."""
+    from peft import get_peft_model_state_dict
+
+    sharded = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not sharded:
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        return {
+            name: weight.clone()
+            for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        }

@@ -12,11 +12,6 @@ from kfood_dist.data.picture.patches import VisionSpec, grid_of
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.files import located, require_supported
 
-# Where the parts of a Qwen2.5-VL lie in transformers 5, as module paths from the model's root.
-LANGUAGE_MODEL = "model.language_model"
-VISION_TOWER = "model.visual"
-HEAD = "lm_head"
-
 
 class Asked(Protocol):
     """What is asked of a model: a recipe's `data`, or an evaluation's settings."""

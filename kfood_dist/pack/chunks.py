@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist import __version__
-from kfood_dist.data.shards.tars import flush_to_disk
 from kfood_dist.pack.prepare import PictureSettings, Prepared, Refusal, made_by, prepare_one
 from kfood_dist.pack.sources import Record
 from kfood_dist.pack.workspace import process_name
+from kfood_dist.system.files import flush_to_disk
 
 # About half a second of work: little is lost by a kill, and few files are made of 150,000 pictures.
 CHUNK_RECORDS = 64

@@ -29,9 +29,8 @@ from kfood_dist import __version__
 from kfood_dist.data.picture.decoding import HEIC_REMEDY, NEEDS_HEIC
 from kfood_dist.data.shards.manifest import FORMAT, MANIFEST_NAME, REJECTED_NAME, VERSION, Manifest, load_manifest, seal
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.data.shards.tars import write_file
 from kfood_dist.data.shards.verify import verify
-from kfood_dist.data.storage.base import open_storage
+from kfood_dist.data.storage.open import open_storage
 from kfood_dist.data.task.dish import DishClass, load_classes
 from kfood_dist.errors import KfoodError, ShardError, SourceError
 from kfood_dist.pack.choose import choose, count_short
@@ -55,6 +54,7 @@ from kfood_dist.pack.workspace import (
     writing,
 )
 from kfood_dist.pack.write import ShardWriter
+from kfood_dist.system.files import write_file
 
 # A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
 _OVERHEAD_BYTES = 2600

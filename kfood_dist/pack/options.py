@@ -10,9 +10,10 @@ from kfood_dist.data.encoding import require_encoding
 from kfood_dist.data.picture.images import RESIZE_POLICIES
 from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import SourceError
-from kfood_dist.pack.prepare import PictureSettings, available_cores
+from kfood_dist.pack.prepare import PictureSettings
 from kfood_dist.pack.sources import Record
 from kfood_dist.pack.split import parse_fractions
+from kfood_dist.system.processes import available_cores
 
 USUAL_FRACTIONS = parse_fractions("0.8,0.1,0.1")
 

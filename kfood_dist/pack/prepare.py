@@ -97,11 +97,6 @@ class Refusal:
     detail: str
 
 
-def available_cores() -> int:
-    """The cores this process may use, which in a Slurm job or a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def prepare_one(record: Record, settings: PictureSettings) -> PreparedPicture | Refusal:
     """Read a picture and make it what is packed. Raises SourceError when the source is gone or its disk fails."""
     try:

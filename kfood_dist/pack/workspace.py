@@ -11,20 +11,18 @@ the rename to OUT decides.
 """
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
 from pathlib import Path
 
 from kfood_dist.data.shards.manifest import MANIFEST_NAME
 from kfood_dist.errors import KfoodError, SourceError
 from kfood_dist.system.cluster import outlast
+from kfood_dist.system.locks import lockable
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -65,7 +63,7 @@ def work_folder(out: Path, part: int, parts: int) -> Iterator[Path]:
     work = _work_of(out)
     with writing(out):
         (work / "chunks").mkdir(parents=True, exist_ok=True)
-        with _lockable(work / f"part-{part}-of-{parts}.lock") as lock:
+        with lockable(work / f"part-{part}-of-{parts}.lock") as lock:
             what = f"another process is writing {f'part {part} of {parts} of {out}' if parts > 1 else out}"
             if not outlast(lock, what):
                 raise SourceError(what, "wait for it, or choose another OUT")
@@ -79,7 +77,7 @@ def work_folder(out: Path, part: int, parts: int) -> Iterator[Path]:
 @contextmanager
 def merging(work: Path) -> Iterator[bool]:
     """Whether this process is the one that may put the shards together, for as long as the block lasts."""
-    with _lockable(work / "merge.lock") as lock:
+    with lockable(work / "merge.lock") as lock:
         yield lock()
 
 
@@ -169,36 +167,6 @@ def _take_over(other: Path, mine: Path, take: Callable[[Path, Path], None]) -> N
         with suppress(OSError):
             take(other / tar, mine / tar)
             take(index, mine / index.name)
-
-
-@contextmanager
-def _lockable(path: Path) -> Iterator[Callable[[], bool]]:
-    """What tries to lock a file, which is then held for as long as the block lasts."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        yield partial(_lock, descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        # Some parallel file systems are mounted without locks.
-        _say_no_locks(path.parent, error.strerror)
-    return True
-
-
-@cache
-def _say_no_locks(folder: Path, why: str) -> None:
-    print(
-        f"note: {folder} has no locks ({why}); --part K/N works, but nobody notices when one part is started twice, "
-        "and that is then done twice",
-        file=sys.stderr,
-    )
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from kfood_dist.data.shards.reader import sample_key
-from kfood_dist.data.shards.tars import Entry, file_sha256, save_index, write_tar
+from kfood_dist.data.shards.tars import Entry, save_index, write_tar
 from kfood_dist.data.shards.verify import count_samples
 from kfood_dist.data.storage.base import Storage
 from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import ShardError
 from kfood_dist.pack.place import Sample
 from kfood_dist.pack.prepare import Prepared
+from kfood_dist.system.files import file_sha256
 
 
 class ShardWriter:

@@ -6,8 +6,10 @@ A POSIX record lock, because it ends with the process however that ends, and loa
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 from kfood_dist.errors import LaunchError
@@ -50,3 +52,33 @@ def _is_free(run_dir: Path) -> bool:
 
 def _in_use(run_dir: Path) -> LaunchError:
     return LaunchError(f"another process is training in {run_dir}", "wait for it, end it, or set another run.dir")
+
+
+@contextmanager
+def lockable(path: Path) -> Iterator[Callable[[], bool]]:
+    """What tries to lock a file, which is then held for as long as the block lasts."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield partial(_lock, descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some parallel file systems are mounted without locks.
+        _say_no_locks(path.parent, error.strerror)
+    return True
+
+
+@cache
+def _say_no_locks(folder: Path, why: str) -> None:
+    print(
+        f"note: {folder} has no locks ({why}); --part K/N works, but nobody notices when one part is started twice, "
+        "and that is then done twice",
+        file=sys.stderr,
+    )

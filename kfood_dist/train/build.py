@@ -15,18 +15,22 @@ from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import CheckpointError
 from kfood_dist.model.adapters import attach_lora, load_adapter
-from kfood_dist.model.base import LANGUAGE_MODEL, build_template
+from kfood_dist.model.base import build_template
+from kfood_dist.model.family import LANGUAGE_MODEL
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
-from kfood_dist.model.load import load_base, recompute_activations
+from kfood_dist.model.load import load_base
 from kfood_dist.model.objective.answer import AnswerLoss
+from kfood_dist.model.parts import recompute_activations
 from kfood_dist.system import gpus
-from kfood_dist.system.processes import World, limit_waits
 from kfood_dist.system.words import plural
-from kfood_dist.train.engine.base import Engine, build_accelerator, build_engine, collective_timeout
+from kfood_dist.system.world import World, limit_waits
+from kfood_dist.train.engine.base import Engine
+from kfood_dist.train.engine.build import build_accelerator, build_engine, collective_timeout
 from kfood_dist.train.engine.optim import build_optimizer
 from kfood_dist.train.loop import Trainer
-from kfood_dist.train.preflight import num_steps, require_same_base
+from kfood_dist.train.preflight import num_steps
+from kfood_dist.train.resume import require_same_base
 from kfood_dist.train.run import checkpoint
 from kfood_dist.train.run.checkpoint import Checkpoint
 from kfood_dist.train.run.facts import machine_facts, model_facts

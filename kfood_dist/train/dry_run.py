@@ -14,7 +14,7 @@ from kfood_dist.config.recipe import Recipe
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.verify import verify_some
-from kfood_dist.data.storage.base import LocalStorage
+from kfood_dist.data.storage.local import LocalStorage
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.system.words import plural
 from kfood_dist.train.run.monitor import device_memory_gib

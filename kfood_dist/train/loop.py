@@ -11,7 +11,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,19 @@ from kfood_dist.data.batch.collate import Batch, LeftOut, StreamingCollator
 from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.mix import read_ahead
 from kfood_dist.data.plan.plan import MicroBatch, Plan, deal
-from kfood_dist.errors import CheckpointError, TrainingError
-from kfood_dist.model.adapters import save_adapter
+from kfood_dist.errors import CheckpointError
+from kfood_dist.model.adapters import adapter_weights, save_adapter
 from kfood_dist.model.objective.answer import AnswerLoss, exact_matches
-from kfood_dist.system.processes import World
-from kfood_dist.train.engine.base import Engine, adapter_weights
+from kfood_dist.system.world import World
+from kfood_dist.train.engine.base import Engine
 from kfood_dist.train.engine.optim import learning_rate_at
 from kfood_dist.train.run import checkpoint
 from kfood_dist.train.run.facts import optimizer_facts, write_run_json
 from kfood_dist.train.run.monitor import RunLog, StepMeter, peak_memory_gib
-from kfood_dist.train.run.skips import SkipWatch
+from kfood_dist.train.run.skips import SkipWatch, require_few_bad
 from kfood_dist.train.run.stop import StopRequest
 from kfood_dist.train.run.watchdog import Watch
 
-_BAD_LISTED = 50
 _LEFT_OUT_LISTED = 20
 _PAUSES_S = (1, 2, 4, 8, 16, 32, 64)
 
@@ -300,19 +298,6 @@ class Trainer:
         batch = next(batches)
         meter.waited_s += time.perf_counter() - began
         return batch
-
-
-def require_few_bad(bad: dict[str, str], num_samples: int, max_share: float) -> None:
-    """Raise TrainingError with the list if more than `max_share` of the split could not be read."""
-    if len(bad) <= max_share * num_samples:
-        return
-    listed = "".join(f"\n  {key}: {why}" for key, why in islice(sorted(bad.items()), _BAD_LISTED))
-    more = f"\n  and {len(bad) - _BAD_LISTED} more, all in log.txt" if len(bad) > _BAD_LISTED else ""
-    raise TrainingError(
-        f"{len(bad)} of {num_samples} training samples cannot be read, more than data.max_bad_share {max_share}:"
-        f"{listed}{more}\n",
-        "look at all of them with `kfood verify`, restore the shards and start again: it resumes",
-    )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

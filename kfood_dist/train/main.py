@@ -14,20 +14,13 @@ from typing import TYPE_CHECKING, Any
 from kfood_dist.config.recipe import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.stage import stage
-from kfood_dist.errors import KfoodError, LaunchError, RecipeError
-from kfood_dist.launch.supervise import FINISHED, STOPPED
+from kfood_dist.errors import FINISHED, STOPPED, KfoodError, RecipeError
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.system import console
 from kfood_dist.system.locks import hold
-from kfood_dist.system.processes import (
-    World,
-    end_with_launcher,
-    has_launcher,
-    quiet_libraries,
-    raise_open_file_limit,
-    run_rank,
-)
+from kfood_dist.system.processes import end_with_launcher, has_launcher, quiet_libraries, raise_open_file_limit
 from kfood_dist.system.words import plural
+from kfood_dist.system.world import World, run_rank
 from kfood_dist.train.dry_run import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
 from kfood_dist.train.preflight import num_steps, preflight
 from kfood_dist.train.run import checkpoint
@@ -103,8 +96,6 @@ def run(args: argparse.Namespace) -> int:
     """
     world = World.from_environment()
     require_recipe(args)
-    if len(args.recipes) > 1 or args.processes:
-        return train_by_launcher(args, world)
     end_with_launcher()
     recipe = load_recipe(args.recipes[0], args.set)
     conclude: Conclude = partial(publish, recipe, time.monotonic())
@@ -140,16 +131,6 @@ def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude
         print("limit: the whole run would take, as far as these steps tell:", *lines, sep="\n  ", flush=True)
 
     return trial, tell
-
-
-def train_by_launcher(args: argparse.Namespace, world: World) -> int:
-    """Train each recipe in processes of its own; exit status as launch/train.sh gives it."""
-    if world.size > 1:
-        raise LaunchError("a rank trains one recipe", "start through launch/train.sh")
-    from kfood_dist.launch import start as launch  # which starts this module, once for each recipe
-
-    processes = ["--processes", args.processes] if args.processes else []
-    return launch.main([*words_of(args, args.recipes, args.set), *processes])
 
 
 def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_dir: Path | None = None) -> int:

@@ -25,7 +25,8 @@ def build(shards: Path, out: Path) -> None:
     """A packed folder of NUM_SHARDS × SAMPLES_PER_SHARD training samples, with the pictures of `shards`."""
     from kfood_dist.data.shards.manifest import load_manifest, seal
     from kfood_dist.data.shards.reader import open_split
-    from kfood_dist.data.shards.tars import Entry, file_sha256, save_index, write_tar
+    from kfood_dist.data.shards.tars import Entry, save_index, write_tar
+    from kfood_dist.system.files import file_sha256
 
     split = open_split(shards, "train")
     out.mkdir(parents=True)

@@ -19,7 +19,7 @@ import torch
 from kfood_dist.cli import build_parser
 from kfood_dist.config.recipe import build_recipe
 from kfood_dist.errors import CheckpointError
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.engine import state
 from kfood_dist.train.main import best_step, evaluation_command
 from kfood_dist.train.run import checkpoint

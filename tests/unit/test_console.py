@@ -17,7 +17,7 @@ from kfood_dist.evaluate.predict import json_line
 TALKS = """
 import logging, sys, warnings
 from tqdm import tqdm
-from kfood_dist import console
+from kfood_dist.system import console
 
 console.best_effort(waits=False)
 for n in tqdm(range(3000), "bar", disable=False, mininterval=0):
@@ -64,7 +64,7 @@ def test_a_console_that_cannot_be_written_to_ends_nothing(redirect: str, encodin
     ],
 )
 def test_what_an_encoding_lacks_is_shown_as_escapes(encoding: str, shown: str) -> None:
-    code = "from kfood_dist import console; console.best_effort(); print('– 갈비찜 🍚 \\udcff')"
+    code = "from kfood_dist.system import console; console.best_effort(); print('– 갈비찜 🍚 \\udcff')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=environment() | {"PYTHONIOENCODING": encoding}, cwd=ROOT
     )
@@ -74,7 +74,7 @@ def test_what_an_encoding_lacks_is_shown_as_escapes(encoding: str, shown: str) -
 
 def test_a_terminal_that_went_away_ends_nothing() -> None:
     ours, theirs = pty.openpty()
-    code = "import time; from kfood_dist import console; console.best_effort(); print('on', flush=True)\n"
+    code = "import time; from kfood_dist.system import console; console.best_effort(); print('on', flush=True)\n"
     code += "input()\nfor _ in range(1000): print('line', flush=True)\nraise SystemExit(7)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, env=environment(), cwd=ROOT
@@ -88,7 +88,7 @@ def test_a_terminal_that_went_away_ends_nothing() -> None:
 
 
 def test_a_paused_reader_does_not_hold_up_training_but_a_slow_one_gets_all_of_the_rest() -> None:
-    code = "import sys; from kfood_dist import console; console.best_effort(waits=sys.argv[1] == 'waits')\n"
+    code = "import sys; from kfood_dist.system import console; console.best_effort(waits=sys.argv[1] == 'waits')\n"
     code += "for _ in range(20_000): print('a line of some twenty')"
     start = [sys.executable, "-c", code]
     paused = subprocess.Popen([*start, "goes on"], stdout=subprocess.PIPE, env=environment(), cwd=ROOT)
@@ -103,7 +103,7 @@ def test_a_paused_reader_does_not_hold_up_training_but_a_slow_one_gets_all_of_th
 
 def test_no_file_takes_the_place_of_a_closed_console(tmp_path: Path) -> None:
     """What a library or a child writes to descriptor 1 would otherwise land in the next file that is opened."""
-    code = "import os, subprocess; from kfood_dist import console; console.best_effort()\n"
+    code = "import os, subprocess; from kfood_dist.system import console; console.best_effort()\n"
     code += f"file = open({str(tmp_path / 'shard')!r}, 'wb', buffering=0)\n"
     code += "print('printed', flush=True); os.write(1, b'of a library'); subprocess.run(['echo', 'of a child'])\n"
     code += "file.write(b'data')"

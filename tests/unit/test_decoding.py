@@ -226,7 +226,7 @@ def test_a_damaged_picture_is_refused_with_and_without_its_metadata():
 # The peak is the process's own (VmHWM); ru_maxrss would begin at that of the process that started it.
 MEASURED = """
 import sys
-from kfood_dist.data.images import prepare_jpeg
+from kfood_dist.data.picture.images import prepare_jpeg
 peak = lambda: int(next(s for s in open("/proc/self/status") if s.startswith("VmHWM")).split()[1]) * 1024
 prepare_jpeg(open(sys.argv[2], "rb").read(), 224)
 before, data = peak(), open(sys.argv[1], "rb").read()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kfood_dist.cli import VERBS, build_parser
-from kfood_dist.train.preflight import CHANGEABLE, CHANGEABLE_UNMEASURED
+from kfood_dist.train.resume import CHANGEABLE, CHANGEABLE_UNMEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.ko.md")

@@ -198,7 +198,7 @@ def test_a_dev_shm_without_room_for_a_semaphore_is_found_and_keeps_packing_from_
         command = ["unshare", "-m", "bash", "-c", IN_A_SMALL_SHM, "1", sys.executable, *words]
         return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, cwd=ROOT)
 
-    doctor_code = "from kfood_dist import doctor; print(*doctor.check_semaphores())"
+    doctor_code = "from kfood_dist.doctor import checks as doctor; print(*doctor.check_semaphores())"
     assert run("-c", doctor_code).stdout.startswith("FAULT no semaphore can be made (No space left on device) → ")
     pack = ["-m", "kfood_dist", "pack", str(pictures), str(tmp_path / "shards"), "--workers"]
     several = run(*pack, "2")

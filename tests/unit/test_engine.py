@@ -9,7 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from kfood_dist.train.engine.base import PlainEngine, Update, ZeroEngine
+from kfood_dist.train.engine.base import Update
+from kfood_dist.train.engine.plain import PlainEngine
+from kfood_dist.train.engine.zero import ZeroEngine
 
 
 class Slope(torch.nn.Module):

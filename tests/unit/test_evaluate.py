@@ -26,7 +26,7 @@ from kfood_dist.evaluate.main import conclude
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.settings import Settings, resolve_settings
 from kfood_dist.model.objective.answer import AnswerLoss
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 
 EXACT = ("--set", "model.quantization=none", "--set", "model.precision=fp32")
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from kfood_dist.errors import CheckpointError
 from kfood_dist.model.identity import config_changes, fingerprint, fingerprint_of_files, read_config
-from kfood_dist.train.preflight import require_same_base
+from kfood_dist.train.resume import require_same_base
 from kfood_dist.train.run import checkpoint
 
 # As the model is published, and as transformers 4.5x saves it: twice, with leftovers, and in another place.

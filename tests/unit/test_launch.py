@@ -35,7 +35,7 @@ from kfood_dist.launch.start import (
 from kfood_dist.system import gpus
 from kfood_dist.system.cluster import Cluster
 from kfood_dist.system.gpus import Gpu, Gpus
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.main import words_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_an_evaluation_on_several_nodes_is_refused(
 BUT_HELP = """
 import contextlib, io, sys
 from kfood_dist.cli import VERBS, main as kfood
-from kfood_dist.launch import main as launch
+from kfood_dist.launch.start import main as launch
 calls = [(kfood, [verb, word]) for verb in VERBS for word in ("--help", "--no-such-option")]
 calls += [(launch, [verb, word]) for verb in ("train", "eval") for word in ("--help", "--no-such-option")]
 for command, words in calls:

@@ -13,7 +13,7 @@ from kfood_dist.system.locks import hold, require_free
 HOLD = """
 import sys
 from pathlib import Path
-from kfood_dist.train.lock import hold
+from kfood_dist.system.locks import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

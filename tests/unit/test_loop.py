@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kfood_dist.data.batch.collate import LeftOut
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train import loop
 from kfood_dist.train.loop import Trainer, seed_step
 

@@ -21,7 +21,7 @@ from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.practice.pictures import DISHES, write_pictures
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.loop import Trainer
 
 

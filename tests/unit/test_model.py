@@ -15,9 +15,11 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_
 from kfood_dist.config.recipe import LINEAR_LAYERS, Lora
 from kfood_dist.errors import ModelError
 from kfood_dist.model.adapters import adapted_modules, attach_lora, read_adapter_facts, save_adapter, target_pattern
-from kfood_dist.model.base import LANGUAGE_MODEL, VISION_TOWER, load_config
+from kfood_dist.model.base import load_config
+from kfood_dist.model.family import LANGUAGE_MODEL, VISION_TOWER
 from kfood_dist.model.files import require_base
-from kfood_dist.model.load import count_parameters, linear_types, load_base, quantization_config, require_quantized
+from kfood_dist.model.load import load_base, quantization_config
+from kfood_dist.model.parts import count_parameters, linear_types, require_quantized
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kfood_dist.data.batch.collate import Batch
 from kfood_dist.system.console import LineFile
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.run.facts import machine_facts
 from kfood_dist.train.run.monitor import RunLog, StepMeter, clock, read_metrics
 

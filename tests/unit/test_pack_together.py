@@ -29,7 +29,7 @@ FIRST, SECOND = replace(SMALL, part=1, parts=2), replace(SMALL, part=2, parts=2)
 TOGETHER = """
 import fcntl, os, pathlib, sys, time
 from kfood_dist.cli import main
-from kfood_dist.data.packing import job
+from kfood_dist.pack import job
 
 folder, count, merge = pathlib.Path(sys.argv[1]), int(sys.argv[2]), job._merge
 
@@ -48,7 +48,7 @@ sys.exit(main(sys.argv[3:]))
 KILLED = """
 import os, sys
 from kfood_dist.cli import main
-from kfood_dist.data.packing import write
+from kfood_dist.pack import write
 
 finished, write_tar = [], write.write_tar
 

@@ -56,9 +56,15 @@ def test_pyproject_holds_the_build_system_and_lint_rules_only() -> None:
     assert tree["tool"].keys() == {"ruff"}
 
 
-def test_each_part_imports_only_from_those_before_it() -> None:
-    parts = ("data", "model", "train", "evaluate")
-    for number, part in enumerate(parts[:-1]):
-        later = re.compile(rf"^\s*(?:from|import) kfood_dist\.(?:{'|'.join(parts[number + 1 :])})\b.*", re.MULTILINE)
-        for path in sorted((ROOT / "kfood_dist" / part).rglob("*.py")):
-            assert not later.findall(path.read_text(encoding="utf-8")), path
+def test_imports_run_one_way() -> None:
+    """Each part imports only from those above it in this list, `practice` and `doctor` being apart from training."""
+    floors = (("errors",), ("system",), ("config",), ("data",), ("pack", "model"), ("train", "evaluate"), ("doctor",))
+    floor_of = {part: number for number, floor in enumerate((*floors, ("launch",))) for part in floor}
+    floor_of |= {"practice": floor_of["config"], "cli": len(floors) + 1, "__main__": len(floors) + 2}
+    package = ROOT / "kfood_dist"
+    assert {path.name.removesuffix(".py") for path in package.iterdir()} - {"__init__", "__pycache__"} == set(floor_of)
+    for path in sorted(package.rglob("*.py")):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        for name in re.findall(r"^\s*from kfood_dist\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            if name != part:
+                assert floor_of[name] < floor_of[part], f"{path} imports {name}"

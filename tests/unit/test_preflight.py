@@ -6,7 +6,8 @@ import pytest
 
 from kfood_dist.config.recipe import Recipe
 from kfood_dist.train.build import adapter_facts
-from kfood_dist.train.preflight import forbidden_changes, num_steps
+from kfood_dist.train.preflight import num_steps
+from kfood_dist.train.resume import forbidden_changes
 
 
 def recipe(**sections: dict[str, object]) -> Recipe:

@@ -7,7 +7,7 @@ import pytest
 
 from kfood_dist.config.recipe import Recipe
 from kfood_dist.errors import CheckpointError
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.main import publish, train
 from kfood_dist.train.publish import publish_adapter
 from kfood_dist.train.run import checkpoint

@@ -14,7 +14,7 @@ from running import environment, write_recipe
 from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d
 
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 
 STALL_S = 50
 EXPECTED_S = 2 * STALL_S + 60

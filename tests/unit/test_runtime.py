@@ -14,8 +14,10 @@ import torch
 from running import environment
 
 from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
-from kfood_dist.system.processes import World, quiet_loggers, require_folder_possible, run_rank, write_whole
+from kfood_dist.system.files import require_folder_possible, write_whole
+from kfood_dist.system.processes import quiet_loggers
 from kfood_dist.system.words import plural
+from kfood_dist.system.world import World, run_rank
 
 
 def test_a_process_started_alone_is_rank_0_of_1() -> None:

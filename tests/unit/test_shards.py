@@ -229,7 +229,7 @@ def test_descriptors_are_few_and_given_back(packed, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     split = open_split(packed, "train")
     assert len(os.listdir("/proc/self/fd")) == before
-    monkeypatch.setattr("kfood_dist.data.storage.base._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("kfood_dist.data.storage.local._MAX_OPEN_FILES", 2)
     for i in (0, 8, 17, 0, 8):
         split.read(i)
         assert len(os.listdir("/proc/self/fd")) <= before + 2

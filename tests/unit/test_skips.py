@@ -8,7 +8,7 @@ import torch
 
 from kfood_dist.data.batch.collate import Batch
 from kfood_dist.errors import TrainingError
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.engine.base import Update
 from kfood_dist.train.run.checkpoint import MARKER
 from kfood_dist.train.run.monitor import RunLog

@@ -19,7 +19,9 @@ from pictures import write_folder
 
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.data.storage.base import LocalStorage, MissingFileError, open_storage, spans
+from kfood_dist.data.storage.base import MissingFileError, spans
+from kfood_dist.data.storage.local import LocalStorage
+from kfood_dist.data.storage.open import open_storage
 from kfood_dist.data.storage.remote import RemoteStorage
 from kfood_dist.errors import ShardError
 from kfood_dist.pack.options import PackOptions
@@ -71,7 +73,7 @@ def test_a_path_and_a_file_url_are_the_same_folder(packed, local):
 
 @pytest.mark.parametrize("quick_s", [-1.0, 1000.0])
 def test_ranges_come_in_order_whether_or_not_the_disk_is_waited_for(packed, monkeypatch, quick_s):
-    monkeypatch.setattr("kfood_dist.data.storage.base._QUICK_S", quick_s)  # every read has to wait, or none
+    monkeypatch.setattr("kfood_dist.data.storage.local._QUICK_S", quick_s)  # every read has to wait, or none
     storage = LocalStorage(packed)
     data = (packed / TAR).read_bytes()
     ranges = [(TAR, 512 * n % len(data), 1 + 97 * n) for n in range(40)]
@@ -139,7 +141,7 @@ def test_what_is_not_there_or_not_installed_is_said_with_the_remedy(monkeypatch)
     code = """
 import sys
 sys.modules["s3fs"] = None
-from kfood_dist.data.storage import open_storage
+from kfood_dist.data.storage.open import open_storage
 from kfood_dist.errors import KfoodError
 try:
     open_storage("s3://bucket/x")
@@ -154,7 +156,7 @@ except KfoodError as error:
 def test_a_local_data_set_does_not_import_fsspec(packed):
     code = f"""
 import sys
-from kfood_dist.data.shards import open_split
+from kfood_dist.data.shards.reader import open_split
 open_split({str(packed)!r}, "train").read(0)
 assert not {{"fsspec", "aiohttp", "torch"}} & set(sys.modules)
 """
@@ -436,7 +438,7 @@ def test_what_a_bucket_lacks_is_named(bucket, local):
 
 def test_a_bucket_without_credentials_is_told_at_once(bucket):
     code = """
-from kfood_dist.data.remote import RemoteStorage
+from kfood_dist.data.storage.remote import RemoteStorage
 try:
     RemoteStorage("s3://food/sets/kfood", pause_s=1000).read("manifest.json")
 except Exception as error:

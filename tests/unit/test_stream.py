@@ -71,7 +71,7 @@ from collections.abc import Callable
 from pathlib import Path
 sys.path.insert(0, "tests/unit")
 from test_stream import build, micro_batches
-from kfood_dist.data.stream import stream
+from kfood_dist.data.batch.loader import stream
 
 if __name__ == "__main__":
     collator = build(Path(sys.argv[1]), Path(sys.argv[2]))
@@ -109,7 +109,7 @@ def test_workers_end_with_a_killed_parent_and_leave_no_shared_memory(
 
 KILLED_AGAIN_AND_AGAIN = """
 import itertools, os, random, signal, time, torch
-from kfood_dist.data.stream import stream
+from kfood_dist.data.batch.loader import stream
 
 class Collator:
     def __getitem__(self, micro_batch):
@@ -138,7 +138,7 @@ def test_workers_leave_no_shared_memory_whatever_they_do_when_their_parent_is_ki
 
 STARTING = """
 import itertools, sys
-from kfood_dist.data.stream import stream
+from kfood_dist.data.batch.loader import stream
 
 class Collator:
     def __getitem__(self, micro_batch):
@@ -206,7 +206,7 @@ def test_a_process_ends_though_its_workers_hear_no_first_sigterm_and_a_stream_is
     code = f"""
 import itertools, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
-from kfood_dist.data.stream import stream
+from kfood_dist.data.batch.loader import stream
 
 class Collator:
     def __getitem__(self, micro_batch):
@@ -229,7 +229,7 @@ sys.path[:0] = ["tests/unit"]
 from pathlib import Path
 import numpy
 from kfood_dist.errors import KfoodError
-from kfood_dist.data.stream import stream
+from kfood_dist.data.batch.loader import stream
 
 class Collator:
     def __getitem__(self, micro_batch):

@@ -13,7 +13,7 @@ from kfood_dist.launch.ranks import handled_signals
 SUPERVISED = """
 import os, sys
 from pathlib import Path
-from kfood_dist.supervise import Supervisor
+from kfood_dist.launch.supervise import Supervisor
 
 supervisor = Supervisor()
 child = "import time; print('running', flush=True); time.sleep(2); print('done', flush=True)"

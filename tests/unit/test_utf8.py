@@ -17,7 +17,7 @@ from kfood_dist.launch import ranks
 from kfood_dist.launch import start as launch
 from kfood_dist.pack.sources import scan
 from kfood_dist.system import utf8
-from kfood_dist.system.processes import write_whole
+from kfood_dist.system.files import write_whole
 from kfood_dist.system.utf8 import as_utf8
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.loop import Trainer
 from kfood_dist.train.run.watchdog import Seen, Watch, blame
 
@@ -60,8 +60,8 @@ STALLS = """
 import sys
 import time
 from pathlib import Path
-from kfood_dist.runtime import World
-from kfood_dist.train.watch import Watch
+from kfood_dist.system.world import World
+from kfood_dist.train.run.watchdog import Watch
 
 def stuck():
     time.sleep(60)

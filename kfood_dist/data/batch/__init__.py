@@ -1,0 +1,1 @@
+"""From sample ids to batches of tensors, in loader processes."""

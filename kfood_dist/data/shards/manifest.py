@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.data.storage.base import LocalStorage, MissingFileError, Storage, open_storage
+from kfood_dist.data.storage.base import MissingFileError, Storage
+from kfood_dist.data.storage.local import LocalStorage
+from kfood_dist.data.storage.open import open_storage
 from kfood_dist.data.task.dish import DishClass, stands_for_two
 from kfood_dist.errors import ShardError
 

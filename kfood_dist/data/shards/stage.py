@@ -27,7 +27,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kfood_dist.data.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
-from kfood_dist.data.storage.base import LocalStorage, Range, Storage, open_storage
+from kfood_dist.data.storage.base import Range, Storage
+from kfood_dist.data.storage.local import LocalStorage
+from kfood_dist.data.storage.open import open_storage
 from kfood_dist.errors import KfoodError, LaunchError, ShardError
 
 _PIECE_BYTES = 8 << 20

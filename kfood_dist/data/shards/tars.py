@@ -7,9 +7,7 @@ Offsets are never computed here but read off the finished tar, so that an index 
 reader would find. The same samples always give the same bytes.
 """
 
-import hashlib
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kfood_dist.data.shards.reader import INDEX_DTYPE
+from kfood_dist.system.files import flush_to_disk, write_file
 
 
 @dataclass(frozen=True)
@@ -98,22 +97,3 @@ def save_index(path: Path, index: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     write_file(path, buffer.getvalue())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a new file and wait until the disk has it."""
-    with open(path, "xb") as file:
-        file.write(data)
-        flush_to_disk(file)
-
-
-def flush_to_disk(file: io.BufferedWriter) -> None:
-    """Wait until the disk has what was written: a rename must not come before the bytes it publishes."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from kfood_dist.data.picture.images import ImageRejected, decode_rgb
 from kfood_dist.data.shards.manifest import MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest, ShardFile, load_manifest
 from kfood_dist.data.shards.reader import load_index, sample_key
-from kfood_dist.data.shards.tars import Member, file_sha256, members
+from kfood_dist.data.shards.tars import Member, members
 from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import ShardError
-from kfood_dist.pack.prepare import available_cores
+from kfood_dist.system.files import file_sha256
+from kfood_dist.system.processes import available_cores
 from kfood_dist.system.words import plural
 
 

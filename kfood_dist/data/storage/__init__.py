@@ -1,0 +1,1 @@
+"""Where packed data sets lie: folders and URLs."""

@@ -1,0 +1,1 @@
+"""What a sample asks, and what counts as a right answer."""

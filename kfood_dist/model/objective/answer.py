@@ -8,7 +8,6 @@ Always holds: only positions with a label reach the head (full logits would be 1
 not divided here, because only the caller knows how many labels the whole global batch has.
 """
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch.nn import functional as F
 from kfood_dist.data.batch.collate import Batch
 from kfood_dist.data.batch.template import IGNORED
 from kfood_dist.data.picture.patches import VisionSpec
-from kfood_dist.model.base import VISION_TOWER
+from kfood_dist.model.family import VISION_TOWER
+from kfood_dist.model.parts import freeze_forward
 
 
 def normalise_patches(patches: torch.Tensor, vision: VisionSpec) -> torch.Tensor:
@@ -43,7 +43,7 @@ class AnswerLoss(nn.Module):
         super().__init__()
         self.model = model
         self.vision = vision
-        _freeze_forward(model.get_base_model().get_submodule(VISION_TOWER))
+        freeze_forward(model.get_base_model().get_submodule(VISION_TOWER))
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(loss, hits, losses): the summed cross-entropy of all label tokens, float32 scalar; for each label token,
@@ -66,23 +66,6 @@ class AnswerLoss(nn.Module):
         rows = labelled.nonzero()[:, 0]
         losses = torch.zeros(len(labelled), device=each.device).index_add_(0, rows, each.detach())
         return each.sum(), logits.detach().argmax(-1) == targets[labelled], losses
-
-
-def _freeze_forward(tower: Any) -> None:
-    """Let the frozen tower keep nothing for the backward pass, and compute in float32 where its weights are float32.
-
-    Under fp16 they are (`load_base`), since its activations outgrow fp16; autocast would compute in fp16 all the same.
-    """
-    forward = tower.forward
-
-    def run(pixel_values: torch.Tensor, *args: Any, **options: Any) -> Any:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if pixel_values.dtype == torch.float32:
-                stack.enter_context(torch.autocast(pixel_values.device.type, enabled=False))
-            return forward(pixel_values, *args, **options)
-
-    tower.forward = run
 
 
 def exact_matches(hits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""One optimiser step on DeepSpeed ZeRO, DDP or a single process."""

@@ -1,0 +1,1 @@
+"""What a run leaves and watches: checkpoints, log, stop requests, stalls."""

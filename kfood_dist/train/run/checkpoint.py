@@ -19,9 +19,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kfood_dist.data.shards.tars import file_sha256
 from kfood_dist.errors import CheckpointError
-from kfood_dist.system.processes import World, write_whole
+from kfood_dist.system.files import file_sha256, write_whole
+from kfood_dist.system.world import World
 
 FORMAT_VERSION = 2
 MARKER = "COMPLETE"

@@ -12,9 +12,9 @@ import torch
 
 from kfood_dist import __version__
 from kfood_dist.model.adapters import adapted_modules
-from kfood_dist.model.base import HEAD, LANGUAGE_MODEL, VISION_TOWER
-from kfood_dist.model.load import count_parameters, linear_types
-from kfood_dist.system.processes import write_whole
+from kfood_dist.model.family import HEAD, LANGUAGE_MODEL, VISION_TOWER
+from kfood_dist.model.parts import count_parameters, linear_types
+from kfood_dist.system.files import write_whole
 from kfood_dist.train.engine.optim import state_dtypes
 
 _PACKAGES = (

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.system.console import LOG_FILE, LineFile, show, stamped
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 
 if TYPE_CHECKING:
     import torch

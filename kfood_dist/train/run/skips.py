@@ -16,7 +16,7 @@ import torch
 
 from kfood_dist.data.batch.collate import Batch
 from kfood_dist.errors import TrainingError
-from kfood_dist.system.processes import World
+from kfood_dist.system.world import World
 from kfood_dist.train.engine.base import Update
 from kfood_dist.train.run.checkpoint import MARKER
 from kfood_dist.train.run.monitor import RunLog
@@ -95,3 +95,19 @@ def last_good(checkpoints: Path, last_applied: int) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(islice(names, _LISTED)) + more
+
+
+_BAD_LISTED = 50
+
+
+def require_few_bad(bad: dict[str, str], num_samples: int, max_share: float) -> None:
+    """Raise TrainingError with the list if more than `max_share` of the split could not be read."""
+    if len(bad) <= max_share * num_samples:
+        return
+    listed = "".join(f"\n  {key}: {why}" for key, why in islice(sorted(bad.items()), _BAD_LISTED))
+    more = f"\n  and {len(bad) - _BAD_LISTED} more, all in log.txt" if len(bad) > _BAD_LISTED else ""
+    raise TrainingError(
+        f"{len(bad)} of {num_samples} training samples cannot be read, more than data.max_bad_share {max_share}:"
+        f"{listed}{more}\n",
+        "look at all of them with `kfood verify`, restore the shards and start again: it resumes",
+    )

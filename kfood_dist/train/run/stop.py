@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from kfood_dist.system.processes import write_whole
+from kfood_dist.system.files import write_whole
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 STOP_FILE = "STOP"

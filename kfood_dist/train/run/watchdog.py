@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.system.processes import World, limit_waits
+from kfood_dist.system.world import World, limit_waits
 
 # A watcher that itself was away for so many of its pauses knows nothing of the others, and begins anew.
 _STOOD_STILL = 3

@@ -1,0 +1,115 @@
+"""The engine on DeepSpeed ZeRO, stages 1 to 3."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from kfood_dist.data.batch.collate import Batch
+from kfood_dist.train.engine import state
+from kfood_dist.train.engine.base import Output, Update, scaled
+
+
+class ZeroEngine:
+    """DeepSpeed ZeRO. Clipping is DeepSpeed's own, configured from the recipe."""
+
+    def __init__(self, accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.trainable: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        fp16 = accelerator.mixed_precision == "fp16"
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        tower = {p: p.data for p in frozen if fp16 and p.dtype == torch.float32}
+        self.engine, _ = accelerator.prepare(module, optimizer)
+        self.optimizer = optimizer
+        self.rank = accelerator.process_index
+        self.stage = self.engine.zero_optimization_stage()
+        if fp16:
+            # DeepSpeed has turned every weight into fp16; the tower must stay in float32.
+            for parameter, data in tower.items():
+                parameter.data = data
+            # At the least scale it would end the run with a bare Exception; the loop's own limit comes first.
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+
+    def forward(self, batch: Batch) -> Output:
+        return self.engine(batch)
+
+    def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss, hits, losses = self.engine(batch)
+        self.engine.backward(scaled(loss, scale), scale_wrt_gas=False)
+        return loss.detach(), hits, losses
+
+    def step(self, learning_rate: float) -> Update:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss_scale = self.scale_state.get("scale")
+        self.engine.step()
+        return Update(float(self.engine.get_global_grad_norm()), self.engine.was_step_applied(), loss_scale)
+
+    @property
+    def scale_state(self) -> dict[str, float]:
+        if not self.engine.fp16_enabled():
+            return {}
+        scaler = self.engine.optimizer.loss_scaler
+        return {
+            "scale": scaler.cur_scale,
+            "good_steps": (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window,
+        }
+
+    @scale_state.setter
+    def scale_state(self, state: dict[str, float]) -> None:
+        scaler = self.engine.optimizer.loss_scaler
+        scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state["scale"], int(state["good_steps"]), -1
+
+    def save(self, folder: Path) -> None:
+        state.save(folder / state.file_name(self.rank), self.held(), self.optimizer, self.scale_state)
+
+    def load(self, folder: Path) -> None:
+        with state.Saved(folder) as saved:
+            saved.require_parameters(
+                {n: p.ds_numel if self.stage == 3 else p.numel() for n, p in self.trainable.items()}
+            )
+            state.load(saved, self.held(), self.optimizer)
+            if saved.extra:
+                self.scale_state = saved.extra
+        self._refresh_weights()
+
+    def held(self) -> list[state.Held]:
+        """The flat float32 tensors of this rank, and which parameters lie in them."""
+        inner = self.engine.optimizer
+        if self.stage == 3:
+            return [
+                state.Held(flat, tuple(self._stretches_of_stage_3(group)))
+                for flat, group in zip(inner.fp32_partitioned_groups_flat, inner.fp16_groups, strict=True)
+            ]
+        # DeepSpeed takes its BF16_Optimizer for stage 1 with float32 accumulation, which names them otherwise.
+        bf16 = hasattr(inner, "fp32_groups_flat_partition")
+        flats = inner.fp32_groups_flat_partition if bf16 else inner.single_partition_of_fp32_groups
+        stretches: list[list[state.Stretch]] = [[] for _ in flats]
+        for name, parameter in self.trainable.items():
+            if (mapping := parameter._hp_mapping) is not None:  # None: none of it lies on this rank
+                part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                stretches[mapping.param_group_index].append(state.Stretch(name, part.start, part.numel, place.start))
+        return [state.Held(flat, tuple(found)) for flat, found in zip(flats, stretches, strict=True)]
+
+    def _stretches_of_stage_3(self, group: list[Any]) -> Iterator[state.Stretch]:
+        """Stage 3 cuts each parameter by itself, into equal parts of which the last may be short or empty."""
+        names = {id(parameter): name for name, parameter in self.trainable.items()}
+        inner = self.engine.optimizer
+        for parameter in group:
+            _, at, size = inner.grad_position[inner.get_param_id(parameter)]
+            start = self.rank * size
+            if (length := min(size, parameter.ds_numel - start)) > 0:
+                yield state.Stretch(names[id(parameter)], start, length, at)
+
+    def _refresh_weights(self) -> None:
+        """Make the weights that the model computes with those of the masters, as a step's end does."""
+        inner = self.engine.optimizer
+        if self.stage < 3:
+            inner.update_lp_params()
+            return
+        inner.checkpoint_event_prologue()
+        for i in range(len(inner.fp16_groups)):
+            inner._reassign_or_swap_out_partitioned_parameters(i)
+        inner.checkpoint_event_epilogue()
