@@ -51,3 +51,8 @@ class TrainingError(KfoodError):
 
 class LaunchError(KfoodError):
     """What was asked for does not fit what this machine or job has."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, at most 200 characters long; its type if it says nothing."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

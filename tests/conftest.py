@@ -23,9 +23,10 @@ from kfood_dist.data.batch.template import Template
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.model.adapters import attach_lora, save_adapter
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
 from kfood_dist.model.load import load_base
 from kfood_dist.model.objective.answer import AnswerLoss
+from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from kfood_dist.data.batch.template import Template
 from kfood_dist.data.picture.patches import grid_of
 from kfood_dist.data.shards.reader import ShardSplit
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
+from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
 EMBEDDING = "model.embed_tokens.weight"  # the names of the published files
 

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist.doctor.trials import adamw8bit_step, compile_complaint, nf4_error
-from kfood_dist.errors import KfoodError
+from kfood_dist.errors import KfoodError, first_line
 from kfood_dist.system import gpus
 from kfood_dist.system.gpus import Gpus
+from kfood_dist.system.packages import version
 from kfood_dist.system.processes import quiet_loggers
 from kfood_dist.system.words import plural
 
@@ -111,8 +112,7 @@ def examine(name: str, check: Check) -> Iterator[Finding]:
     except KfoodError as error:
         yield Finding(FAULT, f"{name}: {error.what}", error.remedy)
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [""])[0][:200]
-        yield Finding(FAULT, f"{name}: {type(error).__name__}: {first_line}", _REINSTALL)
+        yield Finding(FAULT, f"{name}: {type(error).__name__}: {first_line(error)}", _REINSTALL)
 
 
 _REINSTALL = "install the tested versions: pip install -c launch/constraints.txt -e ."
@@ -143,19 +143,17 @@ def check_packages(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
         yield Finding(FAULT, fault, _REINSTALL)
     if not faults:
         shown = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
-        versions = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in needed if r.name in shown)
+        versions = ", ".join(f"{r.name} {version(r.name)}" for r in needed if r.name in shown)
         yield Finding(
             OK, f"{plural(len(needed), 'package')} in the stated versions: {versions}" if versions else "no packages"
         )
 
 
 def _package_fault(requirement: Any) -> str | None:
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
+    if (found := version(requirement.name)) is None:
         return f"{requirement.name} is not installed"
-    if not requirement.specifier.contains(version, prereleases=True):
-        return f"{requirement.name} is {version}; {requirement.specifier} is needed"
+    if not requirement.specifier.contains(found, prereleases=True):
+        return f"{requirement.name} is {found}; {requirement.specifier} is needed"
     return None
 
 
@@ -191,18 +189,16 @@ def check_gpus(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
 
 def check_torchvision() -> Iterator[Finding]:
     """torchvision is not needed; but one that does not fit torch breaks transformers."""
-    try:
-        version = importlib.metadata.version("torchvision")
-    except importlib.metadata.PackageNotFoundError:
+    if (found := version("torchvision")) is None:
         yield Finding(OK, "torchvision is not installed, and not needed")
         return
     try:
         importlib.import_module("torchvision")
-        yield Finding(OK, f"torchvision {version}")
+        yield Finding(OK, f"torchvision {found}")
     except Exception as error:
         yield Finding(
             FAULT,
-            f"torchvision {version} does not load ({type(error).__name__}), and transformers will trip over it",
+            f"torchvision {found} does not load ({type(error).__name__}), and transformers will trip over it",
             "pip uninstall torchvision, or install the one made for this torch",
         )
 
@@ -354,8 +350,9 @@ def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
     """The base model's files are whole, and the template is built of them as training does; no weights are read."""
     from kfood_dist.config.recipe import Data
     from kfood_dist.data.shards.manifest import load_manifest
-    from kfood_dist.model.base import build_template, load_config
+    from kfood_dist.model.base import load_config
     from kfood_dist.model.files import base_folder, require_base
+    from kfood_dist.model.processor import build_template
 
     require_base(base)
     if base_folder(base) is None:

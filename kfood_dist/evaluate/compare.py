@@ -16,8 +16,8 @@ from typing import Any
 
 from kfood_dist.evaluate.metrics import mcnemar_exact
 from kfood_dist.evaluate.page import Column, interval, page, percent, table
-from kfood_dist.evaluate.report import PREDICTIONS, Report, ReportError, load_report, write_whole
-from kfood_dist.system.files import require_folder_possible
+from kfood_dist.evaluate.report import PREDICTIONS, Report, ReportError, load_report
+from kfood_dist.system.files import require_folder_possible, write_whole
 from kfood_dist.system.words import plural
 
 FORMAT, VERSION = "kfood-comparison", 1

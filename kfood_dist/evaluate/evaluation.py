@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist.data.shards.reader import ShardSplit, open_split
-from kfood_dist.evaluate.fit import require_same_pictures
 from kfood_dist.evaluate.report import Report, reusable
 from kfood_dist.evaluate.settings import Settings, resolve_settings
 from kfood_dist.model.adapters import read_adapter_facts
 from kfood_dist.model.files import require_base
 from kfood_dist.model.identity import adapter_fingerprint, base_fingerprint
+from kfood_dist.model.processor import require_same_pictures
 from kfood_dist.system.files import require_folder_possible
 from kfood_dist.system.world import World
 
@@ -41,7 +41,7 @@ def check(args: argparse.Namespace) -> Task:
     """Everything that can be told wrong without the model's weights, told now. Raises KfoodError."""
     settings, recipe_eval = resolve_settings(args)
     shards = open_split(args.shards, args.split)
-    require_same_pictures(settings, shards.manifest)
+    require_same_pictures(shards.manifest, settings.image_size, settings.resize)
     if World.from_environment().is_main:
         shards.require_files()
     for folder, option in ((args.out, "--out"), (args.tensorboard, "--tensorboard")):

@@ -56,7 +56,7 @@ def load_answerer(
     device: torch.device,
     max_new_tokens: int,
 ) -> "Answerer":
-    """Load a base, and an adapter if given, for answering. They are known to fit (`fit.build_template`)."""
+    """Load a base, and an adapter if given, for answering. They are known to fit (`processor.build_template`)."""
     model = load_base(base, settings.quantization, settings.precision, settings.attention, device)
     if adapter is not None:
         from peft import PeftModel

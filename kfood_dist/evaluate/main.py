@@ -9,8 +9,6 @@ ranks whole, so the same pictures share a batch whatever the rank count: predict
 """
 
 import argparse
-import importlib.metadata
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,13 +20,14 @@ from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.stage import stage
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate.evaluation import Task, check, find_earlier
-from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.page import interval, percent, report_page
 from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
 from kfood_dist.evaluate.settings import add_model_arguments
 from kfood_dist.model.identity import base_fingerprint
-from kfood_dist.system.files import sha256_file
+from kfood_dist.model.processor import build_template
+from kfood_dist.system.files import file_sha256
+from kfood_dist.system.packages import all_versions
 from kfood_dist.system.processes import end_with_launcher, quiet_libraries
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World, run_rank
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
     from kfood_dist.evaluate.rank import Part
 
-_PACKAGES = ("kfood_dist", "torch", "transformers", "peft", "bitsandbytes")
 _SHOWN = 24  # pictures on the page
 
 
@@ -83,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if world.is_main:
         print(f"loading the libraries, and then {task.model}", flush=True)
     quiet_libraries()
-    template = build_template(task.settings, task.model, task.adapter)
+    template = build_template(task.model, task.settings, task.adapter)
     return run_rank(world, "eval", lambda: answer(task, earlier, template, world, args.stage))
 
 
@@ -124,7 +122,7 @@ def preflight(args: argparse.Namespace) -> Task | None:
         reuse(task, earlier)
         return None
     quiet_libraries()
-    build_template(task.settings, task.model, task.adapter)
+    build_template(task.model, task.settings, task.adapter)
     return task
 
 
@@ -154,7 +152,7 @@ def _facts(task: Task, world: World, device: "torch.device", seconds: float) -> 
     return {
         "model": task.model,
         "adapter": str(task.adapter) if task.adapter else None,
-        "adapter_sha256": sha256_file(weights) if weights else None,
+        "adapter_sha256": file_sha256(weights) if weights else None,
         "shards": task.source,
         "index_hash": task.shards.index_hash,
         "split": task.shards.split,
@@ -164,7 +162,7 @@ def _facts(task: Task, world: World, device: "torch.device", seconds: float) -> 
         "seconds": round(seconds, 2),
         "world_size": world.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "versions": all_versions(),
         "inputs": task.inputs | {"model_fingerprint": fingerprint},
     }
 

@@ -3,16 +3,13 @@
     records ──► accuracy, Wilson interval, by dish, confusions
     records of two models ──► McNemar's exact test
 
-Pure integers and floats from the standard library; nothing here knows a model or a file.
+Nothing here knows a model or a file.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-Z_95 = 1.959963984540054  # the standard normal's 0.975 quantile
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,11 @@ def wilson_95(correct: int, total: int) -> tuple[float, float]:
     """
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"{correct} of {total} is not a share")
-    share, z2 = correct / total, Z_95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    from scipy.stats import binomtest  # which takes most of a second
+
+    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
     # At the ends the bound is exactly 0 or 1; only rounding would say otherwise.
-    low = 0.0 if correct == 0 else max(0.0, centre - half)
-    high = 1.0 if correct == total else min(1.0, centre + half)
-    return low, high
+    return 0.0 if correct == 0 else interval.low, 1.0 if correct == total else interval.high
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
@@ -50,14 +45,13 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     `only_first` and `only_second` count the pictures that just one of them names right. If both are equally
     good, each such picture falls to either side like a fair coin.
     """
-    discordant, fewer = only_first + only_second, min(only_first, only_second)
-    if fewer < 0:
-        raise ValueError(f"{fewer} is not a count")
-    ways = tail = 1  # whole numbers: no rounding however many pictures there are
-    for k in range(fewer):
-        ways = ways * (discordant - k) // (k + 1)
-        tail += ways
-    return min(1.0, 2 * tail / 2**discordant)
+    if min(only_first, only_second) < 0:
+        raise ValueError(f"{min(only_first, only_second)} is not a count")
+    if only_first == only_second == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_first, only_first + only_second).pvalue)
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from kfood_dist.data.picture.images import ImageRejected, prepare_jpeg
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.task.dish import clean
-from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
+from kfood_dist.model.files import require_base
+from kfood_dist.model.processor import build_template
 from kfood_dist.system.processes import quiet_libraries
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from kfood_dist.evaluate.generate import load_answerer, pick_device
 
     quiet_libraries()
-    template = build_template(settings, args.model, args.adapter)
+    require_base(args.model)
+    template = build_template(args.model, settings, args.adapter)
     pictures = [read_picture(path, settings) for path in args.images]
     answerer = None
     if any(isinstance(picture, bytes) for picture in pictures):

@@ -8,7 +8,6 @@ Always holds: where report.json is, the other files are whole and belong to it.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from kfood_dist.errors import KfoodError
 from kfood_dist.evaluate.metrics import Record, by_class, confusions, summarise
-from kfood_dist.system.files import sha256_file
+from kfood_dist.system.files import file_sha256, write_whole
 
 FORMAT, VERSION = "kfood-report", 1  # the version rises whenever the same inputs would be scored otherwise
 REPORT, PREDICTIONS, PAGE = "report.json", "predictions.jsonl", "report.html"
@@ -62,19 +61,8 @@ def write_report(out: Path, report: dict[str, Any], records: Sequence[Record], p
         (out / REPORT).unlink()
     write_whole(out / PREDICTIONS, "".join(_line(r) for r in records))
     write_whole(out / PAGE, page)
-    report = report | {"predictions_sha256": sha256_file(out / PREDICTIONS)}
+    report = report | {"predictions_sha256": file_sha256(out / PREDICTIONS)}
     write_whole(out / REPORT, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 text file so that its name only ever stands for the whole of it."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        os.replace(unfinished, path)
-    finally:
-        with suppress(FileNotFoundError):
-            unfinished.unlink()
 
 
 def reusable(out: Path, inputs: dict[str, Any]) -> Report | None:
@@ -140,7 +128,7 @@ def _class_row(row: Any) -> dict[str, Any]:
 def _read_predictions(path: Path, sha256: str | None) -> list[Record] | None:
     if not path.is_file():
         return None
-    if sha256 is not None and sha256_file(path) != sha256:
+    if sha256 is not None and file_sha256(path) != sha256:
         raise ValueError(f"{path.name} beside it is not the one it was written with")
     with open(path, encoding="utf-8") as file:
         return [Record(**json.loads(line)) for line in file]

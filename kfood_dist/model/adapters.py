@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from kfood_dist.config.recipe import Lora, Recipe
 from kfood_dist.errors import ModelError
+from kfood_dist.model import base as base_model
 from kfood_dist.model.family import LANGUAGE_MODEL
 
 if TYPE_CHECKING:
@@ -147,3 +148,68 @@ def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
             name: weight.clone()
             for name, weight in get_peft_model_state_dict(model, save_embedding_layers=False).items()
         }
+
+
+def require_adapter_fits(base: str, adapter: Path) -> None:
+    """Raise ModelError unless an adapter has every matrix its config asks for, no other, and all fit layers of `base`.
+
+    No weights are read. peft itself only warns of matrices that are missing, and goes on with a half-adapted model.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(base_model.load_config(base))
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", "np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"adapter {adapter} is damaged ({error})", "copy it from its run again") from None
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        path, _, part = name.removeprefix(_PREFIX).partition(".lora_")
+        features = getattr(modules.get(path), "in_features" if part.startswith("A") else "out_features", None)
+        if part and (features,) != (shape[1:2] if part.startswith("A") else shape[:1]):
+            raise ModelError(
+                f"adapter {adapter} does not fit base model {base}: {path} "
+                + ("is not in it" if features is None else f"has {features} features, not {shape}"),
+                "name the base model that the adapter was trained on",
+            )
+    require_whole_adapter(model, adapter, shapes)
+
+
+def require_whole_adapter(model: Any, adapter: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ModelError, with the names, unless `shapes` are those of the tensors that the adapter's config asks for.
+
+    Weights of the base that peft saved along with an adapter, such as embeddings, may be there too. `model`, a base on
+    the meta device, gets the adapter's empty layers.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+
+    of_base = {_PREFIX + name for name in model.state_dict()}
+    try:
+        with torch.device("meta"):
+            inject_adapter_in_model(PeftConfig.from_pretrained(str(adapter)), model)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{adapter}/adapter_config.json cannot be used ({error})", _COPY) from None
+    asked = {_PREFIX + name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    found = {name: shape for name, shape in shapes.items() if name.replace(".base_layer", "") not in of_base}
+    faults = [f"it lacks {name}" for name in sorted(asked.keys() - found.keys())]
+    faults += [f"its config knows no {name}" for name in sorted(found.keys() - asked.keys())]
+    faults += [
+        f"{name} is {found[name]}, not {asked[name]}"
+        for name in sorted(found.keys() & asked.keys())
+        if found[name] != asked[name]
+    ]
+    if faults:
+        more = f"; and {len(faults) - 3} faults more" if len(faults) > 3 else ""
+        raise ModelError(f"adapter {adapter} is not whole: {'; '.join(faults[:3])}{more}", _COPY)
+
+
+_PREFIX = "base_model.model."  # of an adapter's tensors, before the names of the base's modules
+
+
+_COPY = "copy the adapter's folder from its run again"

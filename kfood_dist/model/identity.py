@@ -15,7 +15,7 @@ from typing import Any
 
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.tensors import headers
-from kfood_dist.system.files import sha256_file
+from kfood_dist.system.files import file_sha256
 
 _FIRST_BYTES = 4096
 # What saving a model again may change, though it computes the same; `type` is the older name of `rope_type`.
@@ -90,33 +90,24 @@ def fingerprint_of_files(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# A file up to this size is known by its content; a larger one by size and time, as reading it takes too long.
-_HASHED_BYTES = 64 * 2**20
-
-
-_BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-
-
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+# Besides the tensors: config, generation settings, tokenizer, processor settings and chat template.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt")
 
 
 def base_fingerprint(base: str) -> str | None:
-    """What identifies a base model's files, as a SHA-256 in hex; None if they are not on this machine."""
+    """What decides a base model's answers, as a SHA-256 in hex: its tensors' `fingerprint` and its small files.
+
+    None if the model is not on this machine.
+    """
     folder = base_folder(base)
     if folder is None:
         return None
-    return _fingerprint(sorted(file for pattern in _BASE_FILES for file in folder.glob(pattern)))
+    small = sorted(file for pattern in _SMALL_FILES for file in folder.glob(pattern))
+    facts = [fingerprint(folder), *([file.name, file_sha256(file)] for file in small)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def adapter_fingerprint(folder: Path) -> str:
     """What identifies an adapter's weights and their configuration, as a SHA-256 in hex."""
-    return _fingerprint([folder / name for name in _ADAPTER_FILES])
-
-
-def _fingerprint(files: list[Path]) -> str:
-    facts = []
-    for file in files:
-        status = file.stat()
-        known_by = sha256_file(file) if status.st_size <= _HASHED_BYTES else f"mtime {status.st_mtime_ns}"
-        facts.append([file.name, status.st_size, known_by])
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    return hashlib.sha256("".join(file_sha256(folder / name) for name in files).encode()).hexdigest()

@@ -15,8 +15,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +22,7 @@ import numpy as np
 from kfood_dist.data.picture.images import ImageRejected, prepare_cropped
 from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources import Record, read_picture
+from kfood_dist.system.packages import version
 from kfood_dist.system.processes import keep_freed_memory
 
 T = TypeVar("T")
@@ -35,9 +34,8 @@ ALGORITHM = 3
 
 # The same pictures come out with other bytes, or other hashes, under another version of one of these. Those of the
 # second line are Pillow's decoders; pillow-heif is an extra, without which pictures are refused.
-_LIBRARIES = ("pillow", "simplejpeg", "numpy", "ImageHash", "scipy")
+_LIBRARIES = ("pillow", "simplejpeg", "numpy", "ImageHash", "scipy", "pillow-heif")
 _DECODERS = ("libjpeg_turbo", "webp", "libtiff", "avif", "jpg_2000")
-_EXTRAS = ("pillow-heif",)
 
 
 def made_by() -> dict[str, str | int | None]:
@@ -46,8 +44,7 @@ def made_by() -> dict[str, str | int | None]:
 
     libraries = {name: version(name) for name in _LIBRARIES}
     decoders = {name: features.version(name) for name in _DECODERS}
-    extras = {name: version(name) if find_spec(name.replace("-", "_")) else None for name in _EXTRAS}
-    return {"algorithm": ALGORITHM, **libraries, **decoders, **extras}
+    return {"algorithm": ALGORITHM, **libraries, **decoders}
 
 
 @dataclass(frozen=True)

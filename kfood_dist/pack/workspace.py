@@ -22,6 +22,7 @@ from pathlib import Path
 from kfood_dist.data.shards.manifest import MANIFEST_NAME
 from kfood_dist.errors import KfoodError, SourceError
 from kfood_dist.system.cluster import outlast
+from kfood_dist.system.files import sync
 from kfood_dist.system.locks import lockable
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -113,7 +114,7 @@ def publish(result: Path, out: Path) -> None:
 
     Raises SourceError where `out` holds anything, as when another packer was quicker.
     """
-    _flush_to_disk(result)
+    sync(result)
     try:
         os.rename(result, out)
     except OSError as error:
@@ -122,7 +123,7 @@ def publish(result: Path, out: Path) -> None:
         raise SourceError(
             f"{out} was filled by another process meanwhile", "choose another OUT, or remove it"
         ) from None
-    _flush_to_disk(out.parent)
+    sync(out.parent)
     remove_work(out)
 
 
@@ -167,12 +168,6 @@ def _take_over(other: Path, mine: Path, take: Callable[[Path, Path], None]) -> N
         with suppress(OSError):
             take(other / tar, mine / tar)
             take(index, mine / index.name)
-
-
-def _flush_to_disk(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _writing_failed(out: Path, error: OSError) -> KfoodError:

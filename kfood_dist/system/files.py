@@ -3,25 +3,28 @@
 import hashlib
 import io
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from kfood_dist.errors import CheckpointError, KfoodError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Put `text` in the place of a file of the run directory, so that a kill leaves the old one or the new one.
+    """Write a UTF-8 text file so that a kill leaves the old one or the new one.
 
     Bytes of a path that are no UTF-8 become the escapes by which JSON gives them back.
     Raises CheckpointError where it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise CheckpointError(
             f"{path} cannot be written ({error.strerror})", "make room there, or make it writable"
         ) from None
@@ -56,13 +59,16 @@ def flush_to_disk(file: io.BufferedWriter) -> None:
     os.fsync(file.fileno())
 
 
+def sync(path: Path) -> None:
+    """Wait until the disk has a finished file, or what a folder lists."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,15 +13,15 @@ from kfood_dist.data.mix import open_mixture
 from kfood_dist.data.picture.patches import VisionSpec
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.errors import CheckpointError
+from kfood_dist.errors import CheckpointError, first_line
 from kfood_dist.model.adapters import attach_lora, load_adapter
-from kfood_dist.model.base import build_template
 from kfood_dist.model.family import LANGUAGE_MODEL
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
 from kfood_dist.model.load import load_base
 from kfood_dist.model.objective.answer import AnswerLoss
 from kfood_dist.model.parts import recompute_activations
+from kfood_dist.model.processor import build_template
 from kfood_dist.system import gpus
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World, limit_waits
@@ -173,9 +173,8 @@ def load_engine(engine: Engine, newest: Checkpoint) -> None:
     except CheckpointError:
         raise
     except Exception as error:  # torch and DeepSpeed say a damaged file in a dozen ways
-        first_line = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"checkpoint {newest.folder} cannot be loaded ({type(error).__name__}: {first_line})",
+            f"checkpoint {newest.folder} cannot be loaded ({type(error).__name__}: {first_line(error)})",
             "delete that folder; the one before it is used then, or the run starts anew",
         ) from error
 

@@ -8,11 +8,10 @@ The launcher runs it once, before it starts any rank; each rank runs it again, s
 from kfood_dist.config.recipe import Recipe
 from kfood_dist.data.mix import build_data_order, open_mixture
 from kfood_dist.data.plan.plan import Plan, accumulation_for
-from kfood_dist.data.shards.manifest import Manifest
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.errors import CheckpointError, RecipeError
-from kfood_dist.model.base import build_template
+from kfood_dist.errors import CheckpointError
 from kfood_dist.model.files import base_folder, require_base
+from kfood_dist.model.processor import build_template, require_same_pictures
 from kfood_dist.system.files import require_folder_possible
 from kfood_dist.train.engine.zero_config import deepspeed_config
 from kfood_dist.train.resume import require_same_base, resumed_cut
@@ -36,7 +35,7 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     if train.zero_stage:
         deepspeed_config(recipe, accumulation, world_size, micro_batch)
     data = open_mixture(recipe.data, "train")
-    require_image_size(data.manifest, recipe.data.image_size)
+    require_same_pictures(data.manifest, recipe.data.image_size)
     if look_at_files:
         data.require_files()
     plan = Plan(build_data_order(data, recipe.data), train.seed, world_size, micro_batch, accumulation)
@@ -65,12 +64,3 @@ def _first_cut(recipe: Recipe, world_size: int) -> tuple[int, int]:
 def num_steps(recipe: Recipe, plan: Plan) -> int:
     """Optimiser steps of the whole run: `train.max_steps`, or as many as `train.epochs` take."""
     return recipe.train.max_steps or recipe.train.epochs * plan.steps_per_epoch
-
-
-def require_image_size(manifest: Manifest, image_size: int) -> None:
-    """Raise RecipeError unless the shards were packed at the size the model will be shown."""
-    if manifest.image_size != image_size:
-        raise RecipeError(
-            f"data.image_size is {image_size}, but {manifest.where} was packed at {manifest.image_size}",
-            f"set data.image_size={manifest.image_size}, or pack again with --image-size {image_size}",
-        )

@@ -111,7 +111,8 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
     from kfood_dist.data.plan.plan import Plan
     from kfood_dist.data.plan.sampling import build_order
     from kfood_dist.data.shards.reader import open_split
-    from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+    from kfood_dist.model.base import load_config
+    from kfood_dist.model.processor import load_tokenizer, load_vision_spec
     from kfood_dist.system.processes import keep_freed_memory
 
     split = open_split(shards, "train")

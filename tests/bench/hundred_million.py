@@ -70,7 +70,8 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
     from kfood_dist.data.plan.plan import Plan
     from kfood_dist.data.plan.sampling import build_order
     from kfood_dist.data.shards.reader import open_split
-    from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+    from kfood_dist.model.base import load_config
+    from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
     template = Template(load_tokenizer(model), load_vision_spec(model, load_config(model), 224), "", "이름은?", 1536)
     marks = {"imports and tokenizer": time.perf_counter() - began}

@@ -6,7 +6,8 @@ from running import metrics, train, write_recipe
 
 from kfood_dist.data.batch.template import Template
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
+from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
 IMAGE_TOKENS = 64 + 2  # a 224 px picture and its two brackets
 

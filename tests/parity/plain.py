@@ -12,9 +12,9 @@ from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.batch.template import IGNORED
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.model.adapters import attach_lora
-from kfood_dist.model.base import build_template
 from kfood_dist.model.load import load_base
 from kfood_dist.model.objective.answer import normalise_patches
+from kfood_dist.model.processor import build_template
 from kfood_dist.train.engine.optim import learning_rate_at
 from kfood_dist.train.preflight import preflight
 

@@ -14,8 +14,9 @@ from kfood_dist.config.recipe import Data
 from kfood_dist.data.picture.patches import encode_picture
 from kfood_dist.doctor import checks as doctor
 from kfood_dist.errors import ModelError
-from kfood_dist.model.base import build_template, load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
 from kfood_dist.model.objective.answer import normalise_patches
+from kfood_dist.model.processor import build_template, load_tokenizer, load_vision_spec
 from kfood_dist.practice.tiny_model import CHAT_TEMPLATE
 
 SETTINGS = "preprocessor_config.json"

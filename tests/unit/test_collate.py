@@ -24,8 +24,9 @@ from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.storage.base import OutOfReachError
 from kfood_dist.errors import ModelError, RecipeError, ShardError
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
 from kfood_dist.model.objective.answer import normalise_patches
+from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
 
 @pytest.fixture(scope="module")

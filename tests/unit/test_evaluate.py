@@ -20,12 +20,12 @@ from kfood_dist.errors import RecipeError
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate import rank as ask
 from kfood_dist.evaluate.evaluation import Task, check, find_earlier
-from kfood_dist.evaluate.fit import build_template
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.main import conclude
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.settings import Settings, resolve_settings
 from kfood_dist.model.objective.answer import AnswerLoss
+from kfood_dist.model.processor import build_template
 from kfood_dist.system.world import World
 
 EXACT = ("--set", "model.quantization=none", "--set", "model.precision=fp32")
@@ -44,7 +44,7 @@ def parse(words: list[str]):
 
 def load(words: list[str]) -> tuple[Task, Answerer, StreamingCollator]:
     task = check(parse(words))
-    template = build_template(task.settings, task.model, task.adapter)
+    template = build_template(task.model, task.settings, task.adapter)
     device = torch.device("cpu")
     answerer = load_answerer(task.settings, template, task.model, task.adapter, device, task.max_new_tokens)
     return task, answerer, StreamingCollator(task.shards, template, for_generation=True)
@@ -247,7 +247,7 @@ def test_mistakes_are_told_before_torch_computes(words, tmp_path, capsys, extra,
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"image_size": 56}, "are 224 pixels wide, those asked about 56"),
+        ({"image_size": 56}, "are 224 pixels wide, not 56"),
         ({"resize": "crop"}, "were resized by 'squash', the adapter's by 'crop'"),
         ({"resize": "melt"}, "resize 'melt' is unknown"),
         ({"max_length": 60}, "data.max_length 60 is too short for a picture of 224 pixels"),

@@ -14,10 +14,11 @@ from kfood_dist.data.picture.patches import VisionSpec
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.model.adapters import attach_lora
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
 from kfood_dist.model.load import load_base
 from kfood_dist.model.objective.answer import AnswerLoss, exact_matches, normalise_patches
 from kfood_dist.model.parts import recompute_activations
+from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 from kfood_dist.train.loop import resting_dropout
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.doctor import checks as doctor
 from kfood_dist.model.adapters import adapted_modules, save_adapter
-from kfood_dist.model.base import build_template
 from kfood_dist.model.family import LANGUAGE_MODEL, VISION_TOWER
 from kfood_dist.model.parts import linear_types
+from kfood_dist.model.processor import build_template
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from kfood_dist.data.batch.template import Template
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import LaunchError, ShardError
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
+from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kfood_dist.data.batch.template import IGNORED, SampleTooLong, Template, truncate
 from kfood_dist.data.picture.patches import VisionSpec
 from kfood_dist.errors import ModelError, RecipeError
-from kfood_dist.model.base import load_config, load_tokenizer, load_vision_spec
+from kfood_dist.model.base import load_config
+from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
 GRID = (1, 4, 6)  # patches; merged 2×2 they are 6 image tokens
 NUM_IMAGE_TOKENS = 6

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kfood_dist.data.picture.patches import VisionSpec
-from kfood_dist.errors import ModelError, RecipeError
+from kfood_dist.errors import ModelError, RecipeError, first_line
 
 # A data set of dishes has a few hundred answers; one of free text must not fill the memory.
 _MOST_REMEMBERED = 4096
@@ -79,9 +79,9 @@ class Template:
         try:
             placed = (self._context == vision.image_token_id).sum()
         except Exception as error:  # a chat template is a program, and may raise anything
-            first_line = (str(error).strip().splitlines() or [""])[0][:200]
             raise ModelError(
-                f"the base model's chat template refuses a picture ({type(error).__name__}: {first_line})", _OTHER
+                f"the base model's chat template refuses a picture ({type(error).__name__}: {first_line(error)})",
+                _OTHER,
             ) from None
         if placed != 1:
             raise ModelError(

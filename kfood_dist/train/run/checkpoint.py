@@ -9,7 +9,6 @@ accuracy are never pruned. Resuming needs no random state: the loop seeds each s
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from kfood_dist.errors import CheckpointError
-from kfood_dist.system.files import file_sha256, write_whole
+from kfood_dist.system.files import file_sha256, sync, write_whole
 from kfood_dist.system.world import World
 
 FORMAT_VERSION = 2
@@ -156,7 +155,7 @@ def save(
         partial.folder.rename(final.folder)
         (final.folder / MARKER).touch()
         _sync(final.folder)
-        _sync_one(folder)
+        sync(folder)
 
     try:
         _together(world, final, begin if world.is_main else None)
@@ -251,12 +250,4 @@ def _remove(checkpoint: Checkpoint) -> None:
 def _sync(folder: Path) -> None:
     """Bring a folder's files to the disk before its name may promise them."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

@@ -1,6 +1,5 @@
 """`run.json`: what really ran, read from the running objects, not from the recipe."""
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -10,35 +9,12 @@ from typing import Any
 
 import torch
 
-from kfood_dist import __version__
 from kfood_dist.model.adapters import adapted_modules
 from kfood_dist.model.family import HEAD, LANGUAGE_MODEL, VISION_TOWER
 from kfood_dist.model.parts import count_parameters, linear_types
 from kfood_dist.system.files import write_whole
+from kfood_dist.system.packages import all_versions
 from kfood_dist.train.engine.optim import state_dtypes
-
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "bitsandbytes",
-    "deepspeed",
-    "webdataset",
-    "numpy",
-    "pillow",
-)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, this package and what it builds on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "kfood_dist": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def git_commit() -> str | None:
@@ -81,7 +57,7 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
 def machine_facts() -> dict[str, Any]:
     """The device that trains, and the command that started it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
-    return {"device": device, "versions": versions(), "git_commit": git_commit(), "command": sys.argv}
+    return {"device": device, "versions": all_versions(), "git_commit": git_commit(), "command": sys.argv}
 
 
 def add_to_run_json(folder: Path, facts: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.system.console import LOG_FILE, LineFile, show, stamped
+from kfood_dist.system.files import write_whole
 from kfood_dist.system.world import World
 
 if TYPE_CHECKING:
@@ -195,6 +196,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _cut_after(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`: a resumed run takes those steps again."""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
