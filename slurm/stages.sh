@@ -18,7 +18,7 @@ found="$($KFOOD_CONTAINER bash launch/python.sh -X utf8 - "$@" <<'PY'
 import sys
 from pathlib import Path
 try:
-    from kfood_dist.config import load_recipe
+    from kfood_dist.config.recipe import load_recipe
     from kfood_dist.errors import KfoodError
 except ImportError as error:
     sys.exit(f"stages: {sys.executable}: {error} → bash launch/venv.sh, or name the jobs' Python in site.env")

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from kfood_dist.config.recipe import Lora, Recipe
@@ -18,6 +17,7 @@ from kfood_dist.model import base as base_model
 from kfood_dist.model.family import LANGUAGE_MODEL
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 PROMPT_FILE = "kfood.json"
@@ -134,7 +134,7 @@ def load_adapter(model: Any, folder: Path) -> None:
         )
 
 
-def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+def adapter_weights(model: Any) -> dict[str, "torch.Tensor"]:
     """The adapter's whole weights by PEFT's names; under ZeRO-3, which shards them, a collective."""
     from peft import get_peft_model_state_dict
 

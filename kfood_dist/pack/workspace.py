@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -85,17 +85,17 @@ def merging(work: Path) -> Iterator[bool]:
 def shard_folder(work: Path, shards: str) -> Path:
     """A new folder for this process alone, with the shards that others finished for the same data set, `shards`.
 
-    A finished shard is never changed, so that one can be taken from a process that still runs.
+    A finished shard never changes, so a hard link to it is safe even while its writer runs. What cannot be linked is
+    written again: not every parallel file system has hard links.
     """
     others = list(work.glob(f"{shards}.*"))
     mine = work / f"{shards}.{process_name()}"
     mine.mkdir()
-    for other in others:
-        ended = _has_ended(other)
-        # Moved where that is safe: not every parallel file system has hard links.
-        _take_over(other, mine, os.rename if ended else os.link)
-        if ended:
-            shutil.rmtree(other, ignore_errors=True)
+    for index in (path for other in others for path in other.glob(f"*{_INDEX_SUFFIX}")):
+        tar = index.name.replace(_INDEX_SUFFIX, ".tar")
+        with suppress(OSError):
+            os.link(index.with_name(tar), mine / tar)
+            os.link(index, mine / index.name)
     return mine
 
 
@@ -145,29 +145,6 @@ def _work_of(out: Path) -> Path:
 
 def _shards_of(folder: Path) -> str:
     return folder.name.partition(".")[0]
-
-
-def _has_ended(folder: Path) -> bool:
-    """Whether the process whose shard folder this is can be seen to run no more: only if it ran on this node."""
-    host, pid, _ = folder.name.partition(".")[2].rsplit(".", 2)
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass  # it runs, for another user
-    return False
-
-
-def _take_over(other: Path, mine: Path, take: Callable[[Path, Path], None]) -> None:
-    for index in other.glob(f"*{_INDEX_SUFFIX}"):
-        tar = index.name.replace(_INDEX_SUFFIX, ".tar")
-        # What another was quicker to take, or cannot be linked here, is made anew.
-        with suppress(OSError):
-            take(other / tar, mine / tar)
-            take(index, mine / index.name)
 
 
 def _writing_failed(out: Path, error: OSError) -> KfoodError:
