@@ -64,7 +64,7 @@ def test_shards_that_are_no_shards(refused: Refuse, recipe: Path, tmp_path: Path
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
     refused(recipe, "version", f"data.shards={copy}")
-    refused(recipe, "data.image_size is 448", "data.image_size=448")
+    refused(recipe, "are 224 pixels wide, not 448", "data.image_size=448")
 
 
 def test_a_run_directory_that_cannot_be_made(refused: Refuse, recipe: Path, tmp_path: Path) -> None:
