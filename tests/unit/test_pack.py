@@ -14,7 +14,7 @@ import tarfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -206,8 +206,13 @@ def test_heic_without_its_package_is_refused_by_name_and_used_once_it_is_there(t
 
 
 def test_what_was_refused_for_want_of_a_package_is_prepared_again_once_it_is_there(monkeypatch):
+    def unless_heif(name):
+        if name == "pillow-heif":
+            raise PackageNotFoundError(name)
+        return version(name)
+
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "pillow_heif", None)
+        patch.setattr("importlib.metadata.version", unless_heif)
         without = made_by()
     assert without["pillow-heif"] is None
     assert made_by() == {**without, "pillow-heif": version("pillow-heif")}
