@@ -2,6 +2,7 @@
 # bash launch/test.sh [--sweep] [what pytest takes]
 # The whole suite, some 20 minutes on two cores, one worker process more than there are cores. With --sweep also every
 # ZeRO stage in 4-bit and bf16, every change of ranks and stage, every byte flipped, and long fuzzing.
+# The sweep took 33 minutes, measured once.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,4 +1,4 @@
-"""LoRA on the language model alone: attach, count, save, start from a saved one.
+"""LoRA on the language model alone: attach, count, save, start from a saved one, and whether a saved one fits.
 
 The target is one anchored expression, not a list of suffixes: the vision tower's MLPs share the names gate_proj,
 up_proj and down_proj and would be adapted too, silently.
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from kfood_dist.config.recipe import Lora, Recipe
 from kfood_dist.errors import ModelError
-from kfood_dist.model import base as base_model
+from kfood_dist.model.base import load_config
 from kfood_dist.model.family import LANGUAGE_MODEL
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROMPT_FILE = "kfood.json"
+_PREFIX = "base_model.model."  # of an adapter's tensors, before the names of the base's modules
+_COPY = "copy the adapter's folder from its run again"
 
 
 def target_pattern(target_modules: tuple[str, ...]) -> str:
@@ -156,11 +158,10 @@ def require_adapter_fits(base: str, adapter: Path) -> None:
     No weights are read. peft itself only warns of matrices that are missing, and goes on with a half-adapted model.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(base_model.load_config(base))
+        model = AutoModelForImageTextToText.from_config(load_config(base))
     try:
         with safe_open(adapter / "adapter_model.safetensors", "np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -207,9 +208,3 @@ def require_whole_adapter(model: Any, adapter: Path, shapes: dict[str, tuple[int
     if faults:
         more = f"; and {len(faults) - 3} faults more" if len(faults) > 3 else ""
         raise ModelError(f"adapter {adapter} is not whole: {'; '.join(faults[:3])}{more}", _COPY)
-
-
-_PREFIX = "base_model.model."  # of an adapter's tensors, before the names of the base's modules
-
-
-_COPY = "copy the adapter's folder from its run again"
