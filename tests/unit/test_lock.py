@@ -1,5 +1,8 @@
 """One run to a directory."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,26 +14,33 @@ from kfood_dist.errors import LaunchError
 from kfood_dist.system.locks import hold, require_free
 
 HOLD = """
-import sys
+import os, sys
 from pathlib import Path
 from kfood_dist.system.locks import hold
 with hold(Path(sys.argv[1])):
-    print("held", flush=True)
+    child = os.fork()
+    if child:
+        print(child, flush=True)
     sys.stdin.read()
 """
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that trains in `tmp_path`."""
+    """Another process that trains in `tmp_path`; it says the number of its child, which lives as long as its input."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
         yield process
         process.kill()
 
 
+def child_of(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
 def test_a_directory_in_use_is_refused_at_once(other: subprocess.Popen[str], tmp_path: Path) -> None:
+    child_of(other)
     for take in (require_free, lambda folder: hold(folder).__enter__()):
         with pytest.raises(LaunchError, match=f"another process is training in {tmp_path} → wait for it"):
             take(tmp_path)
@@ -40,3 +50,23 @@ def test_a_directory_in_use_is_refused_at_once(other: subprocess.Popen[str], tmp
 
 def test_a_directory_that_cannot_be_is_not_in_use(tmp_path: Path) -> None:
     require_free(tmp_path / ("x" * 300))
+
+
+def test_a_child_that_outlives_a_killed_run_keeps_no_directory(other: subprocess.Popen[str], tmp_path: Path) -> None:
+    child = child_of(other)
+    other.kill()
+    other.wait()
+    os.kill(child, 0)  # it lives
+    require_free(tmp_path)
+
+
+def test_without_locks_it_says_what_to_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with hold(tmp_path):
+        require_free(tmp_path)
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path} has no locks (Function not implemented); start no second run here\n"
+    )

@@ -1,5 +1,7 @@
 """Staging: once per node, verified, cleaned; whatever is killed or broken."""
 
+import errno
+import fcntl
 import hashlib
 import math
 import multiprocessing
@@ -339,6 +341,20 @@ def test_a_place_that_cannot_be_written_is_told(packed, tmp_path):
     with (
         pytest.raises(LaunchError, match=r"cannot stage into .*file/x \(Not a directory.*--stage DIR"),
         stage(packed, ["train"], tmp_path / "file" / "x"),
+    ):
+        raise AssertionError
+
+
+def test_a_place_without_locks_is_told(packed, place, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        pytest.raises(
+            LaunchError, match=rf"cannot stage into {place} \(Function not implemented: {place}/.*--stage DIR"
+        ),
+        stage(packed, ["train"], place),
     ):
         raise AssertionError
 

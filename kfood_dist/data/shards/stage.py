@@ -11,7 +11,6 @@ job left there is used again by the next that wants it, and removed by the next 
 else is ever removed: no lock without our mark, no file of another name, nothing beside that folder.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -31,6 +30,7 @@ from kfood_dist.data.storage.base import Range, Storage
 from kfood_dist.data.storage.local import LocalStorage
 from kfood_dist.data.storage.open import open_storage
 from kfood_dist.errors import KfoodError, LaunchError, ShardError
+from kfood_dist.system.locks import Lock
 
 _PIECE_BYTES = 8 << 20
 # What is read at once, while the batch before it is hashed and written; twice this is in memory.
@@ -78,7 +78,7 @@ def stage(
         lock = _enter(folder)
     try:
         with _told(stage_dir):
-            os.pwrite(lock, _MARK, 0)
+            _lock_path(folder).write_bytes(_MARK)
             folder.mkdir(exist_ok=True)
             with _copying(folder, manifest.where):
                 _sweep(folder)
@@ -123,20 +123,20 @@ def _lock_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _enter(folder: Path) -> int:
-    """Share the folder's lock; returns its descriptor. Waits while another process removes the folder."""
+def _enter(folder: Path) -> Lock:
+    """Share the folder's lock. Waits while another process removes the folder."""
     while True:
         with suppress(FileExistsError):
             folder.parent.mkdir(0o700)
         try:
             _require_own(folder.parent)
-            lock = os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            lock = Lock(_lock_path(folder))
         except FileNotFoundError:
             continue  # the last one out has just removed the empty home
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        if _is_at(lock, _lock_path(folder)):
+        lock.take(shared=True, wait=True)
+        if lock.is_in_place():
             return lock
-        os.close(lock)  # removed with the folder while this process waited for it
+        lock.close()  # removed with the folder while this process waited for it
 
 
 def _require_own(home: Path) -> None:
@@ -146,29 +146,16 @@ def _require_own(home: Path) -> None:
         raise LaunchError(f"{home} is no folder of this user", "name another --stage DIR, or read without --stage")
 
 
-def _is_at(lock: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _leave(folder: Path, lock: int) -> None:
+def _leave(folder: Path, lock: Lock) -> None:
     """Give the lock back, and remove the folder if nobody else shares it; the home too when nothing is left there."""
-    _remove_unless_used(folder, lock)
-    # Loader processes may have inherited the descriptor: closing it here alone would not free the lock.
-    fcntl.flock(lock, fcntl.LOCK_UN)
-    os.close(lock)
+    with lock:
+        _remove_unless_used(folder, lock)
     with suppress(OSError):  # others use it, or keep something there
         folder.parent.rmdir()
 
 
-def _remove_unless_used(folder: Path, lock: int) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    if _is_at(lock, _lock_path(folder)):
+def _remove_unless_used(folder: Path, lock: Lock) -> None:
+    if lock.take() and lock.is_in_place():
         _remove_copy(folder)
         # The lock last: until then, who comes anew waits for it.
         if folder.exists():
@@ -190,33 +177,23 @@ def _remove_copy(folder: Path) -> None:
 def _sweep(kept: Path) -> None:
     """Remove what killed jobs of this user left of other data sets."""
     for path in sorted(kept.parent.glob("*.lock")):
-        if path == _lock_path(kept):
-            continue
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
-            continue  # just removed by the one who used it, or no file
-        if _is_marked(lock):
-            _leave(path.with_suffix(""), lock)
-        else:
-            os.close(lock)
+        if path != _lock_path(kept) and _is_marked(path):
+            _leave(path.with_suffix(""), Lock(path))
 
 
-def _is_marked(lock: int) -> bool:
-    with suppress(OSError):
-        return os.pread(lock, len(_MARK) + 1, 0) == _MARK
+def _is_marked(lock_path: Path) -> bool:
+    with suppress(OSError):  # just removed by the one who used it, or no file
+        return lock_path.read_bytes() == _MARK
     return False
 
 
 @contextmanager
 def _copying(folder: Path, where: str) -> Iterator[None]:
     """Let one process of the node copy at a time; the others say that they wait."""
-    with open(folder / _COPY_LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with Lock(folder / _COPY_LOCK) as lock:
+        if not lock.take():
             print(f"waiting for another process of this node, which copies {where} to {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock.take(wait=True)
         yield
 
 
