@@ -9,15 +9,13 @@ ranks whole, so the same pictures share a batch whatever the rank count: predict
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.data.batch.template import Template
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.data.shards.stage import stage
+from kfood_dist.data.shards.stage import staged
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate.evaluation import Task, check, find_earlier
 from kfood_dist.evaluate.metrics import Record
@@ -94,22 +92,13 @@ def answer(task: Task, earlier: Report | None, template: Template, world: World,
     with process_group(world, device):
         if any_rank(world, earlier is not None, device):
             return reuse(task, earlier) if earlier else 0
-        with staged(task, stage_dir, world) as read_here:
+        split = task.shards.split
+        with staged({task.source: {split}}, stage_dir, world.local_rank == 0) as places:
+            read_here = replace(task, shards=open_split(places[task.source], split)) if stage_dir else task
             parts = world.gather(answer_part(read_here, template, world, device))
             if parts is not None:
                 conclude(read_here, parts, world, device)
     return 0
-
-
-@contextmanager
-def staged(task: Task, stage_dir: Path | None, world: World) -> Iterator[Task]:
-    """The task with its split copied to `stage_dir` by one process of the node, for as long as the block lasts."""
-    if stage_dir is None:
-        yield task
-        return
-    split = task.shards.split
-    with stage(task.shards.manifest.where, {split}, stage_dir, world.local_rank == 0) as folder:
-        yield replace(task, shards=open_split(folder, split))
 
 
 def preflight(args: argparse.Namespace) -> Task | None:

@@ -5,15 +5,15 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.config.recipe import Recipe, load_recipe, save_recipe
 from kfood_dist.data.plan.plan import Plan
-from kfood_dist.data.shards.stage import stage
+from kfood_dist.data.shards.stage import staged
 from kfood_dist.errors import FINISHED, STOPPED, KfoodError, RecipeError
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.system import console
@@ -154,8 +154,8 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
         return 0
     if world.is_main:
         write_status(recipe.run.dir, "running", newest.step if newest else 0)
-    with staged(recipe, stage_dir, world) as read_here:
-        trainer, start = build_trainer(read_here, plan, world, newest, stop)
+    with staged(splits_read(recipe), stage_dir, world.local_rank == 0) as places:
+        trainer, start = build_trainer(reading_from(places, recipe), plan, world, newest, stop)
         if world.is_main:
             save_recipe(recipe, recipe.run.dir / "recipe.yaml")
         try:
@@ -208,21 +208,14 @@ def evaluation_command(recipe: Recipe, split: str) -> str:
     return shlex.join(["bash", "launch/eval.sh", *words, "--out", out])
 
 
-@contextmanager
-def staged(recipe: Recipe, stage_dir: Path | None, world: World) -> Iterator[Recipe]:
-    """The recipe with its shards copied to `stage_dir` by one process of the node, for as long as the block lasts."""
-    if stage_dir is None:
-        yield recipe
-        return
-    splits = {"train"} | ({recipe.eval.split} if recipe.eval.every_steps else set())
-    shown = world.local_rank == 0
-    with ExitStack() as stack:
-        main = stack.enter_context(stage(recipe.data.shards, splits, stage_dir, shown))
-        mixed = [
-            source.model_copy(
-                update={"shards": str(stack.enter_context(stage(source.shards, {"train"}, stage_dir, shown)))}
-            )
-            for source in recipe.data.mix
-        ]
-        data = recipe.data.model_copy(update={"shards": str(main), "mix": tuple(mixed)})
-        yield recipe.model_copy(update={"data": data})
+def splits_read(recipe: Recipe) -> dict[str, set[str]]:
+    """The data sets that a run reads, each with the splits."""
+    measured = {recipe.eval.split} if recipe.eval.every_steps else set()
+    return {recipe.data.shards: {"train"} | measured} | {source.shards: {"train"} for source in recipe.data.mix}
+
+
+def reading_from(places: Mapping[str, str], recipe: Recipe) -> Recipe:
+    """The recipe with each data set at its place."""
+    mix = tuple(source.model_copy(update={"shards": places[source.shards]}) for source in recipe.data.mix)
+    data = recipe.data.model_copy(update={"shards": places[recipe.data.shards], "mix": mix})
+    return recipe.model_copy(update={"data": data})

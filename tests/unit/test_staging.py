@@ -17,14 +17,16 @@ import pytest
 from faulty_server import FAULTS, serving
 from pictures import write_folder
 
+from kfood_dist.config.recipe import Recipe
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.data.shards.stage import stage
+from kfood_dist.data.shards.stage import stage, staged
 from kfood_dist.data.storage.remote import RemoteStorage
 from kfood_dist.errors import LaunchError, ShardError
 from kfood_dist.pack.options import PackOptions
 from kfood_dist.pack.pack import pack
 from kfood_dist.pack.split import parse_fractions
+from kfood_dist.train.main import reading_from, splits_read
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
 FILES = [f"train-00000{n}.{kind}" for n in range(3) for kind in ("index.npy", "tar")]
@@ -70,7 +72,7 @@ def test_a_split_is_copied_used_and_removed(packed, server, place, remote):
     with stage(quick(server.url) if remote else packed, ["train"], place) as folder:
         assert folder.parent == home(place)
         assert home(place).stat().st_mode & 0o777 == 0o700
-        assert sorted(p.name for p in folder.iterdir()) == sorted([".copying", "manifest.json", *FILES])
+        assert sorted(p.name for p in folder.iterdir()) == sorted([".copying", ".in-use", "manifest.json", *FILES])
         split = open_split(folder, "train")
         split.require_files()
         assert split.read_many(range(18)) == open_split(packed, "train").read_many(range(18))
@@ -196,11 +198,25 @@ def other(tmp_path):
 def test_what_a_killed_job_left_is_swept_when_another_set_comes(server, packed, place, other, monkeypatch):
     kill_while_copying(server, place, monkeypatch)
     with stage(other, ["train"], place) as folder:
-        assert sorted(home(place).iterdir()) == [folder, folder.with_name(f"{folder.name}.lock")]
+        assert list(home(place).iterdir()) == [folder]
         # What is in use stays.
         with stage(packed, ["test"], place):
             assert folder.exists()
             assert open_split(folder, "train").read(0)
+    assert list(place.iterdir()) == []
+
+
+def test_a_run_reads_each_of_its_data_sets_where_it_lies_or_from_a_copy(packed, place, other):
+    data = {"shards": str(packed), "mix": [{"shards": str(other)}]}
+    sections = {"model": {"base": "m"}, "run": {"dir": "r"}, "eval": {"every_steps": 1, "split": "test"}}
+    recipe = Recipe.model_validate({"data": data, **sections})
+    with staged(splits_read(recipe), None) as places:
+        assert reading_from(places, recipe) == recipe
+    with staged(splits_read(recipe), place) as places:
+        main, mixed = reading_from(places, recipe).data.shards, reading_from(places, recipe).data.mix[0].shards
+        assert {Path(main).parent, Path(mixed).parent} == {home(place)}
+        for copy, original, split in ((main, packed, "train"), (main, packed, "test"), (mixed, other, "train")):
+            assert open_split(copy, split).read(0) == open_split(original, split).read(0)
     assert list(place.iterdir()) == []
 
 
@@ -233,7 +249,7 @@ def test_what_somebody_put_into_a_copy_stays_and_is_told(packed, place, capsys):
         with stage(packed, ["test"], place):
             pass
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "results", "results.partial"]
-    assert f"{folder} could not be removed whole; remove it by hand" in capsys.readouterr().out
+    assert f"{folder} could not be removed (Directory not empty); remove it by hand" in capsys.readouterr().out
 
 
 def test_a_copy_that_leads_elsewhere_is_not_followed(server, packed, place, other, tmp_path, monkeypatch):
@@ -379,3 +395,27 @@ def test_one_who_fails_in_the_block_cleans_too(packed, place):
     with pytest.raises(ZeroDivisionError), stage(packed, ["train"], place):
         raise ZeroDivisionError
     assert list(place.iterdir()) == []
+
+
+def come_and_go(sources, place, results):
+    try:
+        for number in range(40):
+            with stage(sources[number % 3 == 0], ["train"], place, show_progress=False) as folder:
+                assert all(isinstance(data, bytes) for data in open_split(folder, "train").read_many(range(3)))
+        results.put(None)
+    except BaseException as error:
+        results.put(error)
+        raise
+
+
+def test_users_who_come_and_go_never_meet_half_a_copy(packed, place, other, capfd):
+    """Each may be the last one out while another comes, and sweep while another leaves."""
+    results = FORK.Queue()
+    processes = [FORK.Process(target=come_and_go, args=((packed, other), place, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=120) for _ in processes] == [None] * 4
+    for process in processes:
+        process.join(60)
+    assert list(place.iterdir()) == []
+    assert "could not be removed" not in capfd.readouterr().out

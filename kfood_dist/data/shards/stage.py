@@ -1,24 +1,25 @@
 """Copying the wanted splits of a data set to a disk of this node, once for all its processes.
 
-    data set ──► HOME/<name>-<hash>.lock    shared by all who use the copy; the last one out removes both
-             ──► HOME/<name>-<hash>/        one process copies, the others wait
-                   NAME.partial ──► size, SHA-256 ──► NAME
+    data set ──► HOME/<name>-<hash>/.in-use     a lock, shared by all who use the copy
+                                   /.copying    a lock: one process copies, the others wait
+                                   /NAME.partial ──► size, SHA-256 ──► NAME
 
 HOME is STAGE/kfood-stage-<user id>, this user's alone, and goes when it is empty.
 
-The hash is the manifest's, so a file under its final name is a verified copy of just this data set: what a killed
-job left there is used again by the next that wants it, and removed by the next that stages something else. Nothing
-else is ever removed: no lock without our mark, no file of another name, nothing beside that folder.
+The hash is the manifest's, so a file under its final name is a verified copy of just this data set. The last one out
+removes the copy. What a killed job left is used again by the next that wants it, and removed by the next that stages
+something else. Nothing else is ever removed: no folder without `.in-use`, no file of another name.
 """
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,11 +38,10 @@ _PIECE_BYTES = 8 << 20
 _BATCH_BYTES = 32 << 20
 _BATCH_PIECES = 64
 _PARTIAL = ".partial"
-_COPY_LOCK = ".copying"
-# What stands in a lock of ours; one that anybody else made is left alone, with the folder beside it.
-_MARK = b"kfood: held by who uses the copy beside this file\n"
+_IN_USE = ".in-use"
+_COPYING = ".copying"
 # What is written into a copy, and no more is removed from it.
-_COPIED = re.compile(rf"{re.escape(_COPY_LOCK)}|({re.escape(MANIFEST_NAME)}|.+\.tar|.+\.index\.npy)(\{_PARTIAL})?")
+_COPIED = re.compile(rf"{re.escape(_COPYING)}|({re.escape(MANIFEST_NAME)}|.+\.tar|.+\.index\.npy)(\{_PARTIAL})?")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,20 @@ class _File:
 
     def ranges(self) -> list[Range]:
         return [(self.name, at, min(_PIECE_BYTES, self.bytes - at)) for at in range(0, self.bytes, _PIECE_BYTES)]
+
+
+@contextmanager
+def staged(
+    wanted: Mapping[str, Iterable[str]], stage_dir: Path | None, show_progress: bool = True
+) -> Iterator[dict[str, str]]:
+    """Where to read each data set of `wanted`, which says its splits: from a copy, as `stage` makes it, for as long as
+    the block lasts; where it lies if there is no `stage_dir`.
+    """
+    with ExitStack() as copies:
+        yield {
+            where: str(copies.enter_context(stage(where, splits, stage_dir, show_progress))) if stage_dir else where
+            for where, splits in wanted.items()
+        }
 
 
 @contextmanager
@@ -77,13 +91,10 @@ def stage(
         stage_dir.mkdir(parents=True, exist_ok=True)
         lock = _enter(folder)
     try:
-        with _told(stage_dir):
-            _lock_path(folder).write_bytes(_MARK)
-            folder.mkdir(exist_ok=True)
-            with _copying(folder, manifest.where):
-                _sweep(folder)
-                _copy(manifest, _files(manifest, set(splits)), folder, show_progress)
-                _write(folder, _File(MANIFEST_NAME, len(raw), hashlib.sha256(raw).hexdigest()), [raw], storage)
+        with _told(stage_dir), _copying(folder, manifest.where):
+            _sweep(folder)
+            _copy(manifest, _files(manifest, set(splits)), folder, show_progress)
+            _write(folder, _File(MANIFEST_NAME, len(raw), hashlib.sha256(raw).hexdigest()), [raw], storage)
         yield folder
     finally:
         _leave(folder, lock)
@@ -119,20 +130,17 @@ def _files(manifest: Manifest, splits: set[str]) -> list[_File]:
 # --- who uses a copy
 
 
-def _lock_path(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
-
-
 def _enter(folder: Path) -> Lock:
-    """Share the folder's lock. Waits while another process removes the folder."""
+    """Make the folder and share its lock. Waits while another process removes it."""
     while True:
         with suppress(FileExistsError):
             folder.parent.mkdir(0o700)
         try:
             _require_own(folder.parent)
-            lock = Lock(_lock_path(folder))
+            folder.mkdir(exist_ok=True)
+            lock = Lock(folder / _IN_USE)
         except FileNotFoundError:
-            continue  # the last one out has just removed the empty home
+            continue  # the last one out has just removed it
         lock.take(shared=True, wait=True)
         if lock.is_in_place():
             return lock
@@ -149,48 +157,37 @@ def _require_own(home: Path) -> None:
 def _leave(folder: Path, lock: Lock) -> None:
     """Give the lock back, and remove the folder if nobody else shares it; the home too when nothing is left there."""
     with lock:
-        _remove_unless_used(folder, lock)
+        if lock.take() and lock.is_in_place() and not folder.is_symlink():
+            _remove(folder)
     with suppress(OSError):  # others use it, or keep something there
         folder.parent.rmdir()
 
 
-def _remove_unless_used(folder: Path, lock: Lock) -> None:
-    if lock.take() and lock.is_in_place():
-        _remove_copy(folder)
-        # The lock last: until then, who comes anew waits for it.
-        if folder.exists():
-            print(f"{folder} could not be removed whole; remove it by hand", flush=True)
-        else:
-            _lock_path(folder).unlink()
-
-
-def _remove_copy(folder: Path) -> None:
-    """Remove the files of a copy, and the folder unless something else is in it."""
-    with suppress(OSError):  # what stays is told by the caller
-        if not folder.is_symlink():
-            for path in folder.iterdir():
-                if _COPIED.fullmatch(path.name):
-                    path.unlink()
-            folder.rmdir()
+def _remove(folder: Path) -> None:
+    """Remove the files of a copy, and the folder unless something else is in it, which is told."""
+    try:
+        for path in folder.iterdir():
+            if _COPIED.fullmatch(path.name):
+                path.unlink()
+        (folder / _IN_USE).unlink()  # last: until then, who comes anew waits for it
+        folder.rmdir()
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY or not (folder / _IN_USE).exists():  # else it is in use again
+            print(f"{folder} could not be removed ({error.strerror}); remove it by hand", flush=True)
 
 
 def _sweep(kept: Path) -> None:
     """Remove what killed jobs of this user left of other data sets."""
-    for path in sorted(kept.parent.glob("*.lock")):
-        if path != _lock_path(kept) and _is_marked(path):
-            _leave(path.with_suffix(""), Lock(path))
-
-
-def _is_marked(lock_path: Path) -> bool:
-    with suppress(OSError):  # just removed by the one who used it, or no file
-        return lock_path.read_bytes() == _MARK
-    return False
+    for path in kept.parent.glob(f"*/{_IN_USE}"):
+        if path.parent != kept:
+            with suppress(FileNotFoundError):  # just removed by the one who used it
+                _leave(path.parent, Lock(path))
 
 
 @contextmanager
 def _copying(folder: Path, where: str) -> Iterator[None]:
     """Let one process of the node copy at a time; the others say that they wait."""
-    with Lock(folder / _COPY_LOCK) as lock:
+    with Lock(folder / _COPYING) as lock:
         if not lock.take():
             print(f"waiting for another process of this node, which copies {where} to {folder}", flush=True)
             lock.take(wait=True)
