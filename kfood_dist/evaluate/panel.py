@@ -2,9 +2,9 @@
 
     records, pictures ──► grid of captioned cells ──► one event file, moved whole into the log folder
 
-Pillow's own font has no Hangul. Where a font that has it is installed, the names stand under the pictures;
-elsewhere the cells are numbered. In both cases a table of number, expected and predicted name stands under TEXT,
-where the browser draws the letters.
+Pillow's own font has no Hangul. If fontconfig finds a font that has it, the names stand under the pictures; if not,
+the cells are numbered. In both cases a table of number, expected and predicted name stands under TEXT, where the
+browser draws the letters.
 
 Always holds: one event file per split and step, named so; written again, it replaces the earlier one.
 """
@@ -14,7 +14,6 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,6 @@ NUM_PICTURES = 16
 _COLUMNS = 4
 _CELL_PX, _CAPTION_PX, _EDGE_PX, _FONT_PX = 200, 44, 4, 14  # a name of 12 syllables fits a cell, a longer one is cut
 _GOOD, _BAD, _INK, _PAPER = (26, 127, 55), (196, 48, 43), (20, 20, 20), (255, 255, 255)
-
-_FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
-_FONT_PATTERNS = (
-    "*Nanum*.tt[fc]",
-    "*Noto*CJK*.[to]t[fc]",
-    "*Noto*KR*.[to]tf",
-    "*UnBatang*.ttf",
-    "*Baekmuk*.ttf",
-)
 
 Sample = tuple[Record, bytes]
 
@@ -113,8 +103,14 @@ def _picture(record: Record, jpeg: bytes) -> Image.Image:
 
 
 def hangul_font() -> str | None:
-    """The path of an installed font that has Hangul, or None."""
-    return next((path for path in _candidates() if has_hangul(path)), None)
+    """The path of the font that fontconfig has for Korean, or None."""
+    command = ["fc-match", "--format=%{file}", ":lang=ko"]
+    try:
+        found = subprocess.run(command, capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # not installed; or it makes its cache, on a slow disk
+        return None
+    path = os.fsdecode(found.stdout)
+    return path if has_hangul(path) else None  # fontconfig always names a font, the nearest one
 
 
 def has_hangul(path: str) -> bool:
@@ -125,12 +121,3 @@ def has_hangul(path: str) -> bool:
         return False
     drawn = {bytes(font.getmask(letter)) for letter in ("가", "힣", "\U0010fffe")}
     return len(drawn) == 3
-
-
-def _candidates() -> Iterable[str]:
-    with suppress(OSError, subprocess.TimeoutExpired):  # not installed; or it makes its cache, on a slow disk
-        listed = subprocess.run(["fc-list", ":lang=ko", "file"], capture_output=True, timeout=20, check=False)
-        yield from sorted(os.fsdecode(line.rstrip().rstrip(b":")) for line in listed.stdout.splitlines())
-    for folder in _FONT_FOLDERS:
-        for pattern in _FONT_PATTERNS:
-            yield from sorted(map(str, Path(folder).expanduser().rglob(pattern)))

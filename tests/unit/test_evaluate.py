@@ -339,14 +339,24 @@ def test_a_report_is_there_before_tensorboard_is_tried(words, tmp_path, monkeypa
 # Panel
 
 
+def test_the_font_is_fontconfigs_if_it_has_hangul(tmp_path, monkeypatch):
+    answer = tmp_path / "fc-match"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert panel.hangul_font() is None  # fontconfig is not installed
+    answer.write_text("#!/bin/sh\nprintf %s /nowhere.ttf\n")
+    answer.chmod(0o755)
+    assert panel.hangul_font() is None
+    monkeypatch.setattr(panel, "has_hangul", lambda path: True)
+    assert panel.hangul_font() == "/nowhere.ttf"
+
+
 def test_a_search_for_fonts_that_takes_too_long_is_given_up(monkeypatch):
-    """fc-list makes its cache first."""
+    """fc-match makes its cache first."""
 
     def hang(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr(panel.subprocess, "run", hang)
-    monkeypatch.setattr(panel, "_FONT_FOLDERS", ())
     assert panel.hangul_font() is None
 
 
