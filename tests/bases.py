@@ -1,4 +1,4 @@
-"""Base models in the forms that people have them in: published, cut into shards, in the hub's cache, a Qwen2-VL."""
+"""Base models in the forms that people have them in: published, cut into shards, in the hub's cache, other families."""
 
 import json
 from pathlib import Path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import adapted
 from filelock import FileLock
 from hypothesis import settings
 from orders import plain_order
@@ -17,16 +18,14 @@ from running import train, write_recipe
 from whole import WHOLE_STEPS, Whole
 
 from kfood_dist.cli import main
-from kfood_dist.config.recipe import Data, Lora
+from kfood_dist.config.recipe import Data
 from kfood_dist.data.batch.collate import StreamingCollator
-from kfood_dist.data.batch.template import Template
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.model.adapters import attach_lora, save_adapter
-from kfood_dist.model.base import load_config
-from kfood_dist.model.load import load_base
+from kfood_dist.data.task.dish import DishTask
+from kfood_dist.model.adapters import save_adapter
 from kfood_dist.model.objective.answer import AnswerLoss
-from kfood_dist.model.processor import load_tokenizer, load_vision_spec
+from kfood_dist.model.processor import build_template
 from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
 
@@ -172,14 +171,13 @@ def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tin
 
 def _tune(tiny_model: Path, tiny_shards: Path, folder: Path) -> None:
     data = Data(shards=str(tiny_shards))
-    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
     shards = open_split(tiny_shards, "train")
-    template = Template(load_tokenizer(str(tiny_model)), vision, data.system, data.prompt, data.max_length)
-    collator = StreamingCollator(shards, template)
+    task = DishTask(data.system, data.prompt, shards.classes)
+    collator = StreamingCollator(shards, build_template(str(tiny_model), data), task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = attach_lora(load_base(str(tiny_model), "none", "fp32", "sdpa", torch.device("cpu")), Lora(dropout=0.0))
-        module = AnswerLoss(model, vision)
+        model = adapted(tiny_model, dropout=0.0)
+        module = AnswerLoss(model, collator.template.pictures)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
         for step in range(20):
             ids = tuple(int(i) for i in plain_order(len(shards)).ids(0, step, 0, 8))

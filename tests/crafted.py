@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from asking import labels_of
 from safetensors.torch import load_file, save_file
 
-from kfood_dist.data.batch.template import Template
-from kfood_dist.data.picture.patches import grid_of
 from kfood_dist.data.shards.reader import ShardSplit
-from kfood_dist.model.base import load_config
-from kfood_dist.model.processor import load_tokenizer, load_vision_spec
+from kfood_dist.model.processor import load_tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"  # the names of the published files
 
@@ -32,10 +30,8 @@ def craft(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]],
 
 def unique_token(model: Path, shards: ShardSplit) -> tuple[str, int]:
     """A dish, and a token that its answer has and no other dish's."""
-    vision = load_vision_spec(str(model), load_config(str(model)), shards.manifest.image_size)
-    template = Template(load_tokenizer(str(model)), vision, "", "이름은?", 1536)
-    names = sorted({shards.label(i).name for i in range(len(shards))})
-    tokens = [set(template.encode(grid_of(shards.manifest.image_size, vision), n).labels.tolist()) for n in names]
+    tokenizer, names = load_tokenizer(str(model)), sorted(set(labels_of(shards)))
+    tokens = [set(tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
     return names[0], min(tokens[0].difference(*tokens[1:]))
 
 

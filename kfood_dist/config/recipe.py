@@ -97,11 +97,12 @@ class Data(Section):
     )
     image_size: Count = Field(224, description="side of the packed pictures in pixels; must be the shards' own")
     max_length: Count = Field(1536, description="most tokens in one sample; longer ones lose text from the front")
+    task: Literal["dish"] = Field("dish", description="dish: name the picture's class")
     system: str = Field("You are a helpful assistant.", description="system text; empty for none")
     prompt: str = Field(
         "이 음식의 이름은 무엇인가요? 음식 이름만 답하세요.",
         min_length=1,
-        description="question put after the picture",
+        description="question put after the pictures",
     )
     num_workers: int = Field(1, ge=0, description="loader processes per rank; 0 reads in the training process")
     worker_start: Literal["fork", "spawn"] = Field(
@@ -113,7 +114,7 @@ class Data(Section):
 
 
 class Model(Section):
-    base: FolderOrName = Field(description="local folder or hub name of a Qwen2.5-VL or Qwen2-VL")
+    base: FolderOrName = Field(description="local folder or hub name of a vision-language model, such as a Qwen2.5-VL")
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NF4 with double quantisation, or none")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16",
@@ -143,6 +144,42 @@ class Lora(Section):
     )
 
 
+def _spelled_out(part: Any) -> Any:
+    return {"train": part} if isinstance(part, str) else part
+
+
+class Part(Section):
+    """How one part of the model trains; `connector: full` is short for `connector: {train: full}`."""
+
+    train: Literal["frozen", "lora", "full"] = Field("frozen", description="not at all, by LoRA, or all its weights")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the part's own peak learning rate (default: optim.learning_rate)"
+    )
+
+
+PartField = Annotated[Part, BeforeValidator(_spelled_out)]
+
+
+class Parts(Section):
+    language_model: PartField = Field(Part(train="lora"), description="frozen, lora, or full without quantisation")
+    connector: PartField = Field(Part(), description="what turns the tower's features into the language model's")
+    tower: PartField = Field(Part(), description="the vision tower")
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> "Parts":
+        if all(way == "frozen" for way in self.ways().values()):
+            raise ValueError("every part is frozen; set one of them to lora or full")
+        return self
+
+    def ways(self) -> dict[str, str]:
+        """How each part trains, by its name."""
+        return {name: getattr(self, name).train for name in type(self).model_fields}
+
+    def trained_whole(self) -> list[str]:
+        """The parts that train in full."""
+        return [name for name, way in self.ways().items() if way == "full"]
+
+
 class Optim(Section):
     name: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="bitsandbytes AdamW8bit, or torch AdamW")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
@@ -156,6 +193,10 @@ class Optim(Section):
     beta2: Share = Field(0.999)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+
+
+class Objective(Section):
+    name: Literal["answer"] = Field("answer", description="what is minimised: the mean loss per token of the answers")
 
 
 class Train(Section):
@@ -206,8 +247,10 @@ class Recipe(Section):
 
     data: Data
     model: Model
+    parts: Parts = Parts()
     lora: Lora = Lora()
     optim: Optim = Optim()
+    objective: Objective = Objective()
     train: Train = Train()
     eval: Eval = Eval()
     run: Run
@@ -218,6 +261,11 @@ class Recipe(Section):
             raise ValueError(
                 "train.deepspeed_config is given but train.zero_stage is 0, which trains without DeepSpeed; "
                 "remove it or set train.zero_stage to 1, 2 or 3"
+            )
+        if self.parts.language_model.train == "full" and self.model.quantization != "none":
+            raise ValueError(
+                "parts.language_model is full, and 4-bit weights do not train; set model.quantization=none, or "
+                "parts.language_model=lora"
             )
         return self
 

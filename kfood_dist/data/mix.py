@@ -9,7 +9,6 @@ one way: the prompt and the picture are the same in training, evaluation and pre
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,9 @@ from kfood_dist.data.plan.plan import MicroBatch, Plan
 from kfood_dist.data.plan.sampling import Order, build_order
 from kfood_dist.data.shards.manifest import Manifest
 from kfood_dist.data.shards.reader import ShardSplit, open_split
+from kfood_dist.data.shards.sample import Sample
 from kfood_dist.data.task.dish import DishClass
-from kfood_dist.errors import ShardError
+from kfood_dist.errors import RecipeError, ShardError
 
 
 def open_mixture(data: Data, split: str) -> "Mixture":
@@ -34,7 +34,12 @@ def open_mixture(data: Data, split: str) -> "Mixture":
 
 
 def build_data_order(mixture: "Mixture", data: Data) -> Order:
-    """The order in which a recipe draws from its folders."""
+    """The order in which a recipe draws from its folders.
+
+    Raises RecipeError if classes are to be balanced and there are none.
+    """
+    if data.class_balance and not all(part.classes for part in mixture.parts):
+        raise RecipeError("data.class_balance is set, and the samples have no classes", "leave it out")
     return build_order(
         [len(part) for part in mixture.parts],
         mixture.weights,
@@ -98,24 +103,16 @@ class Mixture:
         number, local = self._locate(i)
         return self._before[number] + self.parts[number].key(local)
 
-    def label(self, i: int) -> DishClass:
-        number, local = self._locate(i)
-        return self.parts[number].label(local)
-
-    def metadata(self, i: int) -> dict[str, Any]:
-        number, local = self._locate(i)
-        return self.parts[number].metadata(local)
-
-    def read(self, i: int) -> bytes:
+    def read(self, i: int) -> Sample:
         number, local = self._locate(i)
         return self.parts[number].read(local)
 
-    def read_many(self, ids: Sequence[int]) -> list[bytes | ShardError]:
-        found: list[bytes | ShardError] = [b""] * len(ids)
+    def read_many(self, ids: Sequence[int]) -> list[Sample | ShardError]:
+        found: dict[int, Sample | ShardError] = {}
         for part, places, local in self._by_part(np.asarray(ids, dtype=np.int64)):
             for place, data in zip(places, part.read_many(local.tolist()), strict=True):
                 found[place] = data
-        return found
+        return [found[place] for place in range(len(ids))]
 
     def will_need(self, ids: np.ndarray) -> None:
         for part, _, local in self._by_part(ids):

@@ -335,7 +335,8 @@ def check_shards(folder: Path) -> Iterator[Finding]:
         shards = open_split(folder, split)
         shards.require_files()
         for i in {0, len(shards) - 1}:
-            decode_rgb(shards.read(i))
+            for picture in shards.read(i).pictures:
+                decode_rgb(picture)
         shards.close()
         counts.append(f"{split} {len(shards)}")
     dishes = plural(len(manifest.classes), "dish", "dishes")
@@ -353,6 +354,7 @@ def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
     from kfood_dist.model.base import load_config
     from kfood_dist.model.files import base_folder, require_base
     from kfood_dist.model.processor import build_template
+    from kfood_dist.model.vision import blank
 
     require_base(base)
     if base_folder(base) is None:
@@ -361,5 +363,5 @@ def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
     image_size = Data.model_fields["image_size"].default if shards is None else load_manifest(shards).image_size
     # How long a sample may be is the recipe's to say.
     asked = Data(shards=str(shards or "."), image_size=image_size, max_length=sys.maxsize)
-    template = build_template(base, asked)
-    yield Finding(OK, f"{base}: {load_config(base).model_type}, {template.vision.unit} pixels per image token")
+    num_tokens = len(build_template(base, asked).pictures.encode(blank(image_size)).ids)
+    yield Finding(OK, f"{base}: {load_config(base).model_type}, {num_tokens} tokens for a picture")

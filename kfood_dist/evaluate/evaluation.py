@@ -1,6 +1,6 @@
 """One evaluation, checked: everything that can be told wrong is told here, in seconds, before weights are loaded.
 
-arguments ──► settings, shards, fingerprints ──► check ──► Task ──► find_earlier ──► a report that answers it, or None
+arguments ──► settings, shards, fingerprints ──► check ──► Evaluation ──► find_earlier ──► a report or None
 """
 
 import argparse
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist.data.shards.reader import ShardSplit, open_split
+from kfood_dist.data.task.base import Task
+from kfood_dist.data.task.table import build_task, require_columns
 from kfood_dist.evaluate.report import Report, reusable
 from kfood_dist.evaluate.settings import Settings, resolve_settings
 from kfood_dist.model.adapters import read_adapter_facts
@@ -20,10 +22,11 @@ from kfood_dist.system.world import World
 
 
 @dataclass(frozen=True)
-class Task:
+class Evaluation:
     """One evaluation, checked: what is asked of which model, and `inputs`, which decide the answers."""
 
     shards: ShardSplit
+    task: Task
     source: str
     num_samples: int
     settings: Settings
@@ -34,13 +37,15 @@ class Task:
     out: Path
     tensorboard: Path | None
     step: int
+    stage: Path | None  # where the split is copied to and read
     inputs: dict[str, Any]
 
 
-def check(args: argparse.Namespace) -> Task:
+def check(args: argparse.Namespace) -> Evaluation:
     """Everything that can be told wrong without the model's weights, told now. Raises KfoodError."""
     settings, recipe_eval = resolve_settings(args)
     shards = open_split(args.shards, args.split)
+    require_columns(settings.task, shards.manifest.columns, shards.manifest.where)
     require_same_pictures(shards.manifest, settings.image_size, settings.resize)
     if World.from_environment().is_main:
         shards.require_files()
@@ -51,8 +56,9 @@ def check(args: argparse.Namespace) -> Task:
     max_new_tokens = args.max_new_tokens or recipe_eval.max_new_tokens
     require_base(args.model)
     fingerprint = base_fingerprint(args.model)
-    return Task(
+    return Evaluation(
         shards=shards,
+        task=build_task(settings.task, settings.system, settings.prompt, shards.classes),
         source=shards.manifest.where,
         num_samples=min(args.limit or len(shards), len(shards)),
         settings=settings,
@@ -63,6 +69,7 @@ def check(args: argparse.Namespace) -> Task:
         out=args.out,
         tensorboard=args.tensorboard,
         step=_trained_steps(args.adapter) if args.step is None else args.step,
+        stage=args.stage,
         inputs={
             "index_hash": shards.index_hash,
             "split": args.split,
@@ -82,7 +89,7 @@ def _trained_steps(adapter: Path | None) -> int:
     return step if isinstance(step, int) else 0
 
 
-def find_earlier(task: Task) -> Report | None:
-    """The report in the output folder, if it answers this very task."""
+def find_earlier(asked: Evaluation) -> Report | None:
+    """The report in the output folder, if it answers just what is asked."""
     # Without a fingerprint the model is not on this machine yet: nothing says it is the same.
-    return reusable(task.out, task.inputs) if task.inputs["model_fingerprint"] else None
+    return reusable(asked.out, asked.inputs) if asked.inputs["model_fingerprint"] else None

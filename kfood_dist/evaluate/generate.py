@@ -18,7 +18,6 @@ from kfood_dist.data.batch.template import Template
 from kfood_dist.errors import LaunchError
 from kfood_dist.evaluate.settings import Settings
 from kfood_dist.model.load import load_base
-from kfood_dist.model.objective.answer import normalise_patches
 from kfood_dist.system import gpus
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World
@@ -76,7 +75,7 @@ class Answerer:
         self.device = device
         tokenizer = template.tokenizer
         self.end_tokens = sorted({tokenizer.eos_token_id, *_end_tokens(model.generation_config)})
-        self._vision = template.vision
+        self._pictures = template.pictures
         self._frame = {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
@@ -136,9 +135,7 @@ class Answerer:
         return {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
-            "mm_token_type_ids": batch.mm_token_type_ids,
-            "pixel_values": normalise_patches(batch.patches, self._vision),
-            "image_grid_thw": batch.image_grid_thw,
+            **self._pictures.to_model(batch.pixels, batch.facts, batch.is_image),
         }
 
 

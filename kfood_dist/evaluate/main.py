@@ -1,7 +1,7 @@
 """`kfood eval`: how many held-out pictures a model names right.
 
-    arguments ──► check: shards, settings, model and prompt fit (seconds, no weights) ──► Task
-    Task ──► this rank's batches ──► greedy answers ──► gathered on rank 0, in the order of the index
+    arguments ──► check: shards, settings, model and prompt fit (seconds, no weights) ──► Evaluation
+    Evaluation ──► this rank's batches ──► greedy answers ──► gathered on rank 0, in the order of the index
     records ──► report.json, predictions.jsonl, report.html, TensorBoard
 
 Always holds: every picture of the split is answered exactly once. Batches are cut by position and dealt to the
@@ -17,7 +17,7 @@ from kfood_dist.data.batch.template import Template
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.stage import staged
 from kfood_dist.evaluate import panel
-from kfood_dist.evaluate.evaluation import Task, check, find_earlier
+from kfood_dist.evaluate.evaluation import Evaluation, check, find_earlier
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.evaluate.page import interval, percent, report_page
 from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
@@ -72,18 +72,18 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, or reuse the report of an earlier run with the same inputs."""
     end_with_launcher()
     world = World.from_environment()
-    task = check(args)
-    earlier = find_earlier(task) if world.is_main else None
+    asked = check(args)
+    earlier = find_earlier(asked) if world.is_main else None
     if world.size == 1 and earlier:
-        return reuse(task, earlier)
+        return reuse(asked, earlier)
     if world.is_main:
-        print(f"loading the libraries, and then {task.model}", flush=True)
+        print(f"loading the libraries, and then {asked.model}", flush=True)
     quiet_libraries()
-    template = build_template(task.model, task.settings, task.adapter)
-    return run_rank(world, "eval", lambda: answer(task, earlier, template, world, args.stage))
+    template = build_template(asked.model, asked.settings, asked.adapter)
+    return run_rank(world, "eval", lambda: answer(asked, earlier, template, world))
 
 
-def answer(task: Task, earlier: Report | None, template: Template, world: World, stage_dir: Path | None) -> int:
+def answer(asked: Evaluation, earlier: Report | None, template: Template, world: World) -> int:
     """Answer all pictures, together with the other ranks, unless rank 0 has an `earlier` report."""
     from kfood_dist.evaluate.generate import pick_device
     from kfood_dist.evaluate.rank import answer_part, any_rank, process_group
@@ -91,89 +91,90 @@ def answer(task: Task, earlier: Report | None, template: Template, world: World,
     device = pick_device(world)
     with process_group(world, device):
         if any_rank(world, earlier is not None, device):
-            return reuse(task, earlier) if earlier else 0
-        split = task.shards.split
-        with staged({task.source: {split}}, stage_dir, world.local_rank == 0) as places:
-            read_here = replace(task, shards=open_split(places[task.source], split)) if stage_dir else task
+            return reuse(asked, earlier) if earlier else 0
+        split = asked.shards.split
+        with staged({asked.source: {split}}, asked.stage, world.local_rank == 0) as places:
+            read_here = replace(asked, shards=open_split(places[asked.source], split)) if asked.stage else asked
             parts = world.gather(answer_part(read_here, template, world, device))
             if parts is not None:
                 conclude(read_here, parts, world, device)
     return 0
 
 
-def preflight(args: argparse.Namespace) -> Task | None:
+def preflight(args: argparse.Namespace) -> Evaluation | None:
     """For a launcher, before it starts any rank: raise every mistake that can be told; reuse an earlier report.
 
     Returns what is to be measured; None if an earlier report answers the question, so that there is nothing to start.
     """
-    task = check(args)
-    if earlier := find_earlier(task):
-        reuse(task, earlier)
+    asked = check(args)
+    if earlier := find_earlier(asked):
+        reuse(asked, earlier)
         return None
     quiet_libraries()
-    build_template(task.model, task.settings, task.adapter)
-    return task
+    build_template(asked.model, asked.settings, asked.adapter)
+    return asked
 
 
-def conclude(task: Task, parts: list["Part"], world: World, device: "torch.device") -> None:
+def conclude(asked: Evaluation, parts: list["Part"], world: World, device: "torch.device") -> None:
     """Put the ranks' parts together and write everything, on rank 0."""
     from kfood_dist.evaluate.rank import make_record
 
     refused = sorted(i for part in parts for i in part.refused)
-    found = {i: make_record(task.shards, i, "", 0.0) for i in refused}
+    left_out = zip(refused, map(asked.shards.read, refused), strict=True)
+    found = {i: make_record(asked.shards.key(i), sample.columns, asked.task, "", 0.0) for i, sample in left_out}
     found |= {i: record for part in parts for i, record in part.records.items()}
-    assert sorted(found) == list(range(task.num_samples)), "a picture was left out"
-    records = [found[i] for i in range(task.num_samples)]
+    assert sorted(found) == list(range(asked.num_samples)), "a picture was left out"
+    records = [found[i] for i in range(asked.num_samples)]
     seconds = max(part.seconds for part in parts)
-    report = build_report(records, [task.shards.key(i) for i in refused], _facts(task, world, device, seconds))
-    task.out.mkdir(parents=True, exist_ok=True)
-    write_report(task.out, report, records, report_page(report, _samples(task, records, _SHOWN)))
-    if task.tensorboard:  # after the report, which a fault here must not cost; the next start logs what is missing
-        log(task, report["accuracy"], records)
-    print(describe(load_report(task.out)))
+    report = build_report(records, [asked.shards.key(i) for i in refused], _facts(asked, world, device, seconds))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    write_report(asked.out, report, records, report_page(report, _samples(asked, records, _SHOWN)))
+    if asked.tensorboard:  # after the report, which a fault here must not cost; the next start logs what is missing
+        log(asked, report["accuracy"], records)
+    print(describe(load_report(asked.out)))
 
 
-def _facts(task: Task, world: World, device: "torch.device", seconds: float) -> dict[str, Any]:
+def _facts(asked: Evaluation, world: World, device: "torch.device", seconds: float) -> dict[str, Any]:
     import torch
 
-    fingerprint = task.inputs["model_fingerprint"] or base_fingerprint(task.model)  # a hub model is here by now
-    weights = task.adapter / "adapter_model.safetensors" if task.adapter else None
+    fingerprint = asked.inputs["model_fingerprint"] or base_fingerprint(asked.model)  # a hub model is here by now
+    weights = asked.adapter / "adapter_model.safetensors" if asked.adapter else None
     return {
-        "model": task.model,
-        "adapter": str(task.adapter) if task.adapter else None,
+        "model": asked.model,
+        "adapter": str(asked.adapter) if asked.adapter else None,
         "adapter_sha256": file_sha256(weights) if weights else None,
-        "shards": task.source,
-        "index_hash": task.shards.index_hash,
-        "split": task.shards.split,
-        "image_size": task.settings.image_size,
-        "settings": task.inputs["settings"],
-        "samples_per_second": round(task.num_samples / seconds, 2),
+        "shards": asked.source,
+        "index_hash": asked.shards.index_hash,
+        "split": asked.shards.split,
+        "image_size": asked.settings.image_size,
+        "settings": asked.inputs["settings"],
+        "samples_per_second": round(asked.num_samples / seconds, 2),
         "seconds": round(seconds, 2),
         "world_size": world.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": all_versions(),
-        "inputs": task.inputs | {"model_fingerprint": fingerprint},
+        "inputs": asked.inputs | {"model_fingerprint": fingerprint},
     }
 
 
-def reuse(task: Task, report: Report) -> int:
+def reuse(asked: Evaluation, report: Report) -> int:
     """Say that nothing need be done, and log to TensorBoard what an earlier run did not."""
     assert report.predictions is not None
     print(f"reused {report.path}: the same pictures, model and settings")
-    if task.tensorboard and not panel.is_logged(task.tensorboard, task.shards.split, task.step):
-        log(task, report.accuracy, report.predictions)
+    if asked.tensorboard and not panel.is_logged(asked.tensorboard, asked.shards.split, asked.step):
+        log(asked, report.accuracy, report.predictions)
     print(describe(report))
     return 0
 
 
-def log(task: Task, accuracy: float, records: list[Record]) -> None:
-    """Write the evaluation to the task's TensorBoard folder."""
-    assert task.tensorboard is not None
-    panel.log(task.tensorboard, task.shards.split, task.step, accuracy, _samples(task, records, panel.NUM_PICTURES))
+def log(asked: Evaluation, accuracy: float, records: list[Record]) -> None:
+    """Write the evaluation to its TensorBoard folder."""
+    assert asked.tensorboard is not None
+    panel.log(asked.tensorboard, asked.shards.split, asked.step, accuracy, _samples(asked, records, panel.NUM_PICTURES))
 
 
-def _samples(task: Task, records: list[Record], count: int) -> list[tuple[Record, bytes]]:
-    return [(records[i], task.shards.read(i)) for i in panel.choose(count, len(records))]
+def _samples(asked: Evaluation, records: list[Record], count: int) -> list[tuple[Record, bytes]]:
+    return [(records[i], asked.shards.read(i).pictures[0]) for i in panel.choose(count, len(records))]
 
 
 def describe(report: Report) -> str:

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from kfood_dist.data.picture.images import ImageRejected, prepare_jpeg
 from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.data.shards.sample import Sample
 from kfood_dist.data.task.dish import clean
+from kfood_dist.data.task.table import build_task
+from kfood_dist.errors import ShardError
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
 from kfood_dist.model.files import require_base
 from kfood_dist.model.processor import build_template
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     require_base(args.model)
     template = build_template(args.model, settings, args.adapter)
+    task = build_task(settings.task, settings.system, settings.prompt)
     pictures = [read_picture(path, settings) for path in args.images]
     answerer = None
     if any(isinstance(picture, bytes) for picture in pictures):
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     for path, picture in zip(args.images, pictures, strict=True):
         line: dict[str, Any] = {"image": str(path)}
         if isinstance(picture, bytes) and answerer:
-            collator = StreamingCollator(OnePicture(picture), template, for_generation=True)  # type: ignore[arg-type]
+            collator = StreamingCollator(OnePicture(picture), template, task, for_generation=True)
             line |= name_dish(answerer, collator, args.alternatives)
         else:
             line["error"] = str(picture)
@@ -107,9 +111,15 @@ class OnePicture:
     def __init__(self, jpeg: bytes):
         self.jpeg = jpeg
 
-    def read_many(self, ids: Sequence[int]) -> list[bytes]:
-        """The JPEG bytes, for each id."""
-        return [self.jpeg for _ in ids]
+    def __len__(self) -> int:
+        return 1
+
+    def key(self, i: int) -> str:
+        return "picture"
+
+    def read_many(self, ids: Sequence[int]) -> list[Sample | ShardError]:
+        """The picture, for each id."""
+        return [Sample((self.jpeg,), {}) for _ in ids]
 
 
 def name_dish(answerer: "Answerer", collator: "StreamingCollator", num_alternatives: int) -> dict[str, Any]:

@@ -19,11 +19,9 @@ from tqdm import tqdm
 
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.batch.template import Template
-from kfood_dist.data.mix import Mixture
 from kfood_dist.data.plan.plan import EMPTY, MicroBatch, deal
-from kfood_dist.data.shards.reader import ShardSplit
-from kfood_dist.data.task.dish import clean, is_match
-from kfood_dist.evaluate.evaluation import Task
+from kfood_dist.data.task.base import Columns, Task
+from kfood_dist.evaluate.evaluation import Evaluation
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.metrics import Record
 from kfood_dist.system.world import World
@@ -69,14 +67,14 @@ def my_batches(num_samples: int, batch_size: int, world: World) -> list[tuple[in
     return [tuple(int(i) for i in ids if i != EMPTY) for ids in slots]
 
 
-def answer_part(task: Task, template: Template, world: World, device: torch.device) -> Part:
+def answer_part(asked: Evaluation, template: Template, world: World, device: torch.device) -> Part:
     """Answer this rank's batches."""
-    collator = StreamingCollator(task.shards, template, for_generation=True)
-    answerer = load_answerer(task.settings, template, task.model, task.adapter, device, task.max_new_tokens)
+    collator = StreamingCollator(asked.shards, template, asked.task, for_generation=True)
+    answerer = load_answerer(asked.settings, template, asked.model, asked.adapter, device, asked.max_new_tokens)
     started = time.perf_counter()
     records: dict[int, Record] = {}
     refused: list[int] = []
-    batches = my_batches(task.num_samples, task.batch_size, world)
+    batches = my_batches(asked.num_samples, asked.batch_size, world)
     for ids in tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True):
         answered = answer_batch(collator, answerer, ids)
         records |= answered
@@ -89,20 +87,19 @@ def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int
     batch = collator[MicroBatch(step=0, micro_step=0, ids=ids, filler=0)]
     answers = answerer.answer(batch) if batch.ids else []  # otherwise it holds the filler alone
     return {
-        i: make_record(collator.shards, i, answer.text, answer.confidence)
-        for i, answer in zip(batch.ids, answers, strict=True)
+        i: make_record(collator.shards.key(i), columns, collator.task, answer.text, answer.confidence)
+        for i, columns, answer in zip(batch.ids, batch.columns, answers, strict=True)
     }
 
 
-def make_record(shards: ShardSplit | Mixture, i: int, text: str, confidence: float) -> Record:
-    """What becomes of picture i answered with `text`; no text, and so wrong, where it was refused."""
-    dish = shards.label(i)
+def make_record(key: str, columns: Columns, task: Task, text: str, confidence: float) -> Record:
+    """What becomes of a sample answered with `text`; no text, and so wrong, where it was refused."""
     return Record(
-        key=shards.key(i),
-        source=shards.metadata(i)["source"],
-        label=dish.name,
-        prediction=clean(text),
+        key=key,
+        source=columns["sources"][0],
+        label=task.label(columns),
+        prediction=task.clean(text),
         raw=text,
-        correct=is_match(text, dish),
+        correct=task.score(text, columns) == 1,
         confidence=confidence,
     )

@@ -19,7 +19,7 @@ from kfood_dist.config.recipe import Data, Eval, Model, Recipe
 from kfood_dist.data.picture.images import RESIZE_POLICIES
 from kfood_dist.errors import ModelError, RecipeError
 
-DATA_KEYS = ("system", "prompt", "image_size", "max_length")
+DATA_KEYS = ("task", "system", "prompt", "image_size", "max_length")
 MODEL_KEYS = ("quantization", "precision", "attention")
 
 
@@ -27,6 +27,7 @@ MODEL_KEYS = ("quantization", "precision", "attention")
 class Settings:
     """How the model sees a picture and is asked about it. `resize` is None where nothing says how to."""
 
+    task: str
     system: str
     prompt: str
     image_size: int

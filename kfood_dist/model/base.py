@@ -3,7 +3,8 @@
 from typing import Any
 
 from kfood_dist.errors import ModelError, first_line
-from kfood_dist.model.files import located, require_supported
+from kfood_dist.model.family import require_supported
+from kfood_dist.model.files import located
 
 REDOWNLOAD = "download the model again, or set model.base to another"
 

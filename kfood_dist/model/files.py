@@ -13,15 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kfood_dist.errors import ModelError
+from kfood_dist.model.family import require_supported
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_TIMEOUT_S = 5.0
-
-# model_type of a config: what was tested, and under which name people know it.
-SUPPORTED = {"qwen2_5_vl": "Qwen2.5-VL", "qwen2_vl": "Qwen2-VL"}
 
 # Each line is one need besides config.json and the weights: any file of it, or any pair, will do.
 _SMALL_FILES: tuple[tuple[tuple[str, ...], ...], ...] = (
@@ -66,14 +63,6 @@ def require_base(base: str) -> None:
             f"check the name, or on a machine with access run `hf download {base} --local-dir DIR`, copy DIR here "
             "and set model.base=DIR",
         )
-
-
-def require_supported(base: str, model_type: Any) -> None:
-    """Raise ModelError unless the trainer was tested with this `model_type` of a config."""
-    if model_type not in list(SUPPORTED):
-        known = " or ".join(f"{name} ({kind})" for kind, name in SUPPORTED.items())
-        what = f"is a {model_type}, which this trainer was not tested with" if model_type else "names no type of model"
-        raise ModelError(f"base model {base} {what}", f"use a {known}")
 
 
 def _require_type(base: str, folder: Path) -> None:

@@ -21,7 +21,8 @@ def choose(
 ) -> tuple[list[Record], frozenset[str]]:
     """The records of subset `subset` (from 1) of `per_class` each, in their order; and the classes chosen from.
 
-    All records where `per_class` is None; otherwise none with a problem. Raises SourceError when nothing is left.
+    All records where `per_class` is None; otherwise none with a problem. Raises SourceError when nothing is left, or
+    there are no labels to choose by.
     """
     if per_class is None:
         return list(records), frozenset()
@@ -29,9 +30,11 @@ def choose(
     for record in records:
         if record.problem is None:
             by_label[record.label].append(record)
+    if set(by_label) == {""}:
+        raise SourceError("the source has no labels, which --per-class is about", "leave --per-class out")
     chosen: set[int] = set()
     for members in by_label.values():
-        members.sort(key=lambda record: keyed_digest(seed, "subset", record.source))
+        members.sort(key=lambda record: keyed_digest(seed, "subset", record.identity))
         chosen.update(id(record) for record in members[(subset - 1) * per_class : subset * per_class])
     if not chosen:
         most = max(map(len, by_label.values()), default=0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist import __version__
-from kfood_dist.pack.prepare import PictureSettings, Prepared, Refusal, made_by, prepare_one
+from kfood_dist.pack.prepare import PictureSettings, Place, Prepared, Refusal, made_by, prepare_one
 from kfood_dist.pack.sources import Record
 from kfood_dist.pack.workspace import process_name
 from kfood_dist.system.files import flush_to_disk
@@ -45,7 +45,10 @@ def cut(records: Sequence[Record], settings: PictureSettings) -> list[Chunk]:
 
 
 def _fingerprint(records: Sequence[Record], settings: PictureSettings, how: Mapping[str, Any]) -> str:
-    inputs = [[r.source, r.num_bytes, r.crc32, r.box if settings.crop_boxes else None] for r in records]
+    inputs = [
+        [[r.source, r.num_bytes, r.crc32, r.box if settings.crop_boxes else None] for r in record.pictures]
+        for record in records
+    ]
     text = json.dumps([how, inputs], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -58,16 +61,20 @@ def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None
     if load_chunk(chunk, folder) is not None:
         return
     jpegs: list[bytes] = []
-    outcomes: list[list[Any]] = []
+    outcomes: list[Any] = []
     offset = 0
     for record in chunk.records:
         outcome = prepare_one(record, settings)
         if isinstance(outcome, Refusal):
-            outcomes.append([outcome.reason, outcome.detail, record.changed_ns])
+            touched = [picture.changed_ns for picture in record.pictures]
+            outcomes.append({"reason": outcome.reason, "detail": outcome.detail, "touched": touched})
             continue
-        jpegs.append(outcome.jpeg)
-        outcomes.append([offset, len(outcome.jpeg), outcome.sha256, outcome.perceptual_hash, outcome.cropped])
-        offset += len(outcome.jpeg)
+        places = []
+        for made in outcome:
+            jpegs.append(made.jpeg)
+            places.append([offset, len(made.jpeg), made.sha256, made.perceptual_hash, made.cropped])
+            offset += len(made.jpeg)
+        outcomes.append(places)
     footer = json.dumps(outcomes).encode("ascii")
     data = b"".join([*jpegs, footer, len(footer).to_bytes(_LENGTH_BYTES, "little")])
     temporary = folder / f".{chunk.name}.{process_name()}"
@@ -100,12 +107,12 @@ def is_there(chunk: Chunk, folder: Path) -> bool:
     return (folder / chunk.name).exists()
 
 
-def _holds(record: Record, values: list) -> bool:
+def _holds(record: Record, outcome: Any) -> bool:
     """False for the refusal of a file that was touched since."""
-    return len(values) != 3 or values[2] == record.changed_ns
+    return isinstance(outcome, list) or outcome["touched"] == [picture.changed_ns for picture in record.pictures]
 
 
-def _outcome(chunk: Chunk, record: Record, values: list) -> Prepared | Refusal:
-    if len(values) == 3:
-        return Refusal(record.source, record.label, values[0], values[1])
-    return Prepared(record, chunk.name, *values)
+def _outcome(chunk: Chunk, record: Record, outcome: Any) -> Prepared | Refusal:
+    if isinstance(outcome, list):
+        return Prepared(record, chunk.name, tuple(Place(*values) for values in outcome))
+    return Refusal(record.source, record.label, outcome["reason"], outcome["detail"])

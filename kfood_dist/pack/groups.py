@@ -36,25 +36,32 @@ _PAIRS_AT_ONCE = 2**21
 
 
 def group_pictures(pictures: Sequence[Prepared]) -> list[int]:
-    """The group of each picture, a number of 52 bits made from its members' SHA-256."""
+    """The group of each sample, a number of 52 bits made from the SHA-256 of its members' pictures.
+
+    Samples are in one group if any two of their pictures are alike.
+    """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    hashes = np.array([picture.perceptual_hash for picture in pictures], dtype=np.uint64)
-    unique, place = np.unique(hashes, return_inverse=True)
-    same_bytes = _same([picture.sha256 for picture in pictures])
-    neighbours = _alike(hashes, _neighbours([picture.record.source for picture in pictures]))
-    # One node per picture and one per different hash: a thousand equal pictures are a thousand edges, not a million.
+    places = [place for picture in pictures for place in picture.places]
+    sources = [record.source for picture in pictures for record in picture.record.pictures]
+    owner = np.repeat(np.arange(len(pictures)), [len(picture.places) for picture in pictures])
+    hashes = np.array([place.perceptual_hash for place in places], dtype=np.uint64)
+    unique, place_of = np.unique(hashes, return_inverse=True)
+    same_bytes = owner[_same([place.sha256 for place in places])]
+    neighbours = owner[_alike(hashes, _neighbours(sources))]
+    # One node per sample and one per different hash: a thousand equal pictures are a thousand edges, not a million.
     count = len(pictures)
     near = near_pairs(unique, NEAR) + count
-    own_hash = np.stack([np.arange(count), place + count], axis=1)
+    own_hash = np.stack([owner, place_of + count], axis=1)
     edges = np.concatenate([same_bytes, neighbours, near, own_hash])
     nodes = count + len(unique)
     graph = coo_matrix((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(nodes, nodes))
     _, component = connected_components(graph, directed=False)
     first: dict[int, str] = {}
     for picture, number in zip(pictures, component[:count].tolist(), strict=True):
-        first[number] = min(first.get(number, picture.sha256), picture.sha256)
+        lowest = min(place.sha256 for place in picture.places)
+        first[number] = min(first.get(number, lowest), lowest)
     return [int(first[number][:_GROUP_DIGITS], 16) for number in component[:count].tolist()]
 
 

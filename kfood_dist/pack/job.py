@@ -37,7 +37,7 @@ from kfood_dist.pack.choose import choose, count_short
 from kfood_dist.pack.chunks import Chunk, cut, is_there, load_chunk, prepare_chunk
 from kfood_dist.pack.groups import group_pictures
 from kfood_dist.pack.options import PackOptions, fingerprint
-from kfood_dist.pack.place import classes_of, leaked_at_random, part_ambiguous, place
+from kfood_dist.pack.place import classes_of, columns_of, leaked_at_random, part_ambiguous, place
 from kfood_dist.pack.prepare import Prepared, Refusal, in_processes
 from kfood_dist.pack.publisher import SourceSplit, assign, count_across, settle
 from kfood_dist.pack.sources import Record, scan_source
@@ -64,8 +64,8 @@ _REMEDIES = {
     "no_split": "put them into the source's splits, or deal all anew with --split 0.8,0.1,0.1",
     NEEDS_HEIC: HEIC_REMEDY,
 }
-# A class id is a u2 in the index.
-_MAX_CLASSES = 2**16
+# A class id is a u2 in the index, and the highest stands for none.
+_MAX_CLASSES = 2**16 - 1
 _LABELS_SHOWN = 10
 
 
@@ -200,7 +200,7 @@ def _prepare(job: _Job, chunks: Sequence[Chunk], folder: Path) -> None:
     """Prepare the chunks that are not there yet, or cannot be used."""
     to_do = [chunk for chunk in chunks if load_chunk(chunk, folder) is None]
     in_all, left = (sum(len(chunk.records) for chunk in some) for some in (chunks, to_do))
-    with tqdm(total=in_all, initial=in_all - left, desc="prepare", unit="picture", disable=None) as progress:
+    with tqdm(total=in_all, initial=in_all - left, desc="prepare", unit="sample", disable=None) as progress:
         do = partial(prepare_chunk, settings=job.options.picture_settings(), folder=folder)
         for done in in_processes(do, to_do, job.options.workers):
             progress.update(len(done.records))
@@ -220,7 +220,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
 
     result = shard_folder(work, _shards_name(job, pictures))
     written = sum(path.stat().st_size for path in result.iterdir())
-    require_space(result, sum(p.num_bytes + _OVERHEAD_BYTES for p in pictures) - written)
+    require_space(result, sum(p.num_bytes + _OVERHEAD_BYTES * len(p.places) for p in pictures) - written)
     storage = open_storage(work / "chunks")
     writer = ShardWriter(result, storage, classes, options.image_size, options.shard_size)
     for split, samples in place(pictures, groups, splits, classes, seed).items():
@@ -238,6 +238,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         "chosen": _chosen(job, pictures, classes),
         "crop_boxes": _count_boxes(pictures) if options.crop_boxes else None,
         "class_list": options.classes is not None,
+        "columns": columns_of(pictures),
         "classes": [{"name": c.name, "category": c.category, "aliases": c.aliases} for c in classes],
         "splits": writer.splits,
         "source_split": _describe_split(job.own_split, groups, splits),
@@ -262,7 +263,8 @@ def _shards_name(job: _Job, pictures: Sequence[Prepared]) -> str:
     """A name for the shards that are to be written: finished ones of that name, by whomever, have the same bytes."""
     digest = hashlib.sha256(f"{__version__} {job.source['fingerprint']}\n".encode())
     for p in pictures:
-        digest.update(f"{p.file} {p.offset} {p.num_bytes} {p.sha256} {p.perceptual_hash}\n".encode())
+        places = [f"{place.offset} {place.num_bytes} {place.sha256} {place.perceptual_hash}" for place in p.places]
+        digest.update(f"{p.file} {' '.join(places)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -308,7 +310,7 @@ def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prep
 
 
 def _count_boxes(pictures: Sequence[Prepared]) -> dict[str, int]:
-    counts = Counter(picture.cropped for picture in pictures)
+    counts = Counter(place.cropped for picture in pictures for place in picture.places)
     return {"cropped": counts[True], "without_box": counts[None], "unusable_box": counts[False]}
 
 

@@ -106,8 +106,12 @@ def fingerprint(kind: str, records: Sequence[Record], classes: Sequence[DishClas
         "chosen": [options.per_class, options.subset],
         "classes": None if classes is None else [[c.name, c.category, list(c.aliases)] for c in classes],
         "inputs": [
-            [r.source, r.num_bytes, r.crc32, r.label, r.category, r.problem, r.box if options.crop_boxes else None]
-            for r in records
+            [record.columns]
+            + [
+                [r.source, r.num_bytes, r.crc32, r.label, r.category, r.problem, r.box if options.crop_boxes else None]
+                for r in record.pictures
+            ]
+            for record in records
         ],
     }
     if any(r.split for r in records if r.problem is None):

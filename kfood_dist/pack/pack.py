@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="a folder of dish folders, a zip of such (zips inside it too), or a CSV of image_path,label",
+        help="a folder of dish folders, a zip of such (zips inside it too), or a list: a CSV of image_path,label or "
+        "image_path,question,answer, or a JSONL file of image, question, answer",
     )
     add("out", type=Path, metavar="OUT", help="the folder to make; it appears once all is packed and checked")
     add("--image-size", type=int, default=default.image_size, metavar="PX", help="side of the square (%(default)s)")
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TSV",
         help="class list: category, name, aliases; refuses other labels",
     )
-    add("--image-root", type=Path, metavar="DIR", help="where a CSV's paths start (the CSV's folder)")
+    add("--image-root", type=Path, metavar="DIR", help="where a list's paths start (the list's folder)")
     add("--encoding", metavar="NAME", help="of a CSV, such as cp949 (the CSV's text tells, or is refused)")
     add(
         "--max-rejected",
@@ -129,7 +130,7 @@ def _summary(packed: Packed, source: Path, out: Path, options: PackOptions, seco
         yield f"reused   {out}: {how}, from this source with these options"
     yield from _describe(packed.manifest, source, out)
     num_packed = sum(shard.samples for shard in packed.manifest.shards)
-    pace = "" if packed.reused else f", {seconds:.1f} s, {num_packed / seconds:,.0f} pictures/s"
+    pace = "" if packed.reused else f", {seconds:.1f} s, {num_packed / seconds:,.0f} samples/s"
     num_bytes = sum(shard.bytes for shard in packed.manifest.shards)
     yield f"holds    {num_bytes:,} bytes in {plural(len(packed.manifest.shards), 'shard')}{pace}: {out}"
 
@@ -139,8 +140,9 @@ def _describe(manifest: Manifest, source: Path, out: Path) -> Iterator[str]:
     counts = {split: raw["splits"][split]["samples"] for split in SPLITS}
     groups = sum(raw["splits"][split]["groups"] for split in SPLITS)
     by_split = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    classes = plural(len(manifest.classes), "class", "classes")
-    yield f"packed   {plural(sum(counts.values()), 'picture')} of {classes}: {by_split}"
+    samples = plural(sum(counts.values()), "sample")
+    classes = f" of {plural(len(manifest.classes), 'class', 'classes')}" if manifest.classes else ""
+    yield f"packed   {samples}{classes}: {by_split}"
     yield from _describe_split(raw.get("source_split"))
     leaked = raw["random_split_would_leak"]
     measured = " and ".join(plural(leaked[split], f"{split} picture") for split in ("val", "test"))

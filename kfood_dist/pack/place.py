@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kfood_dist.data.shards.manifest import SPLITS
+from kfood_dist.data.shards.reader import NO_LABEL
 from kfood_dist.data.task.dish import DishClass
 from kfood_dist.pack.prepare import Prepared, Refusal
 from kfood_dist.pack.split import assign_splits, keyed_digest
@@ -19,7 +20,7 @@ from kfood_dist.pack.split import assign_splits, keyed_digest
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with its place: `label` is its class id; `group` holds what must stay in one split."""
+    """A prepared sample with its place: `label` is its class id, or NO_LABEL; a `group` lies in one split."""
 
     picture: Prepared
     label: int
@@ -28,12 +29,12 @@ class Sample:
 
 def part_ambiguous(pictures: Sequence[Prepared]) -> tuple[list[Prepared], list[Refusal]]:
     """Refuse every copy of a file that occurs under two labels: nobody here knows which is right."""
-    labels_of: dict[str, set[str]] = defaultdict(set)
+    labels_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for picture in pictures:
-        labels_of[picture.sha256].add(picture.record.label)
+        labels_of[_bytes_of(picture)].add(picture.record.label)
     clear, refused = [], []
     for picture in pictures:
-        labels = labels_of[picture.sha256]
+        labels = labels_of[_bytes_of(picture)]
         if len(labels) == 1:
             clear.append(picture)
         else:
@@ -42,15 +43,28 @@ def part_ambiguous(pictures: Sequence[Prepared]) -> tuple[list[Prepared], list[R
     return clear, refused
 
 
+def _bytes_of(picture: Prepared) -> tuple[str, ...]:
+    return tuple(place.sha256 for place in picture.places)
+
+
 def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
     """The classes that occur, sorted by name, each with the commonest of its pictures' categories."""
     categories: dict[str, Counter[str]] = defaultdict(Counter)
     for picture in pictures:
-        categories[picture.record.label][picture.record.category] += 1
+        if picture.record.label:
+            categories[picture.record.label][picture.record.category] += 1
     return [
         DishClass(name, min(counts, key=lambda category: (-counts[category], category)), listed=False)
         for name, counts in sorted(categories.items())
     ]
+
+
+def columns_of(pictures: Sequence[Prepared]) -> list[str]:
+    """The columns that every sample has, sorted: those of a list, and the label of a class."""
+    found = [
+        {name for name, _ in p.record.columns} | ({"label", "category"} if p.record.label else set()) for p in pictures
+    ]
+    return sorted(set.intersection(*found))
 
 
 def place(
@@ -64,9 +78,9 @@ def place(
     ids = {dish.name: i for i, dish in enumerate(classes)}
     placed: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for picture, group, split in zip(pictures, groups, splits, strict=True):
-        placed[split].append(Sample(picture, ids[picture.record.label], group))
+        placed[split].append(Sample(picture, ids.get(picture.record.label, NO_LABEL), group))
     for samples in placed.values():
-        samples.sort(key=lambda sample: keyed_digest(seed, "order", sample.picture.record.source))
+        samples.sort(key=lambda sample: keyed_digest(seed, "order", sample.picture.record.identity))
     return placed
 
 
@@ -74,7 +88,7 @@ def leaked_at_random(
     pictures: Sequence[Prepared], groups: Sequence[int], fractions: Mapping[str, float], seed: int
 ) -> dict[str, int]:
     """How many pictures of val and of test would have a look-alike in train, had each been dealt by itself."""
-    alone = [int.from_bytes(keyed_digest(seed, "alone", p.record.source)[:8], "big") for p in pictures]
+    alone = [int.from_bytes(keyed_digest(seed, "alone", p.record.identity)[:8], "big") for p in pictures]
     splits = assign_splits(alone, [picture.record.label for picture in pictures], fractions, seed)
     learnt = {group for group, split in zip(groups, splits, strict=True) if split == "train"}
     counts = Counter(split for group, split in zip(groups, splits, strict=True) if group in learnt)

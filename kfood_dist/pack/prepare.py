@@ -1,6 +1,6 @@
 """One source picture to what is packed of it, in one process or in many.
 
-record ──► read, hash ──► prepare_cropped ──► perceptual hash ──► PreparedPicture, or Refusal with its reason
+each picture of a record ──► read, hash ──► prepare_cropped ──► perceptual hash ──► PreparedPicture, or Refusal
 chunks ──► worker processes, each writes its chunk ──► as they are done
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -69,19 +69,30 @@ class PreparedPicture:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A prepared picture's record, and where its JPEG lies: file, offset and size in bytes.
+class Place:
+    """Where a prepared picture's JPEG lies in its chunk, offset and size in bytes, and what it is known by.
 
     `sha256` is of its source file, in hex; `perceptual_hash` has 64 bits; `cropped` as in PreparedPicture.
     """
 
-    record: Record
-    file: str
     offset: int
     num_bytes: int
     sha256: str
     perceptual_hash: int
     cropped: bool | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample whose pictures are prepared: its record, the chunk's file, and each picture's place there."""
+
+    record: Record
+    file: str
+    places: tuple[Place, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(place.num_bytes for place in self.places)
 
 
 @dataclass(frozen=True, order=True)
@@ -94,8 +105,25 @@ class Refusal:
     detail: str
 
 
-def prepare_one(record: Record, settings: PictureSettings) -> PreparedPicture | Refusal:
-    """Read a picture and make it what is packed. Raises SourceError when the source is gone or its disk fails."""
+def prepare_one(record: Record, settings: PictureSettings) -> list[PreparedPicture] | Refusal:
+    """Read a sample's pictures and make them what is packed; one that cannot be used costs the sample.
+
+    Raises SourceError when the source is gone or its disk fails.
+    """
+    made = []
+    for picture in record.pictures:
+        prepared = _prepare_picture(picture, settings)
+        if isinstance(prepared, Refusal):
+            return replace(prepared, source=record.source, label=record.label, detail=_which(record, picture, prepared))
+        made.append(prepared)
+    return made
+
+
+def _which(record: Record, picture: Record, refusal: Refusal) -> str:
+    return refusal.detail if picture is record else f"{picture.source}: {refusal.detail}"
+
+
+def _prepare_picture(record: Record, settings: PictureSettings) -> PreparedPicture | Refusal:
     try:
         data = read_picture(record)
         jpeg, cropped = prepare_cropped(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kfood_dist.data.shards.reader import sample_key
+from kfood_dist.data.shards.reader import NO_LABEL
+from kfood_dist.data.shards.sample import sample_key
 from kfood_dist.data.shards.tars import Entry, save_index, write_tar
 from kfood_dist.data.shards.verify import count_samples
 from kfood_dist.data.storage.base import Storage
@@ -66,30 +67,39 @@ class ShardWriter:
 
     def _entries(self, split: str, start: int, samples: Sequence[Sample]) -> Iterator[Entry]:
         for number, sample in enumerate(samples, start=start):
-            dish = self._classes[sample.label]
+            columns = self._columns(sample)
+            answers = [columns[name].encode("utf-8") for name in ("answer", "label") if name in columns]
             yield Entry(
                 key=sample_key(split, number),
-                jpeg=self._jpeg(sample.picture),
-                json=self._metadata(sample, dish),
+                pictures=self._jpegs(sample.picture),
+                json=self._json(sample, columns),
                 label=sample.label,
                 group=sample.group,
-                width=self._image_size,
-                height=self._image_size,
                 # No byte-level tokenizer makes more tokens than bytes; one more ends the answer.
-                tokens=len(dish.name.encode("utf-8")) + 1,
+                tokens=max(map(len, answers)) + 1,
             )
 
-    def _jpeg(self, picture: Prepared) -> bytes:
-        [data] = self._pictures.read_ranges([(picture.file, picture.offset, picture.num_bytes)])
-        if isinstance(data, ShardError):
-            raise data
-        return data
+    def _jpegs(self, picture: Prepared) -> tuple[bytes, ...]:
+        ranges = [(picture.file, place.offset, place.num_bytes) for place in picture.places]
+        found = []
+        for data in self._pictures.read_ranges(ranges):
+            if isinstance(data, ShardError):
+                raise data
+            found.append(data)
+        return tuple(found)
 
-    def _metadata(self, sample: Sample, dish: DishClass) -> bytes:
+    def _columns(self, sample: Sample) -> dict[str, str]:
+        """What the list says of a sample, and its class if it has one."""
+        columns = dict(sample.picture.record.columns)
+        if sample.label != NO_LABEL:
+            dish = self._classes[sample.label]
+            columns |= {"label": dish.name, "category": dish.category}
+        return columns
+
+    def _json(self, sample: Sample, columns: dict[str, str]) -> bytes:
         fields = {
-            "label": dish.name,
-            "category": dish.category,
-            "source": sample.picture.record.source,
+            **columns,
+            "sources": [record.source for record in sample.picture.record.pictures],
             "width": self._image_size,
             "height": self._image_size,
             "group": sample.group,

@@ -1,5 +1,6 @@
 """Builds a run's parts from its recipe: data, model, engine, log; and puts them where the newest checkpoint was."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,20 @@ from accelerate import Accelerator
 
 from kfood_dist.config.recipe import Recipe
 from kfood_dist.data.batch.collate import StreamingCollator
-from kfood_dist.data.batch.template import Template
 from kfood_dist.data.mix import open_mixture
-from kfood_dist.data.picture.patches import VisionSpec
+from kfood_dist.data.picture.protocol import Pictures
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.task.table import build_task
 from kfood_dist.errors import CheckpointError, first_line
-from kfood_dist.model.adapters import attach_lora, load_adapter
-from kfood_dist.model.family import LANGUAGE_MODEL
+from kfood_dist.model.adapters import load_adapter
+from kfood_dist.model.family import family_of
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
 from kfood_dist.model.load import load_base
-from kfood_dist.model.objective.answer import AnswerLoss
-from kfood_dist.model.parts import recompute_activations
+from kfood_dist.model.objective.base import Objective
+from kfood_dist.model.objective.table import build_objective
+from kfood_dist.model.parts import apply_parts, parameter_groups, recompute_activations
 from kfood_dist.model.processor import build_template
 from kfood_dist.system import gpus
 from kfood_dist.system.words import plural
@@ -38,6 +40,8 @@ from kfood_dist.train.run.monitor import RunLog
 from kfood_dist.train.run.skips import SkipWatch
 from kfood_dist.train.run.stop import StopRequest
 from kfood_dist.train.run.watchdog import Watch
+from kfood_dist.train.saving import Saver
+from kfood_dist.train.validate import Validator
 
 
 def build_trainer(
@@ -48,41 +52,72 @@ def build_trainer(
     accelerator = build_accelerator(recipe, plan, world)
     _require_agreement(world, plan, newest)
     template = build_template(recipe.model.base, recipe.data)
-    collator = StreamingCollator(open_mixture(recipe.data, "train"), template, unreadable="replace")
-    module = build_module(recipe, template.vision, accelerator.device)
+    samples = open_mixture(recipe.data, "train")
+    task = build_task(recipe.data.task, recipe.data.system, recipe.data.prompt, samples.classes)
+    collator = StreamingCollator(samples, template, task, unreadable="replace")
+    module = build_module(recipe, template.pictures, accelerator.device)
     if recipe.model.adapter and not newest:
         load_adapter(module.model, recipe.model.adapter)
-    engine = _build_engine(recipe, accelerator, module)
+    groups = _parameter_groups(recipe, module)
+    engine = _build_engine(recipe, accelerator, module, groups)
 
     how = _how_it_runs(recipe, accelerator, world)
     start = _resume(recipe, plan, engine, newest) if newest else 0
     best = world.share(checkpoint.best(recipe.run.dir / "checkpoints"))[0]
     max_steps = num_steps(recipe, plan)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
+    watch = Watch(world, recipe.train.stall_timeout_s, recipe.run.dir)
+    checkpoints = recipe.run.dir / "checkpoints"
     trainer = Trainer(
         recipe=recipe,
         world=world,
         device=accelerator.device,
         plan=plan,
         collator=collator,
-        validation=_validation(recipe, template),
+        validator=None
+        if recipe.eval.every_steps is None
+        else Validator(
+            recipe=recipe,
+            world=world,
+            device=accelerator.device,
+            collator=StreamingCollator(
+                open_split(recipe.data.shards, recipe.eval.split), template, task, unreadable="refuse"
+            ),
+            module=module,
+            engine=engine,
+            log=log,
+            watch=watch,
+            stop=stop,
+        ),
+        saver=Saver(
+            folder=checkpoints,
+            every_steps=recipe.train.save_every_steps,
+            keep=recipe.train.keep_checkpoints,
+            world=world,
+            plan=plan,
+            module=module,
+            engine=engine,
+            log=log,
+            watch=watch,
+            adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
+            run_facts=how,
+            bad=dict(newest.record().bad) if newest else {},
+            best_score=best[1].score if best else -math.inf,
+        ),
         module=module,
         engine=engine,
         log=log,
-        watch=Watch(world, recipe.train.stall_timeout_s, recipe.run.dir),
+        watch=watch,
         max_steps=max_steps,
-        adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
-        checkpoint_facts=how,
+        peaks={group["name"]: group["lr"] for group in groups},
         run_facts={**how, **_what_it_trains(recipe, plan, module)},
         stop=stop,
-        best_accuracy=best[1] if best else -1.0,
         unmeasured=newest if newest and newest.record().validation is None else None,
-        bad=dict(newest.record().bad) if newest else {},
         skips=SkipWatch(
             limit=recipe.train.max_skipped_steps,
             start=start,
             key=collator.shards.key,
-            checkpoints=recipe.run.dir / "checkpoints",
+            checkpoints=checkpoints,
             world=world,
             log=log,
         ),
@@ -121,13 +156,15 @@ def _loaded_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _what_it_trains(recipe: Recipe, plan: Plan, module: AnswerLoss) -> dict[str, Any]:
+def _what_it_trains(recipe: Recipe, plan: Plan, module: Objective) -> dict[str, Any]:
     """For run.json: read from the running objects where they tell."""
     return {
         "global_batch": plan.global_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "quantization": recipe.model.quantization,
         "precision": recipe.model.precision,
+        "objective": recipe.objective.name,
+        "parts": recipe.parts.ways(),
         **model_facts(module.model),
         **machine_facts(),
     }
@@ -141,29 +178,27 @@ def _resume(recipe: Recipe, plan: Plan, engine: Engine, newest: Checkpoint) -> i
     return start
 
 
-def build_module(recipe: Recipe, vision: VisionSpec, device: torch.device) -> AnswerLoss:
-    """The quantised base with fresh adapters, the same on every rank, ready to be wrapped."""
+def build_module(recipe: Recipe, pictures: Pictures, device: torch.device) -> Objective:
+    """The quantised base with what is trained, the same on every rank, ready to be wrapped."""
     model = recipe.model
     base = load_base(model.base, model.quantization, model.precision, model.attention, device)
     if recipe.train.gradient_checkpointing:
-        # On the language model alone: the frozen tower keeps nothing anyway.
-        recompute_activations(base.get_submodule(LANGUAGE_MODEL))
+        # On the language model alone: a frozen tower keeps nothing anyway.
+        recompute_activations(base.get_submodule(family_of(base.config).language_model))
     torch.manual_seed(recipe.train.seed)
-    return AnswerLoss(attach_lora(base, recipe.lora).train(), vision)
+    return build_objective(recipe.objective.name, apply_parts(base, recipe.parts, recipe.lora).train(), pictures)
 
 
-def _build_engine(recipe: Recipe, accelerator: Accelerator, module: AnswerLoss) -> Engine:
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    optimizer = build_optimizer(trainable, recipe.optim)
+def _parameter_groups(recipe: Recipe, module: Objective) -> list[dict[str, Any]]:
+    family = family_of(module.model.get_base_model().config)
+    return parameter_groups(module, family, recipe.parts, recipe.optim.learning_rate)
+
+
+def _build_engine(recipe: Recipe, accelerator: Accelerator, module: Objective, groups: list[dict[str, Any]]) -> Engine:
+    optimizer = build_optimizer(groups, recipe.optim)
     engine = build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm, recipe.model.precision)
     limit_waits(collective_timeout(recipe))  # of groups that the engine made
     return engine
-
-
-def _validation(recipe: Recipe, template: Template) -> StreamingCollator | None:
-    if recipe.eval.every_steps is None:
-        return None
-    return StreamingCollator(open_split(recipe.data.shards, recipe.eval.split), template, unreadable="refuse")
 
 
 def load_engine(engine: Engine, newest: Checkpoint) -> None:
@@ -183,6 +218,7 @@ def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
     """What evaluation and prediction must repeat exactly, kept with the adapter."""
     return {
         "base": recipe.model.base,
+        "task": recipe.data.task,
         "system": recipe.data.system,
         "prompt": recipe.data.prompt,
         "image_size": recipe.data.image_size,
@@ -191,6 +227,7 @@ def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "precision": recipe.model.precision,
         "attention": recipe.model.attention,
+        "parts": recipe.parts.ways(),
     }
 
 

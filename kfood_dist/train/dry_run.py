@@ -7,7 +7,7 @@ The shards are looked at too: one of each split that is read, byte by byte.
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kfood_dist.config.recipe import Recipe
@@ -58,11 +58,11 @@ def check_shards(recipe: Recipe) -> str:
 
 
 def projection(
-    recipe: Recipe, rows: Sequence[dict[str, Any]], num_steps: int, took_s: Mapping[str, float], num_measured: int
+    recipe: Recipe, rows: Sequence[dict[str, Any]], num_steps: int, save_s: float, picture_s: float | None
 ) -> Iterator[str]:
     """What the whole run of `recipe` would take, from the `rows` of a few steps' metrics, line by line.
 
-    `took_s` are the seconds of the last checkpoint (`save`) and measurement (`validate`), of `num_measured` pictures.
+    `save_s` are the seconds of a checkpoint, `picture_s` those of measuring a picture, None if nothing was measured.
     The first step is left out where there are more: it waits for the loader to start and for kernels to be chosen.
     """
     capacity_gib = device_memory_gib()
@@ -72,10 +72,10 @@ def projection(
     samples = statistics.median(row["samples_per_second"] for row in rows[1:] or rows)
     yield f"steps     {num_steps:,} × {step_s:.2f} s = {_time(num_steps * step_s)}, {samples:.1f} pictures/s"
     num_saves = -(-num_steps // recipe.train.save_every_steps)
-    yield f"saving    {num_saves:,} × {took_s['save']:.2f} s = {_time(num_saves * took_s['save'])}"
-    total_s = num_steps * step_s + num_saves * took_s["save"]
-    if recipe.eval.every_steps and "validate" in took_s:  # and not asked to stop meanwhile
-        num_rounds, picture_s = -(-num_steps // recipe.eval.every_steps), took_s["validate"] / num_measured
+    yield f"saving    {num_saves:,} × {save_s:.2f} s = {_time(num_saves * save_s)}"
+    total_s = num_steps * step_s + num_saves * save_s
+    if recipe.eval.every_steps and picture_s is not None:
+        num_rounds = -(-num_steps // recipe.eval.every_steps)
         pictures = len(open_split(recipe.data.shards, recipe.eval.split))
         pictures = min(pictures, recipe.eval.max_samples or pictures)
         yield f"measuring {num_rounds:,} × {pictures:,} pictures × {picture_s:.3f} s = " + _time(

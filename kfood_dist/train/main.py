@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,15 @@ def require_recipe(args: argparse.Namespace) -> None:
         raise RecipeError("no recipe is named", "name one, such as launch/recipes/qwen2.5-vl-3b.yaml")
 
 
+@dataclass(frozen=True)
+class Request:
+    """What `kfood train` is asked for, read from its words once: nothing below knows the command line."""
+
+    recipe: Recipe
+    limit: int | None  # try so many steps instead
+    stage: Path | None  # where the shards are copied to and read
+
+
 def run(args: argparse.Namespace) -> int:
     """Train as one rank of however many the launcher started.
 
@@ -97,17 +107,22 @@ def run(args: argparse.Namespace) -> int:
     world = World.from_environment()
     require_recipe(args)
     end_with_launcher()
-    recipe = load_recipe(args.recipes[0], args.set)
+    return train_as_asked(Request(load_recipe(args.recipes[0], args.set), args.limit, args.stage), world)
+
+
+def train_as_asked(asked: Request, world: World) -> int:
+    """Check the recipe, then train it, or try it; the exit status as `run` says."""
+    recipe = asked.recipe
     conclude: Conclude = partial(publish, recipe, time.monotonic())
-    if args.limit is not None:
-        recipe, conclude = dry_run(recipe, args.limit, world)
+    if asked.limit is not None:
+        recipe, conclude = dry_run(recipe, asked.limit, world)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
     if not checkpoint.newest(recipe.run.dir / "checkpoints"):
         require_adapter(recipe)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         console.keep_in(recipe.run.dir / console.LOG_FILE)
-        status = run_rank(world, "train", lambda: train(recipe, plan, world, conclude, args.stage))
+        status = run_rank(world, "train", lambda: train(recipe, plan, world, conclude, asked.stage))
         stopped = read_state(recipe.run.dir) == "stopped"
         return STOPPED if status == FINISHED and stopped and not has_launcher(os.environ) else status
 
@@ -127,7 +142,8 @@ def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude
             return
         rows = read_metrics(trial.run.dir / "metrics.jsonl")
         whole = num_steps(recipe, trainer.plan)
-        lines = projection(recipe, rows, whole, trainer.took_s, len(trainer.validation_ids))
+        picture_s = trainer.validator.picture_s if trainer.validator else None
+        lines = projection(recipe, rows, whole, trainer.saver.took_s, picture_s)
         print("limit: the whole run would take, as far as these steps tell:", *lines, sep="\n  ", flush=True)
 
     return trial, tell
@@ -185,7 +201,7 @@ def publish(recipe: Recipe, began: float, trainer: "Trainer", done: int) -> None
         trainer.log.say(str(publish_adapter(recipe)))
         took = clock(time.monotonic() - began)
         steps = plural(done, "step") + (f", the last {done - start}" if (start := trainer.log.start_step) else "")
-        best = best_step(trainer.checkpoints, recipe.eval.split)
+        best = best_step(trainer.saver.folder, recipe.eval.split)
         has_test = bool(trainer.collator.shards.manifest.shards_of("test"))
         command = evaluation_command(recipe, "test" if has_test else recipe.eval.split)
         trainer.log.say(f"done: {steps} in {took}{best}; adapter in {run_dir / 'adapter'}; next: {command}")
@@ -196,9 +212,9 @@ def publish(recipe: Recipe, began: float, trainer: "Trainer", done: int) -> None
 
 
 def best_step(checkpoints: Path, split: str) -> str:
-    """The best of the checkpoints by accuracy on `split`, as a part of a sentence; empty if none was measured."""
+    """The best of the checkpoints on `split`, as a part of a sentence; empty if none was measured."""
     best = checkpoint.best(checkpoints)
-    return f"; best step {best[0].step} ({split} accuracy {best[1]:.4g})" if best else ""
+    return f"; best step {best[0].step} ({split} {best[1]})" if best else ""
 
 
 def evaluation_command(recipe: Recipe, split: str) -> str:

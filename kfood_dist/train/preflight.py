@@ -9,7 +9,11 @@ from kfood_dist.config.recipe import Recipe
 from kfood_dist.data.mix import build_data_order, open_mixture
 from kfood_dist.data.plan.plan import Plan, accumulation_for
 from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.task.table import require_columns
 from kfood_dist.errors import CheckpointError
+from kfood_dist.model.adapters import require_parts_possible
+from kfood_dist.model.base import load_config
+from kfood_dist.model.family import family_of
 from kfood_dist.model.files import base_folder, require_base
 from kfood_dist.model.processor import build_template, require_same_pictures
 from kfood_dist.system.files import require_folder_possible
@@ -35,6 +39,8 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
     if train.zero_stage:
         deepspeed_config(recipe, accumulation, world_size, micro_batch)
     data = open_mixture(recipe.data, "train")
+    for part in data.parts:
+        require_columns(recipe.data.task, part.manifest.columns, part.manifest.where)
     require_same_pictures(data.manifest, recipe.data.image_size)
     if look_at_files:
         data.require_files()
@@ -44,6 +50,7 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
         if look_at_files:
             measured.require_files()
     require_base(recipe.model.base)
+    require_parts_possible(family_of(load_config(recipe.model.base)), recipe.parts)
     build_template(recipe.model.base, recipe.data)
     if newest:
         if plan.resume(newest.record().data) != newest.step:

@@ -18,7 +18,7 @@ from kfood_dist.train.run.facts import add_to_run_json
 
 @dataclass(frozen=True)
 class Published:
-    """The step whose adapter was published, of how many steps, its validation accuracy if that decided, and why it."""
+    """The step whose adapter was published, of how many steps, its validation accuracy if one was measured, and why."""
 
     step: int
     last_step: int
@@ -52,8 +52,9 @@ def choose(checkpoints: Path, which: str) -> tuple[Checkpoint, Published]:
     last, best = checkpoint.newest(checkpoints), checkpoint.best(checkpoints)
     assert last is not None
     if which == "best" and best is not None:
-        chosen, accuracy = best
-        return chosen, Published(chosen.step, last.step, accuracy, f"the best by validation, {accuracy:.1%} right")
+        chosen, validation = best
+        by = f"{validation.accuracy:.1%} right" if validation.best_by == "accuracy" else str(validation)
+        return chosen, Published(chosen.step, last.step, validation.accuracy, f"the best by validation, {by}")
     why = "the last, as nothing was measured on the way" if which == "best" else "the last, as train.publish says"
     return last, Published(last.step, last.step, None, why)
 

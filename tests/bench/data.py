@@ -111,18 +111,20 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
     from kfood_dist.data.plan.plan import Plan
     from kfood_dist.data.plan.sampling import build_order
     from kfood_dist.data.shards.reader import open_split
+    from kfood_dist.data.task.dish import DishTask
     from kfood_dist.model.base import load_config
-    from kfood_dist.model.processor import load_tokenizer, load_vision_spec
+    from kfood_dist.model.processor import load_tokenizer
+    from kfood_dist.model.vision import load_pictures
     from kfood_dist.system.processes import keep_freed_memory
 
     split = open_split(shards, "train")
     size = split.manifest.image_size
-    vision = load_vision_spec(model, load_config(model), size)
-    template = Template(load_tokenizer(model), vision, "", PROMPT, 1536)
-    collator = StreamingCollator(split, template)
+    template = Template(load_tokenizer(model), load_pictures(model, load_config(model), size), 1536)
+    collator = StreamingCollator(split, template, DishTask("", PROMPT, split.classes))
     plan = Plan(build_order([len(split)], [1.0]), 0, 1, BATCH, 1)
-    jpegs = [split.read(i) for i in range(len(split))]
-    names = [split.label(i).name for i in range(len(split))]
+    samples = [split.read(i) for i in range(len(split))]
+    jpegs = [sample.pictures[0] for sample in samples]
+    names = [sample.columns["label"] for sample in samples]
     processor, tokenizer = AutoImageProcessor.from_pretrained(model), AutoTokenizer.from_pretrained(model)
 
     def ours() -> Iterator[int]:

@@ -34,12 +34,10 @@ def build(shards: Path, out: Path) -> None:
     def entries():
         for n in range(SAMPLES_PER_SHARD):
             i = n % len(split)
-            row = split.rows([i])[0]
-            meta = json.dumps(split.metadata(i), ensure_ascii=False).encode()
-            label, group, width, height, tokens = (
-                int(row[name]) for name in ("label", "group", "width", "height", "tokens")
-            )
-            yield Entry(f"train-{n:08d}", split.read(i), meta, label, group, width, height, tokens)
+            sample, row = split.read(i), split.rows([i])[0]
+            said = json.dumps(sample.columns, ensure_ascii=False).encode()
+            label, group, tokens = (int(row[name]) for name in ("label", "group", "tokens"))
+            yield Entry(f"train-{n:08d}", sample.pictures, said, label, group, tokens)
 
     tar, index = out / "train-000000.tar", out / "train-000000.index.npy"
     save_index(index, write_tar(tar, entries()))
@@ -70,10 +68,12 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
     from kfood_dist.data.plan.plan import Plan
     from kfood_dist.data.plan.sampling import build_order
     from kfood_dist.data.shards.reader import open_split
+    from kfood_dist.data.task.dish import DishTask
     from kfood_dist.model.base import load_config
-    from kfood_dist.model.processor import load_tokenizer, load_vision_spec
+    from kfood_dist.model.processor import load_tokenizer
+    from kfood_dist.model.vision import load_pictures
 
-    template = Template(load_tokenizer(model), load_vision_spec(model, load_config(model), 224), "", "이름은?", 1536)
+    template = Template(load_tokenizer(model), load_pictures(model, load_config(model), 224), 1536)
     marks = {"imports and tokenizer": time.perf_counter() - began}
 
     began = time.perf_counter()
@@ -83,7 +83,8 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
     plan = Plan(order, seed=0, ranks=8, micro_batch=16, accumulation=8)
     saved = json.dumps(plan.state(4 * plan.steps_per_epoch - 2))  # as a checkpoint holds it, two steps before the end
     step = plan.resume(json.loads(saved))
-    batches = stream(StreamingCollator(split, template), plan.micro_batches(0, step, step + 2), num_workers=1)
+    collator = StreamingCollator(split, template, DishTask("", "이름은?", split.classes))
+    batches = stream(collator, plan.micro_batches(0, step, step + 2), num_workers=1)
     batch = next(iter(batches))
     marks["to the first batch"] = time.perf_counter() - began
     return {"samples": len(split), "shards": len(split.manifest.shards), "step": step, "batch": len(batch.ids)} | marks

@@ -66,7 +66,7 @@ def test_a_fault_only_the_second_rank_meets_is_told(words, tiny_shards: Path, tm
     shards = open_split(copy, "test")
     tar = next(copy.glob("test-*.tar"))
     data = bytearray(tar.read_bytes())
-    data[int(shards.index["image_offset"][4]) + 100] ^= 1
+    data[int(shards.index["offset"][4]) + 612] ^= 1
     tar.write_bytes(bytes(data))
     ended = evaluate(*words, "--shards", copy, "--out", tmp_path / "out", ranks=2)
     assert ended.status != 0

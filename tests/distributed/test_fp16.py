@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import labels_of
 from crafted import EMBEDDING, craft, steepen_head, swell_tower, unique_token
 from running import metrics, train, write_recipe
 
@@ -75,8 +76,8 @@ def test_what_overflows_in_the_language_model_is_skipped_and_named(tmp_path, tin
     sections: dict[str, Any] = {"model": {"quantization": "none"}, "lora": {"target_modules": ["q_proj", "v_proj"]}}
     recipe = recipe_of(tmp_path / "fp16", large, tiny_shards, **sections)
     output = train(recipe, 2)
-    plan = preflight(load_recipe(recipe), world_size=2)
-    guilty = {s + 1 for s in range(STEPS) if any(shards.label(int(i)).name == dish for i in plan.ids(s))}
+    plan, labels = preflight(load_recipe(recipe), world_size=2), labels_of(shards)
+    guilty = {s + 1 for s in range(STEPS) if any(labels[i] == dish for i in plan.ids(s))}
     assert 0 < len(guilty) < STEPS
     named = {int(line.split()[1]) for line in output.splitlines() if "the loss is not finite for" in line}
     assert named == guilty

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import labels_of
 from crafted import EMBEDDING, craft, unique_token
 from running import metrics, train, try_train, write_recipe
 from safetensors.torch import load_file
@@ -44,11 +45,8 @@ def cursed(tmp_path_factory, tiny_model: Path, shards: ShardSplit) -> tuple[str,
 
 def expected(recipe: Path, shards: ShardSplit, dish: str) -> dict[int, set[str]]:
     """The steps, from 1, that hold the dish, and under which keys."""
-    plan = preflight(load_recipe(recipe), world_size=2)
-    keys = {
-        step + 1: {shards.key(int(i)) for i in plan.ids(step) if shards.label(int(i)).name == dish}
-        for step in range(STEPS)
-    }
+    plan, labels = preflight(load_recipe(recipe), world_size=2), labels_of(shards)
+    keys = {step + 1: {shards.key(int(i)) for i in plan.ids(step) if labels[i] == dish} for step in range(STEPS)}
     return {step: found for step, found in keys.items() if found}
 
 

@@ -90,7 +90,7 @@ def test_the_recipe_is_the_real_one(finished: tuple[Path, str]) -> None:
         (1, "DEEPSPEED", 2),
     ]
     assert facts["gradient_accumulation_steps"] >= 8
-    assert facts["linear_layers"]["model.language_model"].keys() == {"Linear4bit"}
+    assert facts["linear_layers"]["language_model"].keys() == {"Linear4bit"}
     assert facts["optimizer"].endswith("AdamW8bit") and facts["optimizer_state_dtypes"] == ["uint8"]
 
 

@@ -2,21 +2,18 @@
 
 from pathlib import Path
 
+from asking import asking_dishes
 from running import metrics, train, write_recipe
 
-from kfood_dist.data.batch.template import Template
-from kfood_dist.data.shards.reader import open_split
-from kfood_dist.model.base import load_config
-from kfood_dist.model.processor import load_tokenizer, load_vision_spec
+from kfood_dist.data.plan.plan import MicroBatch
 
 IMAGE_TOKENS = 64 + 2  # a 224 px picture and its two brackets
 
 
 def test_long_answers_are_refused_and_the_run_goes_on(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
-    vision = load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
-    template = Template(load_tokenizer(str(tiny_model)), vision, "", "이름은?", 1536)
-    shards = open_split(tiny_shards, "train")
-    lengths = [int((template.encode((1, 16, 16), shards.label(i).name).labels >= 0).sum()) for i in range(len(shards))]
+    collator = asking_dishes(tiny_model, tiny_shards)
+    shards = collator.shards
+    lengths = [collator[MicroBatch(0, 0, (i,), 0)].num_label_tokens for i in range(len(shards))]
     limit = min(lengths)  # only the shortest answers fit
     too_long = {shards.key(i) for i, length in enumerate(lengths) if length > limit}
     assert 0 < len(too_long) < len(shards)

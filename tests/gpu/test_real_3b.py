@@ -87,9 +87,9 @@ def test_it_trains_and_says_what_it_cost(run: Path) -> None:
     weights = load_recipe(run / "recipe.yaml").model.quantization
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert mean(row["loss"] for row in rows[-5:]) < mean(row["loss"] for row in rows[:5])
-    assert set(facts["linear_layers"]["model.language_model"]) == {"Linear4bit" if weights == "nf4" else "Linear"}
-    assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
-    assert facts["parameter_dtypes"]["model.visual"] == ["bfloat16"]
+    assert set(facts["linear_layers"]["language_model"]) == {"Linear4bit" if weights == "nf4" else "Linear"}
+    assert set(facts["linear_layers"]["tower"]) == {"Linear"}
+    assert facts["parameter_dtypes"]["tower"] == ["bfloat16"]
     if not REHEARSAL:  # the tiny model's smallest adapters keep 32-bit moments
         assert facts["optimizer_state_dtypes"] == ["uint8"]
         assert facts["adapted_modules"] == 252

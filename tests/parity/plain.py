@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from asking import model_inputs
 from bitsandbytes.optim import AdamW8bit
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -11,49 +12,53 @@ from kfood_dist.config.recipe import load_recipe
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.batch.template import IGNORED
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.model.adapters import attach_lora
+from kfood_dist.data.task.table import build_task
 from kfood_dist.model.load import load_base
-from kfood_dist.model.objective.answer import normalise_patches
+from kfood_dist.model.parts import apply_parts
 from kfood_dist.model.processor import build_template
 from kfood_dist.train.engine.optim import learning_rate_at
 from kfood_dist.train.preflight import preflight
 
 
 def plain_losses(path: Path) -> list[float]:
-    """The loss of each step of a recipe in bf16, as one process takes them."""
+    """The loss of each step of a recipe, as one process takes them."""
     recipe = load_recipe(path)
     plan, steps = preflight(recipe, world_size=1), recipe.train.max_steps
     template = build_template(recipe.model.base, recipe.data)
-    collator = StreamingCollator(open_split(recipe.data.shards, "train"), template)
-    base = load_base(recipe.model.base, recipe.model.quantization, "bf16", "sdpa", torch.device("cpu"))
+    samples = open_split(recipe.data.shards, "train")
+    task = build_task(recipe.data.task, recipe.data.system, recipe.data.prompt, samples.classes)
+    collator = StreamingCollator(samples, template, task)
+    base = load_base(recipe.model.base, recipe.model.quantization, recipe.model.precision, "sdpa", torch.device("cpu"))
     torch.manual_seed(recipe.train.seed)
-    model = attach_lora(base, recipe.lora).train()
+    model = apply_parts(base, recipe.parts, recipe.lora).train()
     weights = [p for p in model.parameters() if p.requires_grad]
     optim = recipe.optim
+    whole = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    peaks = [optim.learning_rate, recipe.parts.connector.learning_rate or optim.learning_rate]
+    groups = [{"params": [p for p in weights if all(p is not w for w in whole)]}, {"params": whole}]
     kind = {"adamw8bit": AdamW8bit, "adamw": AdamW}[optim.name]
-    optimizer = kind(weights, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay)
+    optimizer = kind(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay)
     losses = []
     torch.set_num_threads(1)
     for step in range(steps):
         batches = [collator[micro_batch] for micro_batch in plan.micro_batches(0, step, step + 1)]
+        num_answers = sum(len(batch.ids) for batch in batches)
         num_labels = sum(batch.num_label_tokens for batch in batches)
         total = 0.0
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    mm_token_type_ids=batch.mm_token_type_ids,
-                    image_grid_thw=batch.image_grid_thw,
-                    pixel_values=normalise_patches(batch.patches, template.vision),
-                ).logits
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.model.precision == "bf16"):
+                logits = model(**model_inputs(batch, template.pictures)).logits
             answers = logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten()
-            loss = F.cross_entropy(*answers, ignore_index=IGNORED, reduction="sum") / num_labels
+            if recipe.objective.name == "answer_mean":
+                each = F.cross_entropy(*answers, ignore_index=IGNORED, reduction="none").view(len(logits), -1)
+                loss = (each.sum(1) / (batch.labels != IGNORED).sum(1)).sum() / num_answers
+            else:
+                loss = F.cross_entropy(*answers, ignore_index=IGNORED, reduction="sum") / num_labels
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(weights, optim.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, optim)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate_at(step, steps, optim, peak)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)

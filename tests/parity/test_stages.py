@@ -98,14 +98,14 @@ def test_run_json_says_what_really_ran(runs: Runs, way: str) -> None:
     stage = WAYS[way][0]
     assert facts["distributed_type"] == ("DEEPSPEED" if stage else "MULTI_CPU")
     assert (facts["zero_stage"], facts["world_size"]) == (stage, 2)
-    assert facts["linear_layers"]["model.language_model"] == {"Linear4bit": 28}
-    assert set(facts["linear_layers"]["model.visual"]) == {"Linear"}
-    assert facts["linear_layers"]["lm_head"] == {"Linear": 1}
+    assert facts["linear_layers"]["language_model"] == {"Linear4bit": 28}
+    assert set(facts["linear_layers"]["tower"]) == {"Linear"}
+    assert facts["linear_layers"]["head"] == {"Linear": 1}
     assert facts["optimizer"] == "bitsandbytes.optim.adamw.AdamW8bit"
     # bitsandbytes keeps moments of tensors under 4,096 numbers in 32 bits; ZeRO's flat partitions are larger.
     assert facts["optimizer_state_dtypes"] == (["uint8"] if stage else ["float32", "uint8"])
     assert facts["adapted_modules"] == 28
-    assert facts["parameter_dtypes"]["model.visual"] == ["bfloat16"]
+    assert facts["parameter_dtypes"]["tower"] == ["bfloat16"]
     assert facts["trainable_parameters"] == 262_144
     assert facts["total_parameters"] > 3_000_000
     assert facts["versions"]["deepspeed"] and facts["command"]

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import PROMPT, pictures_of
 from bases import edit
 
 from kfood_dist.config.recipe import Data
-from kfood_dist.data.picture.patches import encode_picture
+from kfood_dist.data.picture.patches import Patches
+from kfood_dist.data.picture.processed import Processed
+from kfood_dist.data.task.dish import DishTask
 from kfood_dist.doctor import checks as doctor
 from kfood_dist.errors import ModelError
-from kfood_dist.model.base import load_config
-from kfood_dist.model.objective.answer import normalise_patches
-from kfood_dist.model.processor import build_template, load_tokenizer, load_vision_spec
+from kfood_dist.model.processor import build_template, load_tokenizer
 from kfood_dist.practice.tiny_model import CHAT_TEMPLATE
 
 SETTINGS = "preprocessor_config.json"
@@ -58,30 +59,30 @@ def test_a_processor_by_any_of_its_names_gives_the_same_pixels(base: Path, chang
         if nested:
             (base / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
             (base / SETTINGS).rename(base / "aside.json")
-        spec = load_vision_spec(str(base), load_config(str(base)), 224)
+        taking = pictures_of(base)
         if nested:
             (base / "aside.json").rename(base / SETTINGS)
-        assert (spec.own_processor is None) == (not resizing)
-        patches, grid = encode_picture(picture, spec)
+        assert isinstance(taking, Processed if resizing else Patches)
+        pixels, facts, _ = taking.encode(picture)
         known = {k: v for k, v in settings.items() if not k.endswith("_type")}
         expected = Qwen2VLImageProcessor(**known)(images=[picture], return_tensors="pt")
-        assert [list(grid)] == expected["image_grid_thw"].tolist()
-        pixels = normalise_patches(torch.from_numpy(patches), spec)
-        assert torch.allclose(pixels, expected["pixel_values"], atol=2e-6, rtol=0)
+        assert facts["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
+        shown = taking.to_model(torch.from_numpy(pixels), {}, torch.zeros(1, 1))["pixel_values"]
+        assert torch.allclose(shown, expected["pixel_values"], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"size": 224}', '{"min_pixels": "few"}', '{"image_mean": [0.5]}', "{"])
 def test_settings_that_are_none_are_refused(base: Path, text: str) -> None:
     (base / SETTINGS).write_text(text)
     with pytest.raises(ModelError, match=r"the image processor of .* cannot be read"):
-        load_vision_spec(str(base), load_config(str(base)), 224)
+        pictures_of(base)
 
 
 @pytest.mark.parametrize("kind", ["SomeImageProcessor", 5])
 def test_a_processor_with_code_of_its_own_is_refused_without_a_question(base: Path, kind: object) -> None:
     edit(base / SETTINGS, image_processor_type=kind, auto_map={"AutoImageProcessor": "code.SomeImageProcessor"})
     with pytest.raises(ModelError, match="cannot be loaded"):
-        load_vision_spec(str(base), load_config(str(base)), 224)
+        pictures_of(base)
 
 
 # Chat templates
@@ -143,7 +144,8 @@ def test_a_chat_template_is_found_wherever_it_is_kept(base: Path, tiny_model: Pa
         build_template(str(base), Data(shards="."))
     put(base)
     templates = [build_template(str(path), Data(shards=".")) for path in (base, tiny_model)]
-    found, expected = (template.encode((1, 4, 4), "김").ids.tolist() for template in templates)
+    asked = (*DishTask("", PROMPT).messages({}, 1),), [np.arange(4)], "김"
+    found, expected = (template.encode(*asked).ids.tolist() for template in templates)
     assert found == expected
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from asking import adapted
 from bases import cut, edit, publish, put_into_cache
 from running import write_recipe
 
 from kfood_dist.cli import main
-from kfood_dist.config.recipe import Lora, load_recipe
+from kfood_dist.config.recipe import load_recipe
 from kfood_dist.doctor import checks as doctor
 from kfood_dist.errors import KfoodError, ModelError
 from kfood_dist.model import files
-from kfood_dist.model.adapters import attach_lora, save_adapter
+from kfood_dist.model.adapters import save_adapter
 from kfood_dist.model.files import base_folder, find_faults, located, require_base
 from kfood_dist.model.load import load_base
 from kfood_dist.train.build import adapter_facts
@@ -187,7 +188,7 @@ def test_a_whole_model_in_the_cache_asks_nothing_of_the_network(
 def test_an_adapter_carries_the_hub_name(tiny_model, tiny_shards, tmp_path, cache, tried) -> None:
     put_into_cache(tiny_model, cache, NAME)
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", Path(NAME), tiny_shards))
-    model = attach_lora(load_base(NAME, "none", "fp32", "sdpa", CPU), Lora())
+    model = adapted(Path(NAME))
     save_adapter(model, tmp_path / "adapter", adapter_facts(recipe, "squash"))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == NAME
     assert json.loads((tmp_path / "adapter" / "kfood.json").read_text())["base"] == NAME

@@ -23,6 +23,7 @@ from kfood_dist.system.world import World
 from kfood_dist.train.engine import state
 from kfood_dist.train.main import best_step, evaluation_command
 from kfood_dist.train.run import checkpoint
+from kfood_dist.train.run.checkpoint import Validation
 
 FACTS = {
     "data": {"epoch": 0}, "base_fingerprint": "f", "world_size": 1, "distributed_type": "NO", "zero_stage": 0
@@ -122,10 +123,10 @@ def test_only_a_disk_that_is_full_costs_older_checkpoints(small_disk: Path) -> N
 def test_what_was_measured_later_counts(tmp_path: Path) -> None:
     save(tmp_path, 1, accuracy=0.5)
     later = save(tmp_path, 2)
-    checkpoint.add_validation(later, {"accuracy": 0.75, "loss": 1.0, "samples": 8})
+    checkpoint.add_validation(later, Validation(accuracy=0.75, loss=1.0))
     later.require_whole()
     best = checkpoint.best(tmp_path)
-    assert best is not None and (best[0].step, best[1]) == (2, 0.75)
+    assert best is not None and (best[0].step, best[1].accuracy) == (2, 0.75)
 
 
 def test_a_full_disk_frees_what_may_go_and_keeps_newest_and_best(tmp_path: Path) -> None:

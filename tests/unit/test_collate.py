@@ -11,49 +11,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asking import asking_dishes, labels_of, pictures_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kfood_dist.cli import main
-from kfood_dist.data.batch.collate import StreamingCollator, substitutes
+from kfood_dist.data.batch.collate import substitutes
 from kfood_dist.data.batch.loader import stream
-from kfood_dist.data.batch.template import IGNORED, Template
+from kfood_dist.data.batch.template import IGNORED
 from kfood_dist.data.picture.images import decode_rgb
-from kfood_dist.data.picture.patches import VisionSpec, encode_picture, patchify
+from kfood_dist.data.picture.patches import Patches, normalise_patches, patchify
+from kfood_dist.data.picture.processed import Processed
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.storage.base import OutOfReachError
 from kfood_dist.errors import ModelError, RecipeError, ShardError
-from kfood_dist.model.base import load_config
-from kfood_dist.model.objective.answer import normalise_patches
-from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
 
 @pytest.fixture(scope="module")
-def vision(tiny_model: Path) -> VisionSpec:
-    return load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
-
-
-def build(
-    tiny_model: Path, tiny_shards: Path, vision: VisionSpec, max_length: int = 1536, **options
-) -> StreamingCollator:
-    template = Template(load_tokenizer(str(tiny_model)), vision, "", "이 음식의 이름은?", max_length)
-    return StreamingCollator(open_split(tiny_shards, "train"), template, **options)
+def vision(tiny_model: Path) -> Patches:
+    return pictures_of(tiny_model)
 
 
 @pytest.mark.parametrize("size", [(28 * n, 28 * n) for n in range(2, 33)] + [(56, 84), (448, 336)])
 def test_uint8_patches_become_the_image_processors_pixels(
-    tiny_model: Path, vision: VisionSpec, size: tuple[int, int]
+    tiny_model: Path, vision: Patches, size: tuple[int, int]
 ) -> None:
     from PIL import Image
     from transformers import AutoImageProcessor
 
     rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = AutoImageProcessor.from_pretrained(tiny_model)(images=Image.fromarray(rgb), return_tensors="pt")
-    patches, grid = encode_picture(rgb, vision)
+    patches, facts, ids = vision.encode(rgb)
     assert patches.dtype == np.uint8
-    assert list(grid) == expected["image_grid_thw"][0].tolist()
-    pixels = normalise_patches(torch.from_numpy(patches), vision)
+    assert facts["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
+    assert len(ids) == expected["image_grid_thw"][0].prod() // 4
+    pixels = normalise_patches(torch.from_numpy(patches), vision.spec)
     assert pixels.shape == expected["pixel_values"].shape
     assert (pixels - expected["pixel_values"]).abs().max() < 1e-5
 
@@ -78,17 +71,16 @@ def test_a_processor_that_does_more_than_patches_is_used_itself(
     path = base / "preprocessor_config.json"
     changed = {k: v for k, v in (json.loads(path.read_text()) | settings).items() if v is not None}
     path.write_text(json.dumps(changed))
-    spec = load_vision_spec(str(base), load_config(str(base)), 224)
-    template = Template(load_tokenizer(str(base)), spec, "", "이 음식의 이름은?", 1536)
-    collator = StreamingCollator(open_split(tiny_shards, "train"), template)
+    collator = asking_dishes(base, tiny_shards)
     [batch] = stream(collator, iter([MicroBatch(0, 0, (3,), 0)]), num_workers=1)
 
-    picture = Image.fromarray(decode_rgb(collator.shards.read(3)))
+    picture = Image.fromarray(decode_rgb(collator.shards.read(3).pictures[0]))
     expected = AutoImageProcessor.from_pretrained(base)(images=picture, return_tensors="pt")
-    assert spec.own_processor is not None
-    assert batch.image_grid_thw.tolist() == expected["image_grid_thw"].tolist()
-    assert batch.mm_token_type_ids.sum() == expected["image_grid_thw"][0].prod() // 4
-    assert torch.equal(normalise_patches(batch.patches, spec), expected["pixel_values"])
+    assert isinstance(collator.template.pictures, Processed)
+    shown = collator.template.pictures.to_model(batch.pixels, batch.facts, batch.is_image)
+    assert shown["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
+    assert shown["mm_token_type_ids"].sum() == expected["image_grid_thw"][0].prod() // 4
+    assert torch.equal(shown["pixel_values"], expected["pixel_values"])
 
 
 def test_a_processor_without_patches_is_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -96,14 +88,14 @@ def test_a_processor_without_patches_is_refused(tmp_path: Path, tiny_model: Path
     settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (base / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=r"gives no patches with their grid.* → use a Qwen2.5-VL"):
-        load_vision_spec(str(base), load_config(str(base)), 224)
+        pictures_of(base)
 
 
 def test_a_batch_pads_to_its_longest_and_masks_the_padding(
-    tiny_model: Path, tiny_shards: Path, vision: VisionSpec
+    tiny_model: Path, tiny_shards: Path, vision: Patches
 ) -> None:
-    collator = build(tiny_model, tiny_shards, vision)
-    names = [collator.shards.label(i).name for i in range(len(collator.shards))]
+    collator = asking_dishes(tiny_model, tiny_shards)
+    names = labels_of(collator.shards)
     longest, shortest = (pick(range(len(names)), key=lambda i: len(names[i])) for pick in (max, min))
     batch = collator[MicroBatch(0, 0, (longest, shortest), longest)]
     lengths = batch.attention_mask.sum(1).tolist()
@@ -111,25 +103,25 @@ def test_a_batch_pads_to_its_longest_and_masks_the_padding(
     assert (batch.input_ids[1, lengths[1] :] == collator.pad_token_id).all()
     assert (batch.labels[1, lengths[1] :] == IGNORED).all()
     assert batch.num_tokens == sum(lengths)
-    expected_pixels, _ = patchify(decode_rgb(collator.shards.read(shortest)), vision)
-    assert (batch.patches[-len(expected_pixels) :].numpy() == expected_pixels).all()
-    assert batch.mm_token_type_ids.sum(1).tolist() == [64, 64]
+    expected_pixels, _ = patchify(decode_rgb(collator.shards.read(shortest).pictures[0]), vision.spec)
+    assert (batch.pixels[-len(expected_pixels) :].numpy() == expected_pixels).all()
+    assert batch.is_image.sum(1).tolist() == [64, 64]
     label = batch.labels[0][batch.labels[0] != IGNORED]
     assert collator.template.decode(label) == names[longest]
 
 
 def test_for_generation_the_answers_are_off_and_padding_is_on_the_left(
-    tiny_model: Path, tiny_shards: Path, vision: VisionSpec
+    tiny_model: Path, tiny_shards: Path, vision: Patches
 ) -> None:
-    batch = build(tiny_model, tiny_shards, vision, for_generation=True)[MicroBatch(0, 0, (0, 1), 0)]
+    batch = asking_dishes(tiny_model, tiny_shards, for_generation=True)[MicroBatch(0, 0, (0, 1), 0)]
     assert batch.num_label_tokens == 0
     assert batch.attention_mask[:, -1].all()
 
 
 def test_a_sample_that_cannot_fit_is_refused_by_name_and_a_filler_keeps_the_rank_going(
-    tiny_model: Path, tiny_shards: Path, vision: VisionSpec
+    tiny_model: Path, tiny_shards: Path, vision: Patches
 ) -> None:
-    collator = build(tiny_model, tiny_shards, vision, max_length=66)  # 64 image tokens and their two brackets
+    collator = asking_dishes(tiny_model, tiny_shards, max_length=66)  # 64 image tokens and their two brackets
     batch = collator[MicroBatch(0, 0, (0, 1), 2)]
     why = "answer and image alone exceed data.max_length"
     assert batch.refused == ((collator.shards.key(0), why), (collator.shards.key(1), why))
@@ -143,7 +135,7 @@ def rot(shards: Path, *ids: int) -> None:
     split = open_split(shards, "train")
     with open(shards / split.manifest.shards_of("train")[0].path, "r+b") as tar:
         for i in ids:
-            tar.seek(int(split.index["image_offset"][i]) + 50)
+            tar.seek(int(split.index["offset"][i]) + 562)
             byte = tar.read(1)[0]
             tar.seek(-1, 1)
             tar.write(bytes([byte ^ 0x10]))
@@ -158,67 +150,67 @@ def rotten(tmp_path: Path, tiny_shards: Path) -> Path:
 
 
 def test_a_damaged_sample_is_replaced_by_the_same_one_wherever_it_is_met(
-    tiny_model: Path, rotten: Path, vision: VisionSpec
+    tiny_model: Path, rotten: Path, vision: Patches
 ) -> None:
-    collator = build(tiny_model, rotten, vision, unreadable="replace")
+    collator = asking_dishes(tiny_model, rotten, unreadable="replace")
     together = collator[MicroBatch(0, 0, (1, 2, 3), 0)]
-    alone = build(tiny_model, rotten, vision, unreadable="replace")[MicroBatch(7, 1, (2,), 4)]
+    alone = asking_dishes(tiny_model, rotten, unreadable="replace")[MicroBatch(7, 1, (2,), 4)]
     [(key, why)] = together.replaced
     assert (key, together.ids, together.refused) == (collator.shards.key(2), (1, 2, 3), ())
     assert "crc32" in why
-    assert torch.equal(together.patches[256:512], alone.patches)
+    assert torch.equal(together.pixels[256:512], alone.pixels)
     stand_in = next(substitutes(2, len(collator.shards)))
     expected = collator[MicroBatch(0, 0, (stand_in,), 0)]
-    assert torch.equal(alone.patches, expected.patches)
+    assert torch.equal(alone.pixels, expected.pixels)
     assert torch.equal(alone.labels, expected.labels)
 
 
-def test_a_substitute_that_is_damaged_too_is_passed_over(tiny_model: Path, rotten: Path, vision: VisionSpec) -> None:
+def test_a_substitute_that_is_damaged_too_is_passed_over(tiny_model: Path, rotten: Path, vision: Patches) -> None:
     candidates = substitutes(2, len(open_split(rotten, "train")))
     first, second = next(candidates), next(candidates)
     rot(rotten, first)
-    collator = build(tiny_model, rotten, vision, unreadable="replace")
+    collator = asking_dishes(tiny_model, rotten, unreadable="replace")
     batch, expected = (collator[MicroBatch(0, 0, (i,), 0)] for i in (2, second))
-    assert torch.equal(batch.patches, expected.patches)
+    assert torch.equal(batch.pixels, expected.pixels)
 
 
 def test_measuring_stops_at_a_damaged_sample_and_validation_leaves_it_out(
-    tiny_model: Path, rotten: Path, vision: VisionSpec
+    tiny_model: Path, rotten: Path, vision: Patches
 ) -> None:
     with pytest.raises(ShardError, match="crc32"):
-        build(tiny_model, rotten, vision)[MicroBatch(0, 0, (1, 2, 3), 0)]
-    batch = build(tiny_model, rotten, vision, unreadable="refuse")[MicroBatch(0, 0, (1, 2, 3), 2)]
+        asking_dishes(tiny_model, rotten)[MicroBatch(0, 0, (1, 2, 3), 0)]
+    batch = asking_dishes(tiny_model, rotten, unreadable="refuse")[MicroBatch(0, 0, (1, 2, 3), 2)]
     assert batch.ids == (1, 3)
     assert [key for key, _ in batch.refused] == ["train-00000002"]
     assert batch.replaced == ()
-    only_bad = build(tiny_model, rotten, vision, unreadable="refuse")[MicroBatch(0, 0, (2, 5), 2)]
+    only_bad = asking_dishes(tiny_model, rotten, unreadable="refuse")[MicroBatch(0, 0, (2, 5), 2)]
     assert (only_bad.ids, only_bad.num_label_tokens, len(only_bad.refused)) == ((), 0, 2)
 
 
 def test_a_sample_whose_index_is_damaged_is_replaced_or_left_out_by_name(
-    tmp_path: Path, tiny_model: Path, pictures: Path, vision: VisionSpec
+    tmp_path: Path, tiny_model: Path, pictures: Path, vision: Patches
 ) -> None:
     shards = tmp_path / "shards"
     assert main(["pack", str(pictures), str(shards), "--split", "1,0,0", "--shard-size", "20"]) == 0
     index = shards / "train-000001.index.npy"
     index.write_bytes(index.read_bytes()[:-1] + b"x")
-    batch = build(tiny_model, shards, vision, unreadable="replace")[MicroBatch(0, 0, (3, 25), 0)]
+    batch = asking_dishes(tiny_model, shards, unreadable="replace")[MicroBatch(0, 0, (3, 25), 0)]
     assert (batch.ids, batch.refused) == ((3, 25), ())
     [(key, why)] = batch.replaced
     assert key == "train-00000025"
     assert "train-000001.index.npy is not the index" in why
-    batch = build(tiny_model, shards, vision, unreadable="refuse")[MicroBatch(0, 0, (3, 25), 0)]
+    batch = asking_dishes(tiny_model, shards, unreadable="refuse")[MicroBatch(0, 0, (3, 25), 0)]
     assert batch.ids == (3,)
     assert batch.refused == ((key, why),)
 
 
 @pytest.mark.parametrize("unreadable", ["replace", "refuse", "stop"])
 def test_a_shard_out_of_reach_is_an_error_and_not_replaced_from_others(
-    tmp_path: Path, tiny_model: Path, pictures: Path, vision: VisionSpec, unreadable
+    tmp_path: Path, tiny_model: Path, pictures: Path, vision: Patches, unreadable
 ) -> None:
     shards = tmp_path / "shards"
     assert main(["pack", str(pictures), str(shards), "--split", "1,0,0", "--shard-size", "20"]) == 0
-    collator = build(tiny_model, shards, vision, unreadable=unreadable)
+    collator = asking_dishes(tiny_model, shards, unreadable=unreadable)
     assert len(collator.shards.manifest.shards) > 1
     collator[MicroBatch(0, 0, (1,), 0)]
     collator.shards.close()
@@ -231,12 +223,12 @@ def test_a_shard_out_of_reach_is_an_error_and_not_replaced_from_others(
 def test_a_bad_spot_on_a_disk_is_damage_and_a_lost_server_is_not(
     tiny_model: Path,
     tiny_shards: Path,
-    vision: VisionSpec,
+    vision: Patches,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
     replaced: bool,
 ) -> None:
-    collator = build(tiny_model, tiny_shards, vision, unreadable="replace")
+    collator = asking_dishes(tiny_model, tiny_shards, unreadable="replace")
     read, failed = os.pread, []
 
     def read_or_fail(*asked):
@@ -265,7 +257,7 @@ def test_substitutes_are_other_samples_and_far_apart(num_samples: int, i: int) -
         assert min(abs(a - b) for a, b in combinations([i, *tried], 2)) > num_samples // 40
 
 
-def test_an_image_size_that_is_no_whole_number_of_tokens_is_refused(vision: VisionSpec) -> None:
-    vision.require_fitting(224)
+def test_an_image_size_that_is_no_whole_number_of_tokens_is_refused(vision: Patches) -> None:
+    vision.spec.require_fitting(224)
     with pytest.raises(RecipeError, match="pack with --image-size 252 or 224"):
-        vision.require_fitting(230)
+        vision.spec.require_fitting(230)

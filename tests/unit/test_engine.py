@@ -23,7 +23,7 @@ class Slope(torch.nn.Module):
 
     def forward(self, batch: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss = self.weight * batch[0] + batch[1]
-        return loss, torch.ones(1), loss.detach()[None]
+        return loss, loss.detach()[None], torch.ones(1, dtype=torch.bool)
 
 
 def engine_of(precision: str) -> PlainEngine:
@@ -42,11 +42,11 @@ def test_an_infinite_loss_with_a_finite_gradient_is_left_out_whichever_micro_bat
     for micro_batches in ([(1.0, math.inf), (1.0, 0.0)], [(1.0, 0.0), (1.0, math.inf)], [(math.nan, 0.0), (1.0, 0.0)]):
         for i, batch in enumerate(micro_batches):
             engine.micro_step(batch, 1.0, last=i == 1)
-        update = engine.step(0.25)
+        update = engine.step([0.25])
         assert not update.applied and not math.isfinite(update.grad_norm)
         assert weight_of(engine) == 1.0
     engine.micro_step((2.0, 5.0), 1.0, last=True)
-    update = engine.step(0.25)
+    update = engine.step([0.25])
     assert (update.applied, update.grad_norm) == (True, 2.0)
     assert weight_of(engine) == 0.5
 
@@ -55,14 +55,14 @@ def test_the_loss_scale_is_halved_by_an_overflow_and_can_be_carried_to_another_r
     first = engine_of("fp16")
     assert first.scale_state["scale"] == 2**16
     first.micro_step((math.inf, 0.0), 1.0, last=True)
-    assert first.step(0.25).loss_scale == 2**16
+    assert first.step([0.25]).loss_scale == 2**16
     first.micro_step((1.0, 0.0), 1.0, last=True)
-    assert first.step(0.25).loss_scale == 2**15
+    assert first.step([0.25]).loss_scale == 2**15
     second = engine_of("fp16")
     second.scale_state = first.scale_state
     assert second.scale_state == first.scale_state
     second.micro_step((1.0, 0.0), 1.0, last=True)
-    assert second.step(0.25).loss_scale == 2**15
+    assert second.step([0.25]).loss_scale == 2**15
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -70,7 +70,7 @@ def test_only_fp16_scales_the_loss(precision: str) -> None:
     engine = engine_of(precision)
     assert engine.scale_state == {}
     engine.micro_step((1.0, 0.0), 1.0, last=True)
-    assert engine.step(0.25).loss_scale is None
+    assert engine.step([0.25]).loss_scale is None
 
 
 def test_zero_tells_the_loss_scale_that_an_update_was_made_with() -> None:
@@ -104,8 +104,8 @@ def test_zero_tells_the_loss_scale_that_an_update_was_made_with() -> None:
     )
     module = torch.nn.Linear(1, 1)
     engine = ZeroEngine(accelerator, module, torch.optim.AdamW(module.parameters()))
-    assert engine.step(1e-3) == Update(float("inf"), applied=False, loss_scale=2.0**16)
-    assert engine.step(1e-3).loss_scale == 2.0**15
+    assert engine.step([1e-3]) == Update(float("inf"), applied=False, loss_scale=2.0**16)
+    assert engine.step([1e-3]).loss_scale == 2.0**15
     state = engine.scale_state
     scaler.cur_scale = 1.0
     engine.scale_state = state
@@ -117,14 +117,14 @@ def test_a_large_gradient_is_clipped_and_told_as_it_was() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     engine = PlainEngine(Accelerator(cpu=True), module, optimizer, max_grad_norm=0.5, precision="fp32")
     engine.micro_step((2.0, 0.0), 1.0, last=True)
-    assert engine.step(1.0).grad_norm == 2.0
+    assert engine.step([1.0]).grad_norm == 2.0
     assert weight_of(engine) == pytest.approx(0.5)
 
 
 def test_a_checkpoint_carries_the_loss_scale(tmp_path: Path) -> None:
     first = engine_of("fp16")
     first.micro_step((math.inf, 0.0), 1.0, last=True)
-    first.step(0.25)
+    first.step([0.25])
     first.save(tmp_path)
     second = engine_of("fp16")
     second.load(tmp_path)

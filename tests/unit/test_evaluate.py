@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kfood_dist.cli import build_parser, main
 from kfood_dist.data.batch.collate import StreamingCollator
-from kfood_dist.data.picture.images import prepare_jpeg
+from kfood_dist.data.picture.images import decode_rgb, prepare_jpeg
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import ShardSplit, open_split
 from kfood_dist.errors import RecipeError
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate import rank as ask
-from kfood_dist.evaluate.evaluation import Task, check, find_earlier
+from kfood_dist.evaluate.evaluation import Evaluation, check, find_earlier
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.main import conclude
 from kfood_dist.evaluate.metrics import Record
@@ -42,12 +42,12 @@ def parse(words: list[str]):
     return build_parser("eval").parse_args(words)
 
 
-def load(words: list[str]) -> tuple[Task, Answerer, StreamingCollator]:
+def load(words: list[str]) -> tuple[Evaluation, Answerer, StreamingCollator]:
     task = check(parse(words))
     template = build_template(task.model, task.settings, task.adapter)
     device = torch.device("cpu")
     answerer = load_answerer(task.settings, template, task.model, task.adapter, device, task.max_new_tokens)
-    return task, answerer, StreamingCollator(task.shards, template, for_generation=True)
+    return task, answerer, StreamingCollator(task.shards, template, task.task, for_generation=True)
 
 
 def micro_batch(*ids: int) -> MicroBatch:
@@ -65,7 +65,7 @@ def test_what_an_evaluation_writes(words, tiny_shards, tmp_path, capsys):
     report, records = read(tmp_path / "out")
     shards = open_split(tiny_shards, "test")
     assert [r["key"] for r in records] == [shards.key(i) for i in range(len(shards))]
-    assert [r["source"] for r in records] == [shards.metadata(i)["source"] for i in range(len(shards))]
+    assert [r["source"] for r in records] == [shards.read(i).columns["sources"][0] for i in range(len(shards))]
     assert report["images"] == len(shards) == sum(row["images"] for row in report["per_class"].values())
     assert report["correct"] == sum(r["correct"] for r in records) > 0
     assert report["settings"]["prompt"].startswith("이 음식") and report["settings"]["quantization"] == "nf4"
@@ -138,22 +138,23 @@ def test_confidence_is_the_probability_of_the_answer(words):
     assert checked >= 3
 
 
-def likelihood(task: Task, answerer: Answerer, i: int, text: str) -> float:
+def likelihood(task: Evaluation, answerer: Answerer, i: int, text: str) -> float:
     """p(text and its end token) under the training loss, for picture i."""
 
-    collator = StreamingCollator(task.shards, answerer.template)
-    batch = collator[micro_batch(i)]
-    encoded = answerer.template.encode(tuple(batch.image_grid_thw[0].tolist()), text)
+    pictures = answerer.template.pictures
+    batch = StreamingCollator(task.shards, answerer.template, task.task)[micro_batch(i)]
+    shown = pictures.encode(decode_rgb(task.shards.read(i).pictures[0])).ids
+    encoded = answerer.template.encode(task.task.messages({}, 1), [shown], text)
     batch = type(batch)(
         input_ids=torch.from_numpy(encoded.ids)[None],
         attention_mask=torch.ones(1, len(encoded), dtype=torch.long),
-        mm_token_type_ids=torch.from_numpy(encoded.is_image.astype(np.int64))[None],
+        is_image=torch.from_numpy(encoded.is_image.astype(np.int64))[None],
         labels=torch.from_numpy(encoded.labels)[None],
-        patches=batch.patches,
-        image_grid_thw=batch.image_grid_thw,
+        pixels=batch.pixels,
+        facts=batch.facts,
     )
     with torch.no_grad():
-        loss, _, _ = AnswerLoss(answerer.model, answerer.template.vision)(batch)
+        loss, _, _ = AnswerLoss(answerer.model, pictures)(batch)
     return float(torch.exp(-loss))
 
 
@@ -303,7 +304,8 @@ def test_a_picture_too_long_is_refused_alone(words, pictures):
 
     class OneLarge(ShardSplit):
         def read_many(self, ids):
-            return [large if i == 1 else data for i, data in zip(ids, super().read_many(ids), strict=True)]
+            found = zip(ids, super().read_many(ids), strict=True)
+            return [sample._replace(pictures=(large,)) if i == 1 else sample for i, sample in found]
 
     collator.shards = OneLarge(task.shards.manifest, "test")
     answerer.template.max_length = 120  # holds 64 image tokens and some text, not 256
@@ -311,9 +313,13 @@ def test_a_picture_too_long_is_refused_alone(words, pictures):
     assert ask.answer_batch(collator, answerer, (1,)) == {}
 
 
+def record_of(task: Evaluation, i: int, text: str) -> Record:
+    return ask.make_record(task.shards.key(i), task.shards.read(i).columns, task.task, text, 0.9)
+
+
 def test_refused_pictures_count_as_wrong_by_name(words, tmp_path):
     task = check(parse([*words, "--limit", "3"]))
-    right = {i: ask.make_record(task.shards, i, task.shards.label(i).name, 0.9) for i in (0, 2)}
+    right = {i: record_of(task, i, task.shards.read(i).columns["label"]) for i in (0, 2)}
     parts = [ask.Part({0: right[0]}, [1], 1.0), ask.Part({2: right[2]}, [], 1.0)]
     conclude(task, parts, World(), torch.device("cpu"))
     report, records = read(tmp_path / "out")
@@ -325,7 +331,7 @@ def test_refused_pictures_count_as_wrong_by_name(words, tmp_path):
 
 def test_a_report_is_there_before_tensorboard_is_tried(words, tmp_path, monkeypatch):
     task = check(parse([*words, "--limit", "1", "--tensorboard", str(tmp_path / "tb")]))
-    parts = [ask.Part({0: ask.make_record(task.shards, 0, "x", 0.9)}, [], 1.0)]
+    parts = [ask.Part({0: record_of(task, 0, "x")}, [], 1.0)]
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

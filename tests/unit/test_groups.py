@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image, ImageEnhance
 from kfood_dist.data.picture.images import prepare_jpeg
 from kfood_dist.pack.groups import ALIKE, NEAR, group_pictures, near_pairs
 from kfood_dist.pack.place import leaked_at_random
-from kfood_dist.pack.prepare import Prepared, perceptual_hash
+from kfood_dist.pack.prepare import Place, Prepared, perceptual_hash
 from kfood_dist.pack.sources import Record
 from kfood_dist.pack.split import assign_splits, parse_fractions
 from kfood_dist.practice.pictures import DISHES, write_pictures
@@ -21,7 +22,15 @@ from kfood_dist.practice.pictures import DISHES, write_pictures
 
 def made(source: str, hashed: int = 0, sha256: str | None = None, label: str = "약과") -> Prepared:
     digest = sha256 or hashlib.sha256(f"{source} {hashed}".encode()).hexdigest()
-    return Prepared(Record(Path("x"), source, label), "chunk", 0, 1, digest, hashed)
+    return Prepared(Record(Path("x"), source, label), "chunk", (Place(0, 1, digest, hashed),))
+
+
+def joined(*singles: Prepared) -> Prepared:
+    """One sample of several pictures."""
+    first, *more = (single.record for single in singles)
+    return Prepared(
+        replace(first, more=tuple(more)), "chunk", tuple(place for single in singles for place in single.places)
+    )
 
 
 def flipped(value: int, bits: list[int]) -> int:
@@ -59,8 +68,9 @@ def test_groups_are_the_connected_look_alikes_in_any_order(values: list[int], st
             i = parent[i]
         return i
 
-    for i, a in enumerate(pictures):
-        for j, b in enumerate(pictures):
+    places = [picture.places[0] for picture in pictures]
+    for i, a in enumerate(places):
+        for j, b in enumerate(places):
             differing = (a.perceptual_hash ^ b.perceptual_hash).bit_count()
             next_in_series = i % 2 == j % 2 and abs(i - j) == 2 and step + 1 <= 2
             if differing <= NEAR or (next_in_series and differing <= ALIKE) or a.sha256 == b.sha256:
@@ -79,6 +89,22 @@ def test_equal_bytes_are_one_group_though_cut_differently() -> None:
     one, two, three = made("a.jpg", 0, "5" * 64), made("b.jpg", 2**64 - 1, "5" * 64), made("c.jpg", 2**32 - 1)
     groups = group_pictures([one, two, three])
     assert groups[0] == groups[1] == int("5" * 13, 16) != groups[2]
+
+
+def test_samples_are_one_group_if_any_two_of_their_pictures_are_alike() -> None:
+    far = [0, 2**64 - 1, 0x00000000FFFFFFFF, 0xFFFFFFFF00000000, 0x0000FFFF0000FFFF]
+    a, b, c, d, e = (made(f"{name}.jpg", value) for name, value in zip("abcde", far, strict=True))
+    first, second, third = joined(a, b), joined(c, made("b.jpg", far[1])), joined(d, e)
+    groups = group_pictures([first, second, third])
+    assert groups[0] == groups[1] != groups[2]
+    lowest = min(place.sha256 for sample in (first, second) for place in sample.places)
+    assert groups[0] == int(lowest[:13], 16)
+    assert len(set(group_pictures([joined(a, c), joined(d, made("again.jpg", flipped(far[2], [0, 9]))), b]))) == 2
+    pages = [
+        joined(a, made("d/Img_0001.jpg", c.places[0].perceptual_hash)),
+        joined(b, made("d/Img_0002.jpg", 2**32 - 256)),
+    ]
+    assert len(set(group_pictures(pages))) == 1  # neighbours by number, though neither comes first
 
 
 def test_numbers_alone_join_nothing_and_neighbours_need_one_series() -> None:

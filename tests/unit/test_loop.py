@@ -1,14 +1,20 @@
 """The loop around the engine: what a step draws, what is measured, and which steps are saved."""
 
+import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from kfood_dist.data.batch.collate import LeftOut
+from kfood_dist.model.objective.base import Outcome
 from kfood_dist.system.world import World
-from kfood_dist.train import loop
+from kfood_dist.train import validate
 from kfood_dist.train.loop import Trainer, seed_step
+from kfood_dist.train.run.checkpoint import Validation
+from kfood_dist.train.saving import Saver
+from kfood_dist.train.validate import Validator
 
 
 def test_random_numbers_follow_from_seed_step_and_rank() -> None:
@@ -21,33 +27,46 @@ def test_random_numbers_follow_from_seed_step_and_rank() -> None:
 
 
 def test_a_step_between_two_saves_that_is_as_good_as_the_best_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracies = iter([0.2, 0.6, 0.6, 0.4, 0.5])
-    trainer, saved = object.__new__(Trainer), []
-    trainer.recipe = SimpleNamespace(
-        train=SimpleNamespace(save_every_steps=100), eval=SimpleNamespace(every_steps=1, split="val")
-    )
-    trainer.world, trainer.max_steps, trainer.validation = World(), 5, object()
-    trainer.log = SimpleNamespace(step=lambda row: None, evaluation=lambda *words: None, say=print)
+    assert saved_steps(monkeypatch, [measured(accuracy=a, loss=1.0) for a in (0.2, 0.6, 0.6, 0.4, 0.5)]) == [1, 2, 3, 5]
 
-    def save(self: Trainer, done: int, scores: dict[str, float], insist: bool) -> bool:
+
+def test_the_best_may_be_the_lowest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_loss = [measured(accuracy=0.1 * i, loss=x, best_by="loss") for i, x in enumerate((3.0, 2.0, 2.5, 2.0, 2.1))]
+    assert saved_steps(monkeypatch, by_loss) == [1, 2, 4, 5], "the later of equals"
+
+
+def measured(**facts: Any) -> Validation:
+    return Validation.model_validate(facts)
+
+
+def saved_steps(monkeypatch: pytest.MonkeyPatch, validations: list[Validation]) -> list[int]:
+    """The steps of five that are saved, where each is measured."""
+    saver, saved = object.__new__(Saver), []
+    saver.every_steps, saver.best_score, saver.retry_at = 100, -math.inf, 0
+    trainer = object.__new__(Trainer)
+    trainer.world, trainer.max_steps, trainer.saver = World(), 5, saver
+    trainer.log = SimpleNamespace(step=lambda row: None)
+    found = iter(validations)
+    trainer.validator = SimpleNamespace(is_due=lambda done, last: True, measure=lambda done: next(found))
+
+    def save(self: Saver, done: int, measured: Validation, insist: bool) -> bool:
         saved.append(done)
-        self.best_accuracy = max(self.best_accuracy, scores["accuracy"])
+        self.best_score = max(self.best_score, measured.score)
         return True
 
     monkeypatch.setattr(Trainer, "train_step", lambda self, step, batches: {})
-    monkeypatch.setattr(Trainer, "validate", lambda self: {"accuracy": next(accuracies)})
     monkeypatch.setattr(Trainer, "_write_run_json", lambda self, done: None)
-    monkeypatch.setattr(Trainer, "save", save)
+    monkeypatch.setattr(Saver, "save", save)
     assert trainer._take_steps(0, iter(())) == 5
-    assert saved == [1, 2, 3, 5], "the later of equals"
+    return saved
 
 
 def test_a_measurement_takes_the_first_samples_asked_for() -> None:
-    trainer = object.__new__(Trainer)
-    trainer.validation = SimpleNamespace(shards=range(9))
+    validator = object.__new__(Validator)
+    validator.collator = SimpleNamespace(shards=range(9))
     for asked, found in ((4, 4), (None, 9), (20, 9)):
-        trainer.recipe = SimpleNamespace(eval=SimpleNamespace(max_samples=asked))
-        assert trainer.validation_ids.tolist() == list(range(found))
+        validator.recipe = SimpleNamespace(eval=SimpleNamespace(max_samples=asked))
+        assert validator.ids.tolist() == list(range(found))
 
 
 @pytest.mark.parametrize(("left_out", "more"), [(20, None), (23, "validation: 3 more left out")])
@@ -55,21 +74,25 @@ def test_a_measurement_names_twenty_of_what_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch, left_out: int, more: str | None
 ) -> None:
     batch = SimpleNamespace(
-        ids=(0,), refused=[LeftOut(f"key{i}", "damaged") for i in range(left_out)], num_label_tokens=1,
-        labels=torch.tensor([[-100, 5]]), to=lambda device: batch,
-    )  # fmt: skip
-    said: list[str] = []
-    trainer = object.__new__(Trainer)
-    trainer.validation, trainer.world, trainer.device = SimpleNamespace(shards=range(1 + left_out)), World(), "cpu"
-    trainer.recipe = SimpleNamespace(
-        eval=SimpleNamespace(max_samples=None, batch_size=64), data=SimpleNamespace(num_workers=0, worker_start=None)
+        ids=(0,), refused=[LeftOut(f"key{i}", "damaged") for i in range(left_out)], to=lambda device: batch
     )
-    trainer.log = SimpleNamespace(say=said.append)
-    trainer.watch = SimpleNamespace(beat=lambda what: None)
-    trainer.stop, trainer.took_s = SimpleNamespace(asked=lambda: False), {}
-    trainer.module = torch.nn.Module()
-    trainer.engine = SimpleNamespace(forward=lambda on_device: (torch.tensor(0.5), torch.tensor([True]), None))
-    monkeypatch.setattr(loop, "stream", lambda *words, **named: (one for one in [batch]))
-    scores = trainer.validate()
-    assert scores == {"loss": 0.5, "accuracy": 1 / (1 + left_out), "samples": 1 + left_out}
+    said: list[str] = []
+    module = torch.nn.Module()
+    module.weight, module.best = lambda batch: 1, "accuracy"
+    validator = Validator(
+        recipe=SimpleNamespace(
+            eval=SimpleNamespace(max_samples=None, batch_size=64, split="val"),
+            data=SimpleNamespace(num_workers=0, worker_start=None),
+        ),
+        world=World(),
+        device="cpu",
+        collator=SimpleNamespace(shards=range(1 + left_out)),
+        module=module,
+        engine=SimpleNamespace(forward=lambda batch: Outcome(torch.tensor(0.5), None, torch.tensor([True]))),
+        log=SimpleNamespace(say=said.append, evaluation=lambda *words: None),
+        watch=SimpleNamespace(beat=lambda what: None),
+        stop=SimpleNamespace(asked=lambda: False),
+    )
+    monkeypatch.setattr(validate, "stream", lambda *words, **named: (one for one in [batch]))
+    assert validator.measure(1) == measured(loss=0.5, accuracy=1 / (1 + left_out))
     assert said == [f"validation: key{i} left out: damaged" for i in range(20)] + ([more] if more else [])

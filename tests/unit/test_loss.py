@@ -1,108 +1,88 @@
 """The loss module against the model's own loss, golden mRoPE positions, and what it keeps for the backward pass."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from asking import adapted, asking_dishes, labels_of, model_inputs, pictures_of
 from torch.nn import functional as F
 
-from kfood_dist.config.recipe import Lora
-from kfood_dist.data.batch.collate import Batch, StreamingCollator
-from kfood_dist.data.batch.template import Template
-from kfood_dist.data.picture.patches import VisionSpec
+from kfood_dist.data.batch.collate import StreamingCollator
+from kfood_dist.data.picture.patches import Patches
 from kfood_dist.data.plan.plan import MicroBatch
-from kfood_dist.data.shards.reader import open_split
-from kfood_dist.model.adapters import attach_lora
-from kfood_dist.model.base import load_config
-from kfood_dist.model.load import load_base
-from kfood_dist.model.objective.answer import AnswerLoss, exact_matches, normalise_patches
+from kfood_dist.model.objective.answer import AnswerLoss
 from kfood_dist.model.parts import recompute_activations
-from kfood_dist.model.processor import load_tokenizer, load_vision_spec
-from kfood_dist.train.loop import resting_dropout
-
-CPU = torch.device("cpu")
+from kfood_dist.train.validate import resting_dropout
 
 
 @pytest.fixture(scope="module")
-def vision(tiny_model: Path) -> VisionSpec:
-    return load_vision_spec(str(tiny_model), load_config(str(tiny_model)), 224)
+def vision(tiny_model: Path) -> Patches:
+    return pictures_of(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def collator(tiny_model: Path, tiny_shards: Path, vision: VisionSpec) -> StreamingCollator:
-    template = Template(load_tokenizer(str(tiny_model)), vision, "", "이 음식의 이름은?", 1536)
-    return StreamingCollator(open_split(tiny_shards, "train"), template)
+def collator(tiny_model: Path, tiny_shards: Path, vision: Patches) -> StreamingCollator:
+    return asking_dishes(tiny_model, tiny_shards)
 
 
-def build(tiny_model: Path, vision: VisionSpec, quantization: str = "none", precision: str = "fp32") -> AnswerLoss:
+def build(tiny_model: Path, vision: Patches, quantization: str = "none", precision: str = "fp32") -> AnswerLoss:
     torch.manual_seed(0)
-    base = load_base(str(tiny_model), quantization, precision, "sdpa", CPU)
-    model = attach_lora(base, Lora(dropout=0.0))
+    model = adapted(tiny_model, quantization, precision, dropout=0.0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     return AnswerLoss(model, vision)
 
 
-def model_inputs(batch: Batch, vision: VisionSpec) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "mm_token_type_ids": batch.mm_token_type_ids,
-        "image_grid_thw": batch.image_grid_thw,
-        "pixel_values": normalise_patches(batch.patches, vision),
-    }
-
-
-def test_the_sum_equals_the_models_own_logits_and_labels(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_the_sum_equals_the_models_own_logits_and_labels(tiny_model: Path, vision: Patches, collator) -> None:
     module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
-    loss, hits, _ = module(batch)
+    loss, each, correct = module(batch)
     logits = module.model(**model_inputs(batch, vision)).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert hits.shape == (batch.num_label_tokens,)
+    assert module.weight(batch) == batch.num_label_tokens
+    assert each.shape == correct.shape == (4,)
 
 
-def test_each_samples_own_loss_is_what_it_has_alone(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_each_samples_own_loss_is_what_it_has_alone(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision)
-    loss, _, losses = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])
+    loss, losses, _ = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])
     alone = [module(collator[MicroBatch(0, 0, (i,), i)])[0].item() for i in range(4)]
     assert losses.tolist() == pytest.approx(alone, rel=1e-5)
     assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-6)
     assert not losses.requires_grad
 
 
-def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision)
     together = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])[0]
     alone = sum(module(collator[MicroBatch(0, 0, (i,), i)])[0].item() for i in range(4))
     assert together.item() == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_filler_adds_nothing_and_can_go_backward(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_a_filler_adds_nothing_and_can_go_backward(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision)
-    loss, hits, _ = module(collator[MicroBatch(0, 0, (), 5)])
+    loss, _, correct = module(collator[MicroBatch(0, 0, (), 5)])
     loss.backward()
-    assert loss.item() == 0 and hits.numel() == 0
+    assert loss.item() == 0 and not correct.any()
     gradients = [p.grad for p in module.parameters() if p.requires_grad]
     assert all(g is not None and not g.any() for g in gradients)
 
 
-def test_golden_mrope_positions(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_golden_mrope_positions(tiny_model: Path, vision: Patches, collator) -> None:
     """Text counts on in all three axes; the picture's 8 × 8 tokens share one time and spread over height and width."""
     batch = collator[MicroBatch(0, 0, (0,), 0)]
     model = build(tiny_model, vision).model.get_base_model().model
     positions = model.compute_3d_position_ids(
         input_ids=batch.input_ids,
-        image_grid_thw=batch.image_grid_thw,
+        image_grid_thw=batch.facts["image_grid_thw"],
         video_grid_thw=None,
         inputs_embeds=None,
         attention_mask=batch.attention_mask,
         past_key_values=None,
-        mm_token_type_ids=batch.mm_token_type_ids,
+        mm_token_type_ids=batch.is_image,
     )
-    start = int(batch.mm_token_type_ids[0].argmax())
+    start = int(batch.is_image[0].argmax())
     rest = batch.input_ids.shape[1] - start - 64
     ahead = list(range(start))
     behind = [start + 8 + i for i in range(rest)]
@@ -112,7 +92,7 @@ def test_golden_mrope_positions(tiny_model: Path, vision: VisionSpec, collator) 
     assert positions[:, 0].tolist() == [time, height, width]
 
 
-def test_without_token_types_positions_would_be_wrong(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_without_token_types_positions_would_be_wrong(tiny_model: Path, vision: Patches, collator) -> None:
     """The trap itself: transformers falls back to one-dimensional positions in silence."""
     module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0,), 0)]
     inputs = model_inputs(batch, vision)
@@ -121,7 +101,7 @@ def test_without_token_types_positions_would_be_wrong(tiny_model: Path, vision: 
     assert not torch.allclose(module.model(**inputs).logits, right, atol=1e-3)
 
 
-def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision).train()
     recompute_activations(module.model.get_base_model().model.language_model)
     tower = module.model.get_base_model().model.visual
@@ -154,13 +134,16 @@ def test_checkpointing_of_the_language_model_leaves_the_gradients_alone(tiny_mod
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_exact_matches_needs_every_label_token(tiny_model: Path, vision: VisionSpec, collator) -> None:
-    batch = collator[MicroBatch(0, 0, (0, 1, 2), 0)]
-    hits = torch.ones(batch.num_label_tokens, dtype=torch.bool)
-    assert exact_matches(hits, batch.labels).tolist() == [True, True, True]
-    first = int((batch.labels[0] != -100).sum())
-    hits[first] = False  # the first token of the second answer
-    assert exact_matches(hits, batch.labels).tolist() == [True, False, True]
+def test_a_sample_is_right_with_every_label_token_alone(tiny_model: Path, vision: Patches, collator) -> None:
+    """The labels are made what the model says; then one token of the second answer is made another."""
+    module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0, 1, 2), 0)]
+    with torch.no_grad():
+        said = module.model(**model_inputs(batch, vision)).logits[:, :-1].argmax(-1)
+        asked = batch.labels[:, 1:] != -100
+        batch.labels[:, 1:][asked] = said[asked]
+        assert module(batch)[2].tolist() == [True, True, True]
+        batch.labels[1, 1 + int(asked[1].float().argmax())] += 1
+        assert module(batch)[2].tolist() == [True, False, True]
 
 
 def test_teacher_forced_match_is_the_match_of_greedy_generation(tiny_model, tiny_shards, vision, collator) -> None:
@@ -169,24 +152,23 @@ def test_teacher_forced_match_is_the_match_of_greedy_generation(tiny_model, tiny
     batch = collator[MicroBatch(0, 0, tuple(range(6)), 0)]
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-3)
     for _ in range(60):
-        loss, hits, _ = module(batch)
-        right = exact_matches(hits, batch.labels)
+        loss, _, right = module(batch)
         if 2 <= right.sum() < 6:
             break
         (loss / batch.num_label_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert 2 <= right.sum() < 6
-    asking = StreamingCollator(open_split(tiny_shards, "train"), collator.template, for_generation=True)
+    asking = asking_dishes(tiny_model, tiny_shards, for_generation=True)
     question = asking[MicroBatch(0, 0, tuple(range(6)), 0)]
     with torch.no_grad():
         out = module.model.generate(**model_inputs(question, vision), max_new_tokens=40, do_sample=False)
     answers = [collator.template.decode(row[question.input_ids.shape[1] :]) for row in out]
-    names = [collator.shards.label(i).name for i in range(6)]
+    names = labels_of(collator.shards)[:6]
     assert [a == n for a, n in zip(answers, names, strict=True)] == right.tolist()
 
 
-def test_measuring_between_steps_does_not_repack_4_bit_weights(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_measuring_between_steps_does_not_repack_4_bit_weights(tiny_model: Path, vision: Patches, collator) -> None:
     """In evaluation mode bitsandbytes repacks them for inference on some CPUs, and training after that is wrong."""
     module, batch = build(tiny_model, vision, "nf4", "bf16").train(), collator[MicroBatch(0, 0, (0, 1), 0)]
     before = raw_bytes(module)
@@ -211,7 +193,7 @@ def test_resting_dropout_rests_dropout_alone_and_wakes_it_again() -> None:
     assert module[1].training
 
 
-def test_only_positions_with_a_label_reach_the_head(tiny_model: Path, vision: VisionSpec, collator) -> None:
+def test_only_positions_with_a_label_reach_the_head(tiny_model: Path, vision: Patches, collator) -> None:
     module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0, 1, 2), 0)]
     rows = []
     module.model.get_base_model().lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1]))

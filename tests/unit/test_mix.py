@@ -47,8 +47,7 @@ def test_a_mixture_reads_as_its_parts_do(mixture: Mixture, tiny_shards: Path, ot
     assert mixture.read_many(ids) == [part.read(i) for part, i in parts]
     for i, (part, local) in zip(ids, parts, strict=True):
         assert mixture.read(i) == part.read(local)
-        assert mixture.metadata(i) == part.metadata(local)
-        assert mixture.label(i).name == part.label(local).name == mixture.classes[mixture.labels()[i]].name
+        assert part.read(local).columns["label"] == mixture.classes[mixture.labels()[i]].name
         assert mixture.key(i) == f"{part.manifest.name}/{part.key(local)}"
     copy = pickle.loads(pickle.dumps(mixture))
     assert copy.read_many(ids) == mixture.read_many(ids)
@@ -280,7 +279,7 @@ def test_weights_balance_and_window_of_a_recipe_decide_what_an_epoch_draws(tiny_
         order = build_data_order(mixture, data)
         assert order.window == 16
         ids = order.ids(0, 0, 0, order.epoch_length).tolist()
-        return [(mixture.key(i).split("/")[0], mixture.label(i).name) for i in ids]
+        return [(mixture.key(i).split("/")[0], mixture.read(i).columns["label"]) for i in ids]
 
     folders = Counter(folder for folder, _ in drawn(0))
     assert folders == {d.name: n * len(open_split(d, "train")) for d, n in ((tiny_shards, 1), (others, 2))}

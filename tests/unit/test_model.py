@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from asking import adapted
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from kfood_dist.config.recipe import LINEAR_LAYERS, Lora
+from kfood_dist.config.recipe import LINEAR_LAYERS, Lora, Parts
 from kfood_dist.errors import ModelError
-from kfood_dist.model.adapters import adapted_modules, attach_lora, read_adapter_facts, save_adapter, target_pattern
+from kfood_dist.model.adapters import adapted_modules, read_adapter_facts, save_adapter, target_pattern
 from kfood_dist.model.base import load_config
-from kfood_dist.model.family import LANGUAGE_MODEL, VISION_TOWER
+from kfood_dist.model.family import FAMILIES
 from kfood_dist.model.files import require_base
 from kfood_dist.model.load import load_base, quantization_config
-from kfood_dist.model.parts import count_parameters, linear_types, require_quantized
+from kfood_dist.model.parts import apply_parts, count_parameters, linear_types, require_quantized
 
 CPU = torch.device("cpu")
+QWEN = FAMILIES["qwen2_5_vl"]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +42,11 @@ def real_3b() -> Any:
 def test_on_the_real_3b_the_adapter_fits_252_layers_and_is_under_one_percent(real_3b: Any) -> None:
     total_before = count_parameters(real_3b)[1]
     with torch.device("meta"):
-        adapted = attach_lora(real_3b.requires_grad_(False), Lora())
-    names = adapted_modules(adapted.get_base_model())
+        model = apply_parts(real_3b.requires_grad_(False), Parts(), Lora())
+    names = adapted_modules(model.get_base_model())
     assert len(names) == 36 * 7
     assert all(name.startswith("model.language_model.layers.") for name in names)
-    trainable, total = count_parameters(adapted)
+    trainable, total = count_parameters(model)
     # r × (in + out) per layer: q, o 2048→2048; k, v 2048→256; gate, up 2048→11008; down 11008→2048.
     per_layer = 16 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 11008))
     assert trainable == 36 * per_layer == 29_933_568
@@ -55,32 +57,40 @@ def test_on_the_real_3b_the_adapter_fits_252_layers_and_is_under_one_percent(rea
 def test_a_list_of_suffixes_would_also_adapt_the_vision_tower(real_3b: Any) -> None:
     """The trap itself: if this ever fails, the anchored expression is no longer needed."""
     names = [name for name, module in real_3b.named_modules() if isinstance(module, torch.nn.Linear)]
-    by_suffix = [n for n in names if n.startswith(VISION_TOWER) and n.rsplit(".", 1)[-1] in LINEAR_LAYERS]
+    by_suffix = [n for n in names if n.startswith(QWEN.tower) and n.rsplit(".", 1)[-1] in LINEAR_LAYERS]
     assert len(by_suffix) == 96
-    assert not [n for n in by_suffix if re.fullmatch(target_pattern(LINEAR_LAYERS), n)]
+    assert not [n for n in by_suffix if re.fullmatch(target_pattern(QWEN, LINEAR_LAYERS), n)]
 
 
 def test_exactly_the_language_model_is_4_bit(quantized: Any) -> None:
-    types = linear_types(quantized)
-    assert types[LANGUAGE_MODEL] == {"Linear4bit": 4 * 7}
-    assert set(types[VISION_TOWER]) == {"Linear"}
-    assert types["lm_head"] == {"Linear": 1}
+    types = linear_types(quantized, QWEN)
+    assert types["language_model"] == {"Linear4bit": 4 * 7}
+    assert set(types["tower"]) == {"Linear"}
+    assert types["connector"] == {"Linear": 2}
+    assert types["head"] == {"Linear": 1}
+
+
+def test_a_layer_that_no_part_claims_is_an_error(tiny_model: Path) -> None:
+    model = load_base(str(tiny_model), "none", "fp32", "sdpa", CPU)
+    model.value_head = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"value_head belongs to no part of a Qwen2\.5-VL"):
+        apply_parts(model, Parts(), Lora())
 
 
 def test_a_skip_list_that_matches_nothing_is_noticed(tiny_model: Path) -> None:
     """`visual` is what older releases called the tower; transformers 5 then quantises it without a word."""
-    config = quantization_config(torch.bfloat16)
+    config = quantization_config(torch.bfloat16, QWEN)
     config.llm_int8_skip_modules = ["visual", "lm_head"]
     wrong = AutoModelForImageTextToText.from_pretrained(
         tiny_model, quantization_config=config, dtype=torch.bfloat16, device_map={"": CPU}
     )
-    assert linear_types(wrong)[VISION_TOWER].get("Linear4bit")
+    assert linear_types(wrong, QWEN)["tower"].get("Linear4bit")
     with pytest.raises(ModelError, match="4-bit layers are not where they belong"):
-        require_quantized(wrong)
+        require_quantized(wrong, QWEN)
 
 
 def test_quantization_is_nf4_double_quantised_and_stored_for_zero3() -> None:
-    config = quantization_config(torch.bfloat16)
+    config = quantization_config(torch.bfloat16, QWEN)
     assert config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_quant_storage == config.bnb_4bit_compute_dtype == torch.bfloat16
@@ -88,7 +98,7 @@ def test_quantization_is_nf4_double_quantised_and_stored_for_zero3() -> None:
 
 def test_what_is_not_quantised_stays_bf16_and_only_the_adapter_trains(tiny_model: Path) -> None:
     """`prepare_model_for_kbit_training` would turn the vision tower to float32."""
-    model = attach_lora(load_base(str(tiny_model), "nf4", "bf16", "sdpa", CPU), Lora())
+    model = adapted(tiny_model, "nf4", "bf16")
     dtypes = {p.dtype for name, p in model.named_parameters() if not p.requires_grad}
     assert dtypes == {torch.bfloat16}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -101,7 +111,7 @@ def test_fp16_is_made_on_the_host_and_only_then_moved(tiny_model: Path) -> None:
     """The meta device stands for a card: it holds no numbers, so whatever is cast there fails."""
     model = load_base(str(tiny_model), "none", "fp16", "sdpa", torch.device("meta"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    halves = {name.startswith(VISION_TOWER): parameter.dtype for name, parameter in model.named_parameters()}
+    halves = {name.startswith(QWEN.tower): parameter.dtype for name, parameter in model.named_parameters()}
     assert halves == {True: torch.float32, False: torch.float16}
 
 
@@ -113,13 +123,13 @@ def test_4_bit_parameters_count_as_the_numbers_they_stand_for(tiny_model: Path, 
 def test_an_unknown_target_is_refused(tiny_model: Path) -> None:
     model = load_base(str(tiny_model), "none", "fp32", "sdpa", CPU)
     with pytest.raises(ModelError, match=r"\['qkv'\] are not in each of the language model's 4 layers"):
-        attach_lora(model, Lora(target_modules=("q_proj", "qkv")))
+        apply_parts(model, Parts(), Lora(target_modules=("q_proj", "qkv")))
 
 
 def test_the_adapter_loads_with_plain_peft(tiny_model: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    model = attach_lora(load_base(str(tiny_model), "none", "fp32", "sdpa", CPU), Lora())
+    model = adapted(tiny_model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

@@ -134,19 +134,19 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_meter_divides_by_the_label_tokens_and_counts_padding() -> None:
+def test_the_meter_divides_by_the_weight_and_counts_padding() -> None:
     batch = Batch(
         input_ids=torch.zeros(2, 5, dtype=torch.long),
         attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
-        mm_token_type_ids=torch.zeros(2, 5, dtype=torch.long),
+        is_image=torch.zeros(2, 5, dtype=torch.long),
         labels=torch.tensor([[-100, -100, 5, 6, 7], [-100, 8, -100, -100, -100]]),
-        patches=torch.zeros(0, 588, dtype=torch.uint8),
-        image_grid_thw=torch.zeros(2, 3, dtype=torch.long),
+        pixels=torch.zeros(0, 588, dtype=torch.uint8),
+        facts={},
         ids=(3, 4),
         refused=("train-00000009",),
         replaced=("train-00000003", "train-00000004"),
     )
-    totals = StepMeter(batches=[batch]).reduce(World(), torch.tensor(8.0))
+    totals = StepMeter(batches=[batch]).reduce(World(), torch.tensor(8.0), weight=4)
     assert totals["loss"] == 2.0
     assert totals["padding_share"] == pytest.approx(0.3)
     assert (totals["refused"], totals["replaced"]) == (1, 2)

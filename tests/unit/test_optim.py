@@ -10,7 +10,7 @@ from kfood_dist.train.engine.optim import build_optimizer, learning_rate_at, sta
 
 def curve(**options) -> list[float]:
     optim = Optim(learning_rate=1.0, **options)
-    return [learning_rate_at(step, 100, optim) for step in range(100)]
+    return [learning_rate_at(step, 100, optim, optim.learning_rate) for step in range(100)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -31,7 +31,7 @@ def test_the_decay_ends_at_its_floor() -> None:
 
 def test_adamw8bit_keeps_uint8_moments_and_is_not_the_paged_one() -> None:
     weight = torch.nn.Parameter(torch.randn(64, 256))
-    optimizer = build_optimizer([weight], Optim())
+    optimizer = build_optimizer([{"params": [weight]}], Optim())
     assert type(optimizer) is bitsandbytes.optim.AdamW8bit
     assert not optimizer.is_paged
     assert state_dtypes(optimizer) == []
@@ -42,7 +42,7 @@ def test_adamw8bit_keeps_uint8_moments_and_is_not_the_paged_one() -> None:
 
 def test_torch_adamw_keeps_float32_moments() -> None:
     weight = torch.nn.Parameter(torch.randn(8, 8))
-    optimizer = build_optimizer([weight], Optim(name="adamw", learning_rate=0.5, beta1=0.8))
+    optimizer = build_optimizer([{"params": [weight]}], Optim(name="adamw", learning_rate=0.5, beta1=0.8))
     assert optimizer.defaults["lr"] == 0.5 and optimizer.defaults["betas"] == (0.8, 0.999)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
@@ -52,6 +52,6 @@ def test_torch_adamw_keeps_float32_moments() -> None:
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw"])
 def test_the_recipes_numbers_reach_the_optimiser(name: str) -> None:
     optim = Optim(name=name, learning_rate=0.5, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.25)
-    defaults = build_optimizer([torch.nn.Parameter(torch.ones(4))], optim).defaults
+    defaults = build_optimizer([{"params": [torch.nn.Parameter(torch.ones(4))]}], optim).defaults
     found = [defaults[key] for key in ("lr", "betas", "eps", "weight_decay")]
     assert found == [0.5, (0.8, 0.7), 1e-3, 0.25]

@@ -26,7 +26,7 @@ from PIL import Image
 from kfood_dist.cli import main
 from kfood_dist.data.picture.images import decode_rgb
 from kfood_dist.data.shards.manifest import load_manifest, seal
-from kfood_dist.data.shards.reader import INDEX_DTYPE, open_split
+from kfood_dist.data.shards.reader import INDEX_DTYPE, NO_LABEL, open_split
 from kfood_dist.data.shards.tars import write_tar
 from kfood_dist.data.shards.verify import verify
 from kfood_dist.data.task.dish import is_match
@@ -61,7 +61,7 @@ def sources_by_split(folder: Path) -> dict[str, list[str]]:
     found = {}
     for name in (name for name, said in splits.items() if said["samples"]):
         split = open_split(folder, name)
-        found[name] = [split.metadata(i)["source"] for i in range(len(split))]
+        found[name] = [split.read(i).columns["sources"][0] for i in range(len(split))]
     return found
 
 
@@ -116,9 +116,10 @@ def test_copies_of_a_picture_stay_in_one_split_and_share_a_group(tmp_path):
     for name in manifest.splits:
         split = open_split(tmp_path / "out", name)
         for i in range(len(split)):
-            stem = Path(split.metadata(i)["source"]).stem[:8]
+            said = split.read(i).columns
+            stem = Path(said["sources"][0]).stem[:8]
             splits_of[stem].add(name)
-            groups_of[stem].add(split.metadata(i)["group"])
+            groups_of[stem].add(said["group"])
     assert len(splits_of) == 30
     assert all(len(found) == 1 for found in [*splits_of.values(), *groups_of.values()])
 
@@ -141,9 +142,10 @@ def test_a_list_of_classes_fixes_their_ids_and_names(source, tmp_path):
     assert [c.name for c in manifest.classes] == ["유과", "유밀과", "불고기", "만두"]
     assert manifest.raw["splits"]["train"]["per_class"] == {"유과": 0, "유밀과": 12, "불고기": 12, "만두": 12}
     split = open_split(tmp_path / "out", "train")
-    renamed = next(i for i in range(len(split)) if split.label(i).name == "유밀과")
-    assert split.metadata(renamed)["category"] == "과자"
-    assert "약과" in split.metadata(renamed)["source"]
+    renamed = next(i for i, label in enumerate(split.labels()) if split.classes[label].name == "유밀과")
+    said = split.read(renamed).columns
+    assert (said["label"], said["category"]) == ("유밀과", "과자")
+    assert "약과" in said["sources"][0]
 
 
 # --- what is left out
@@ -202,7 +204,7 @@ def test_heic_without_its_package_is_refused_by_name_and_used_once_it_is_there(t
     assert "pillow-heif → pip install 'kfood_dist[heic]'" in (tmp_path / "out/rejected.csv").read_text()
     words[2] = str(tmp_path / "again")
     assert main(words) == 0
-    assert "packed   20 pictures" in capsys.readouterr().out
+    assert "packed   20 samples" in capsys.readouterr().out
 
 
 def test_what_was_refused_for_want_of_a_package_is_prepared_again_once_it_is_there(monkeypatch):
@@ -816,8 +818,9 @@ def test_crop_boxes_are_used_when_asked_for_and_counted(tmp_path, capsys):
     for split in load_manifest(tmp_path / "cut").splits:
         shards = open_split(tmp_path / "cut", split)
         for i in range(len(shards)):
-            left = decode_rgb(shards.read(i))[16, 4]
-            (blue if left[2] > left[0] else whole).add(Path(shards.metadata(i)["source"]).stem)
+            (jpeg,), said = shards.read(i)
+            left = decode_rgb(jpeg)[16, 4]
+            (blue if left[2] > left[0] else whole).add(Path(said["sources"][0]).stem)
     assert blue == set(names[:5])
     assert whole == set(names[5:])
     manifest = pack(source, tmp_path / "uncut", SMALL).manifest
@@ -883,7 +886,7 @@ def test_a_lists_encoding_is_part_of_the_data_set_through_its_labels(tmp_path, c
 
 
 def test_more_classes_than_an_index_can_number_are_refused_before_any_work(source, tmp_path, monkeypatch):
-    assert np.iinfo(INDEX_DTYPE["label"]).max + 1 == job._MAX_CLASSES
+    assert np.iinfo(INDEX_DTYPE["label"]).max == NO_LABEL == job._MAX_CLASSES  # the highest stands for none
     monkeypatch.setattr(job, "_MAX_CLASSES", 2)
     with pytest.raises(SourceError, match=r"^3 classes are more than the 2 .* → .*--classes, or check"):
         pack(source, tmp_path / "out", SMALL)
@@ -906,7 +909,7 @@ def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
     ]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "packed   45 pictures of 3 classes: train 27, val 9, test 9" in said
+    assert "packed   45 samples of 3 classes: train 27, val 9, test 9" in said
     leaked = load_manifest(tmp_path / "out").raw["random_split_would_leak"]
     val, test = (plural(leaked[split], f"{split} picture") for split in ("val", "test"))
     assert (
@@ -914,7 +917,7 @@ def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
         f"A random split would put near-duplicates of {val} and {test} into train.\n"
     ) in said
     assert "refused  0 (0.00%)" in said
-    assert "pictures/s" in said
+    assert "samples/s" in said
     assert main(words) == 0
     assert "reused" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
@@ -988,4 +991,4 @@ def test_the_tars_stay_open_to_plain_tools(source, tmp_path):
     pack(source, tmp_path / "out", SMALL)
     with tarfile.open(tmp_path / "out" / "test-000000.tar") as tar:
         first = json.load(tar.extractfile(tar.getmembers()[1]))
-    assert list(first) == ["category", "group", "height", "label", "source", "width"]
+    assert list(first) == ["category", "group", "height", "label", "sources", "width"]

@@ -36,8 +36,9 @@ def test_an_adapter_says_how_it_was_asked() -> None:
         data={"system": "s", "prompt": "p", "image_size": 112, "max_length": 99}, model={"precision": "fp32"}
     )
     assert adapter_facts(asked, "letterbox") == {
-        "base": "base", "system": "s", "prompt": "p", "image_size": 112, "resize": "letterbox", "max_length": 99,
-        "quantization": "nf4", "precision": "fp32", "attention": "sdpa",
+        "base": "base", "task": "dish", "system": "s", "prompt": "p", "image_size": 112, "resize": "letterbox",
+        "max_length": 99, "quantization": "nf4", "precision": "fp32", "attention": "sdpa",
+        "parts": {"language_model": "lora", "connector": "frozen", "tower": "frozen"},
     }  # fmt: skip
 
 

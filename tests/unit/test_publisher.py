@@ -35,7 +35,7 @@ def packed_from(out: Path) -> dict[str, Counter[str]]:
     found = {}
     for name in load_manifest(out).splits:
         split = open_split(out, name)
-        found[name] = Counter(split.metadata(i)["source"].split("/")[0] for i in range(len(split)))
+        found[name] = Counter(split.read(i).columns["sources"][0].split("/")[0] for i in range(len(split)))
     return found
 
 
@@ -171,7 +171,7 @@ def test_the_publishers_split_is_kept_in_parts_too_and_said(source, tmp_path, ca
     words = ["pack", str(source), "--image-size", "32", "--workers", "1"]
     assert main([*words[:2], str(tmp_path / "out"), *words[2:]]) == 0
     said = capsys.readouterr().out
-    assert "packed   60 pictures of 2 classes: train 40, val 6, test 14" in said
+    assert "packed   60 samples of 2 classes: train 40, val 6, test 14" in said
     assert "split    the source's own: train, val and test kept; --split deals all anew" in said
     assert packed_from(tmp_path / "out") == {"train": {"train": 40}, "val": {"val": 6}, "test": {"test": 14}}
     own = load_manifest(tmp_path / "out").raw["source_split"]
@@ -256,7 +256,7 @@ def test_pictures_in_no_split_of_the_source_are_refused_and_the_remedy_is_split(
     assert main([*words, "--max-rejected", "0.2"]) == 0
     assert "WARNING  9 pictures lie in no split of the source and are left out" in capsys.readouterr().out
     assert main([*words[:2], str(tmp_path / "dealt"), *words[3:], "--split", "0.8,0.1,0.1"]) == 0
-    assert "packed   63 pictures" in capsys.readouterr().out
+    assert "packed   63 samples" in capsys.readouterr().out
 
 
 def test_look_alikes_across_the_publishers_split_are_told_and_not_moved(source, tmp_path, capsys):

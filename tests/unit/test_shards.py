@@ -7,17 +7,20 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import zlib
 from pkgutil import walk_packages as walk
 
 import numpy as np
 import pytest
 import webdataset
-from pictures import write_folder
+from pictures import encoded, picture, write_folder
 from PIL import Image
 
 import kfood_dist
 from kfood_dist.data.shards.manifest import load_manifest, seal
-from kfood_dist.data.shards.reader import INDEX_DTYPE, open_split
+from kfood_dist.data.shards.reader import INDEX_DTYPE, NO_LABEL, open_split
+from kfood_dist.data.shards.sample import Sample, cut
+from kfood_dist.data.shards.tars import Entry, members, write_tar
 from kfood_dist.data.storage.base import OutOfReachError
 from kfood_dist.errors import ShardError
 from kfood_dist.pack.job import pack
@@ -81,20 +84,23 @@ def test_samples_are_read_by_offset_through_all_shards(packed):
     sources = set()
     for i in range(len(split)):
         assert split.key(i) == f"train-{i:08d}"
-        with Image.open(io.BytesIO(split.read(i))) as image:
+        (jpeg,), said = split.read(i)
+        with Image.open(io.BytesIO(jpeg)) as image:
             assert (image.format, image.size) == ("JPEG", (32, 32))
-        said = split.metadata(i)
+        dish = split.classes[split.index["label"][i]]
         assert said == {
-            "label": split.label(i).name,
-            "category": split.label(i).category,
-            "source": said["source"],
+            "label": dish.name,
+            "category": dish.category,
+            "sources": said["sources"],
             "width": 32,
             "height": 32,
             "group": int(split.index["group"][i]),
         }
-        assert said["label"] in said["source"]
+        (source,) = said["sources"]
+        assert said["label"] in source
         assert split.index["tokens"][i] == len(said["label"].encode()) + 1
-        sources.add(said["source"])
+        assert split.index["num_images"][i] == 1
+        sources.add(source)
     assert len(sources) == 18
     assert split.read(-1) == split.read(17)
 
@@ -140,13 +146,15 @@ def test_only_the_indexes_that_are_needed_are_read(copied):
 def test_an_index_that_leads_out_of_its_tar_is_refused(copied):
     path = copied / "test-000000.index.npy"
     index = np.load(path)
-    index["json_offset"][2] = 2**64 - 1
-    np.save(path, index)
-    data = path.read_bytes()
-    described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    edit_manifest(copied, lambda m: m["shards"][-1].update(index=described))
-    with pytest.raises(ShardError, match=r"test-000000.index.npy leads beyond the end of test-000000.tar"):
-        open_split(copied, "test").read(0)
+    for field, value in (("offset", 2**64 - 1), ("size", 2**32 - 1)):
+        damaged = index.copy()
+        damaged[field][2] = value
+        np.save(path, damaged)
+        data = path.read_bytes()
+        described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        edit_manifest(copied, lambda m, described=described: m["shards"][-1].update(index=described))
+        with pytest.raises(ShardError, match=r"test-000000.index.npy leads beyond the end of test-000000.tar"):
+            open_split(copied, "test").read(0)
 
 
 def test_reading_ahead_changes_nothing_that_is_read(copied):
@@ -164,7 +172,7 @@ def test_plain_tar_and_plain_webdataset_find_the_same_samples(packed):
     urls = [str(packed / f"train-{n:06d}.tar") for n in range(3)]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     assert [s["__key__"] for s in samples] == [split.key(i) for i in range(18)]
-    assert [s["json"] for s in samples] == [split.metadata(i) for i in range(18)]
+    assert [s["json"] for s in samples] == [split.read(i).columns for i in range(18)]
     assert all(s["jpg"].size == (32, 32) for s in samples)
     members = []
     for url in urls:
@@ -186,12 +194,12 @@ def test_a_split_works_in_a_forked_process_and_after_pickling(packed):
     first = split.read(0)
 
     def child(connection):
-        connection.send((split.read(0), split.read(17), split.metadata(3)))
+        connection.send((split.read(0), split.read(17)))
 
     here, there = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(there,))
     process.start()
-    assert here.recv() == (first, split.read(17), split.metadata(3))
+    assert here.recv() == (first, split.read(17))
     process.join()
     assert split.read(0) == first
 
@@ -255,6 +263,58 @@ def test_reading_shards_and_packing_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# --- several pictures
+
+
+@pytest.mark.parametrize("number", [1, 2, 13])
+def test_the_pictures_of_a_sample_lie_in_order_in_one_run(tmp_path, number):
+    """More than ten too: their names do not sort as they are counted."""
+    jpegs = tuple(encoded(picture(seed, 16, 16)) for seed in range(number))
+    said = {"question": "무엇인가요?", "answer": "밥"}
+    text = json.dumps(said).encode()
+    entries = [Entry(f"train-{i:08d}", jpegs[i:] or jpegs, text, NO_LABEL, i, 4) for i in range(2)]
+    index = write_tar(tmp_path / "a.tar", entries)
+    found = list(members(tmp_path / "a.tar"))
+    suffixes = ["jpg", *(f"{n}.jpg" for n in range(1, number)), "json"]
+    assert [member.name for member in found[: number + 1]] == [f"train-00000000.{suffix}" for suffix in suffixes]
+    data = (tmp_path / "a.tar").read_bytes()
+    for row, entry in zip(index, entries, strict=True):
+        run = data[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
+        assert cut(entry.key, run) == Sample(entry.pictures, said)
+        assert (row["num_images"], row["crc32"]) == (len(entry.pictures), zlib.crc32(run))
+
+
+def header_of_size(field):
+    """A tar header under a true checksum that states this size."""
+    header = bytearray(tarfile.TarInfo("k.jpg").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = field + b"\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def test_a_run_that_is_no_sample_is_refused(tmp_path):
+    jpegs = (encoded(picture(0, 16, 16)), encoded(picture(1, 16, 16)))
+    (row,) = write_tar(tmp_path / "a.tar", [Entry("k", jpegs, b"{}", NO_LABEL, 0, 1)])
+    run = (tmp_path / "a.tar").read_bytes()[: int(row["size"])]
+    assert cut("k", run) == Sample(jpegs, {})
+    for damaged in (
+        run[:-1024],
+        run[1024:],
+        run + bytes(512),
+        run.replace(b"k.1.jpg", b"k.2.jpg"),
+        run[:512] + run,
+        b"",
+        *map(header_of_size, (b"-0000001000", b"\xff" * 10 + b"\xfe", b"7" * 11)),  # the first two lead back
+    ):
+        with pytest.raises(ValueError):
+            cut("k", damaged)
+    for text in (b"[]", b"3", b"{", b"\xff"):
+        (row,) = write_tar(tmp_path / f"{text.hex()}.tar", [Entry("k", jpegs, text, NO_LABEL, 0, 1)])
+        with pytest.raises(ValueError):
+            cut("k", (tmp_path / f"{text.hex()}.tar").read_bytes()[: int(row["size"])])
+
+
 # --- what is wrong is said
 
 
@@ -281,7 +341,10 @@ def test_a_manifest_that_is_no_json_object_is_refused(copied, content):
     [
         (lambda m: m.update(format="other"), "of format 'other', not 'kfood-shards'"),
         (lambda m: m.pop("format"), "of format None"),
-        (lambda m: m.update(version=1), "of version 1; version 2 is read here"),
+        (lambda m: m.update(version=1), "of version 1; version 3 is read here"),
+        (lambda m: m.update(version=2), "of version 2; version 3 is read here → pack .* `kfood pack SOURCE OUT`"),
+        (lambda m: m.pop("columns"), "damaged .KeyError: 'columns'"),
+        (lambda m: m.update(columns=3), "damaged"),
         (lambda m: m.pop("classes"), "damaged .KeyError: 'classes'"),
         (lambda m: m.update(classes=[3]), "damaged"),
         (lambda m: m.update(image_size="224"), "damaged"),
@@ -324,27 +387,28 @@ def test_one_shard_that_is_gone_loses_no_other(copied):
     (copied / "train-000001.tar").unlink()
     (copied / "train-000000.index.npy").write_bytes(b"junk")
     found = open_split(copied, "train").read_many([0, 9, 17])
-    assert [type(data) for data in found] == [ShardError, OutOfReachError, bytes]
+    assert [type(data) for data in found] == [ShardError, OutOfReachError, Sample]
     assert "train-000000.index.npy is not the index" in str(found[0])
     assert "train-000001.tar cannot be opened" in str(found[1])
 
 
 def test_one_flipped_byte_in_a_sample_is_noticed_when_it_is_read(copied):
     row = open_split(copied, "train").index[9]
-    flip(copied / "train-000001.tar", int(row["image_offset"]) + 200)
-    split = open_split(copied, "train")
-    with pytest.raises(ShardError, match=r"train-000001.tar has wrong bytes at train-00000009 \(image: crc32"):
-        split.read(9)
-    assert split.metadata(9)
-    assert split.read(8) and split.read(10)
-    flip(copied / "train-000001.tar", int(row["json_offset"]) + 3)
-    with pytest.raises(ShardError, match=r"train-00000009 \(json: crc32"):
-        split.metadata(9)
+    start, end = int(row["offset"]), int(row["offset"]) + int(row["size"])
+    places = {"header": start + 1, "picture": start + 512 + 200, "json": end - 512 + 3, "last": end - 1}
+    for place in places.values():
+        flip(copied / "train-000001.tar", place)
+        split = open_split(copied, "train")
+        with pytest.raises(ShardError, match=r"train-000001.tar has wrong bytes at train-00000009 \(crc32 differs"):
+            split.read(9)
+        assert split.read(8) and split.read(10)
+        flip(copied / "train-000001.tar", place)
+    assert open_split(copied, "train").read(9)
 
 
 def test_a_shard_cut_while_it_is_open_is_noticed(copied):
     split = open_split(copied, "test")
-    os.truncate(copied / "test-000000.tar", int(split.index["image_offset"][5]) + 10)
+    os.truncate(copied / "test-000000.tar", int(split.index["offset"][5]) + 10)
     with pytest.raises(ShardError, match=r"test-000000.tar ends inside test-00000005"):
         split.read(5)
     assert split.read(0)
@@ -360,7 +424,7 @@ def test_a_label_changed_in_the_index_is_noticed(copied):
         open_split(copied, "train").read(0)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "junk", "other_dtype", "short", "class"])
+@pytest.mark.parametrize("kind", ["pickle", "junk", "other_dtype", "short", "class", "no_class"])
 def test_an_index_of_another_kind_is_refused_even_if_the_manifest_names_it(copied, kind):
     path = copied / "test-000000.index.npy"
     index = np.load(path)
@@ -373,7 +437,7 @@ def test_an_index_of_another_kind_is_refused_even_if_the_manifest_names_it(copie
     elif kind == "short":
         np.save(path, index[:-1])
     else:
-        index["label"][0] = 2
+        index["label"][0] = 2 if kind == "class" else NO_LABEL
         np.save(path, index)
     data = path.read_bytes()
     described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

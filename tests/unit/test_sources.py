@@ -425,7 +425,7 @@ def test_what_is_no_source_is_refused_at_once(tmp_path):
         scan(tmp_path / "empty")
     with pytest.raises(SourceError, match=r"kfood\.ZIP cannot be read: no whole zip .* → download it again"):
         scan(put(tmp_path / "kfood.ZIP"))
-    with pytest.raises(SourceError, match=r"neither a folder nor a \.zip or \.csv"):
+    with pytest.raises(SourceError, match=r"neither a folder nor a \.zip, \.csv or \.jsonl"):
         scan(put(tmp_path / "list.txt"))
     with pytest.raises(SourceError, match="holds no pictures"):
         scan(write_csv(tmp_path / "rows.csv"))

@@ -170,7 +170,7 @@ def test_each_container_gets_its_hint_alone_in_a_source_or_as_the_source(tmp_pat
     as_folder(tmp_path / "food", {name: b""})
     with pytest.raises(SourceError, match="holds no pictures, but ") as empty:
         scan(tmp_path / "food")
-    with pytest.raises(SourceError, match=r"neither a folder nor a \.zip or \.csv") as other:
+    with pytest.raises(SourceError, match=r"neither a folder nor a \.zip, \.csv or \.jsonl") as other:
         scan(path)
     assert how_to_read(container_kind(name), str(path)) in empty.value.remedy
     assert other.value.remedy == how_to_read(container_kind(name), str(path))

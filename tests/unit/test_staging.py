@@ -20,6 +20,7 @@ from pictures import write_folder
 from kfood_dist.config.recipe import Recipe
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
+from kfood_dist.data.shards.sample import Sample
 from kfood_dist.data.shards.stage import stage, staged
 from kfood_dist.data.storage.remote import RemoteStorage
 from kfood_dist.errors import LaunchError, ShardError
@@ -97,7 +98,7 @@ def test_a_second_user_adds_its_split_and_the_last_one_out_removes(packed, serve
 def use(url, place, barrier, results):
     with stage(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
         pictures = open_split(folder, "train").read_many(range(18))
-        results.put((str(folder), sum(isinstance(data, bytes) for data in pictures)))
+        results.put((str(folder), sum(isinstance(data, Sample) for data in pictures)))
         barrier.wait(60)
 
 
@@ -267,7 +268,9 @@ def stage_as(user, url, place, results):
     os.setgid(user)
     os.setuid(user)
     with stage(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
-        results.put((folder, sum(isinstance(data, bytes) for data in open_split(folder, "train").read_many(range(18)))))
+        results.put(
+            (folder, sum(isinstance(data, Sample) for data in open_split(folder, "train").read_many(range(18))))
+        )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")

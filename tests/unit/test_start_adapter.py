@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import adapted
 from safetensors.torch import load_file
 
-from kfood_dist.config.recipe import Lora, build_recipe
+from kfood_dist.config.recipe import build_recipe
 from kfood_dist.errors import ModelError
-from kfood_dist.model.adapters import attach_lora, load_adapter, require_adapter
-from kfood_dist.model.load import load_base
+from kfood_dist.model.adapters import load_adapter, require_adapter
 
 
 def recipe(adapter: Path, **lora):
@@ -25,7 +25,7 @@ def test_the_weights_are_taken_over(tiny_model: Path, tiny_adapter: Path) -> Non
     require_adapter(recipe(tiny_adapter))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = attach_lora(load_base(str(tiny_model), "none", "fp32", "sdpa", torch.device("cpu")), Lora())
+        model = adapted(tiny_model)
     load_adapter(model, tiny_adapter)
     kept, saved = get_peft_model_state_dict(model), load_file(tiny_adapter / "adapter_model.safetensors")
     assert kept.keys() == saved.keys()
@@ -67,7 +67,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_model: Path
     save_file(
         {name.replace("layers.0", "layers.99"): w for name, w in weights.items()}, other / "adapter_model.safetensors"
     )
-    model = attach_lora(load_base(str(tiny_model), "none", "fp32", "sdpa", torch.device("cpu")), Lora())
+    model = adapted(tiny_model)
     with pytest.raises(ModelError, match="does not fit the base model"):
         load_adapter(model, other)
     save_file({name: w[:, :-1].contiguous() for name, w in weights.items()}, other / "adapter_model.safetensors")

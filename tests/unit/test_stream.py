@@ -15,16 +15,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from asking import asking_dishes
 from running import ROOT, environment
 
 from kfood_dist.data.batch.collate import Batch, StreamingCollator
 from kfood_dist.data.batch.loader import stream
-from kfood_dist.data.batch.template import Template
 from kfood_dist.data.plan.plan import MicroBatch
-from kfood_dist.data.shards.reader import open_split
 from kfood_dist.errors import LaunchError, ShardError
-from kfood_dist.model.base import load_config
-from kfood_dist.model.processor import load_tokenizer, load_vision_spec
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +30,7 @@ def collator(tiny_model: Path, tiny_shards: Path) -> StreamingCollator:
 
 
 def build(model: Path, shards: Path) -> StreamingCollator:
-    vision = load_vision_spec(str(model), load_config(str(model)), 224)
-    template = Template(load_tokenizer(str(model)), vision, "", "이 음식의 이름은?", 1536)
-    return StreamingCollator(open_split(shards, "train"), template)
+    return asking_dishes(model, shards)
 
 
 def micro_batches(num_samples: int, epochs: int = 1) -> list[MicroBatch]:
@@ -50,7 +45,7 @@ def test_the_order_is_the_plans_whatever_the_workers(
     asked = micro_batches(len(collator.shards), epochs=2)
     batches: list[Batch] = list(stream(collator, iter(asked), num_workers, start_method=method))
     assert [b.ids for b in batches] == [m.ids for m in asked]
-    assert (batches[0].patches == collator[asked[0]].patches).all()
+    assert (batches[0].pixels == collator[asked[0]].pixels).all()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

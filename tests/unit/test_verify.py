@@ -11,7 +11,8 @@ from pictures import encoded, picture, write_folder
 
 from kfood_dist.cli import main
 from kfood_dist.data.shards.manifest import seal
-from kfood_dist.data.shards.tars import members
+from kfood_dist.data.shards.reader import NO_LABEL
+from kfood_dist.data.shards.tars import Entry, members, save_index, write_tar
 from kfood_dist.data.shards.verify import verify
 from kfood_dist.errors import ShardError
 from kfood_dist.pack.job import pack
@@ -115,13 +116,13 @@ def test_a_url_is_refused_as_it_was_written(capsys):
 def cuts(path):
     """Places to cut a tar: in a header, at a sample's and a member's boundary, in a payload, before the end mark."""
     found = list(members(path))
-    sample, picture_end = found[2], found[2].offset + -(-len(found[2].data) // 512) * 512
+    sample = found[2]
     return {
-        "at a sample": sample.offset - 512,
-        "in a header": sample.offset - 300,
-        "in a payload": sample.offset + 100,
-        "at a member": picture_end,
-        "before the end mark": found[-1].offset + 512,
+        "at a sample": sample.start,
+        "in a header": sample.start + 212,
+        "in a payload": sample.start + 612,
+        "at a member": sample.end,
+        "before the end mark": found[-1].end,
         "of one byte": path.stat().st_size - 1,
         "whole": 0,
     }
@@ -191,11 +192,15 @@ def test_any_file_that_is_missing_is_noticed(tiny, tmp_path, name):
 
 def test_a_flipped_byte_in_a_picture_names_the_picture(folder):
     third = list(members(folder / f"{FIRST}.tar"))[4]
-    flip(folder / f"{FIRST}.tar", third.offset + 200)
-    assert faults(folder) == [
-        f"{FIRST}.tar: has not the SHA-256 of the manifest",
-        f"{FIRST}.tar: train-00000002.jpg has wrong bytes (crc32 differs)",
-    ]
+    assert third.name == "train-00000002.jpg"
+    for place in (third.start + 712, third.end + 515):  # in the picture, in the JSON
+        flip(folder / f"{FIRST}.tar", place)
+        assert faults(folder) == [
+            f"{FIRST}.tar: has not the SHA-256 of the manifest",
+            f"{FIRST}.tar: train-00000002 has wrong bytes (crc32 differs)",
+        ]
+        flip(folder / f"{FIRST}.tar", place)
+    assert faults(folder) == []
 
 
 def test_a_missing_and_an_extra_shard_are_noticed(folder):
@@ -225,13 +230,15 @@ def swap(index, field):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda index: swap(index, "image_offset"), "train-00000000.jpg is not where its index says"),
-        (lambda index: swap(index, "image_crc32"), "train-00000000.jpg has wrong bytes"),
-        (lambda index: swap(index, "json_crc32"), "train-00000000.json has wrong bytes"),
+        (lambda index: swap(index, "offset"), "train-00000000 is not where its index says"),
+        (lambda index: np.add(index["size"], 512, out=index["size"]), "train-00000000 is not where its index says"),
+        (lambda index: swap(index, "crc32"), "train-00000000 has wrong bytes"),
         (lambda index: swap(index, "group"), "train-00000000.json contradicts its index"),
         (lambda index: index["label"].fill(0), "contradicts its index"),
-        (lambda index: index["width"].fill(33), "train-00000000.jpg is 32×32, its index says 33×32"),
+        (lambda index: index["num_images"].fill(2), "lacks 6 of 18 members, train-00000000.1.jpg first"),
+        (lambda index: index["num_images"].fill(0), "holds train-00000000.jpg, which is not in its index"),
         (lambda index: index["label"].fill(2), "names a class beyond the manifest's 2"),
+        (lambda index: index["label"].fill(NO_LABEL), "names a class beyond the manifest's 2"),
     ],
 )
 def test_an_index_that_lies_is_noticed_even_if_the_manifest_names_it(folder, change, fault):
@@ -242,18 +249,92 @@ def test_an_index_that_lies_is_noticed_even_if_the_manifest_names_it(folder, cha
 def test_a_picture_that_no_longer_decodes_is_noticed_though_every_checksum_agrees(folder):
     """As if it had been packed broken: the picture's bytes, its crc32 and all hashes agree with one another."""
     first = next(members(folder / f"{FIRST}.tar"))
-    broken = encoded(picture(9, 32, 32))[:100].ljust(len(first.data), b"\0")
-    path = folder / f"{FIRST}.tar"
-    data = bytearray(path.read_bytes())
-    data[first.offset : first.offset + len(broken)] = broken
-    path.write_bytes(data)
-
-    def agree(index):
-        index["image_crc32"][0] = zlib.crc32(broken)
-
-    change_index(folder, FIRST, agree)
+    write_over(folder, first, encoded(picture(9, 32, 32))[:100].ljust(len(first.data), b"\0"))
     (found,) = faults(folder)
     assert found.startswith(f"{FIRST}.tar: train-00000000.jpg does not decode")
+
+
+def write_over(folder, member, data):
+    """Put other bytes in the place of a member of the first sample; its crc32 and all hashes agree with them."""
+    assert len(data) == len(member.data)
+    path = folder / f"{FIRST}.tar"
+    tar = bytearray(path.read_bytes())
+    tar[member.start + 512 : member.start + 512 + len(data)] = data
+    path.write_bytes(tar)
+
+    def agree(index):
+        start, size = int(index["offset"][0]), int(index["size"][0])
+        index["crc32"][0] = zlib.crc32(tar[start : start + size])
+
+    change_index(folder, FIRST, agree)
+
+
+def test_a_picture_of_another_size_than_the_manifests_is_noticed_though_every_checksum_agrees(folder):
+    first = next(members(folder / f"{FIRST}.tar"))
+    small = encoded(picture(9, 32, 16), quality=30)
+    write_over(folder, first, small.ljust(len(first.data), b"\0"))
+    assert faults(folder) == [f"{FIRST}.tar: train-00000000.jpg is 32×16, the manifest says 32×32"]
+
+
+def write_again(folder, change):
+    """Write the first shard anew with the first sample's entry changed; index and manifest agree with it."""
+    tar, index_file = folder / f"{FIRST}.tar", folder / f"{FIRST}.index.npy"
+    found, entries = list(members(tar)), []
+    for jpeg, text, row in zip(found[::2], found[1::2], np.load(index_file), strict=True):
+        facts = (int(row[name]) for name in ("label", "group", "tokens"))
+        entries.append(Entry(row["key"].decode(), (jpeg.data,), text.data, *facts))
+    tar.unlink(), index_file.unlink()
+    save_index(index_file, write_tar(tar, [change(entries[0]), *entries[1:]]))
+    describe_again(folder, FIRST)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda said: said.update(width=33), "says 33×32, the manifest 32×32"),
+        (lambda said: said.update(height="32"), "says 32×'32', the manifest 32×32"),
+        (lambda said: said.pop("width"), "is not a sample's JSON (KeyError: 'width')"),
+        (lambda said: said.update(group=1), "contradicts its index"),
+        (lambda said: said.pop("group"), "is not a sample's JSON (KeyError: 'group')"),
+        (lambda said: said.update(label="유과"), "contradicts its index"),
+        (lambda said: said.update(category=None), "has a column that is no text"),
+        (lambda said: said.pop("label"), "is not a sample's JSON (KeyError: 'label')"),
+        (lambda said: said.update(sources=[]), "names 0 sources, its index 1 picture"),
+        (lambda said: said.update(sources=["a", "b"]), "names 2 sources, its index 1 picture"),
+        (lambda said: said.update(sources=3), "is not a sample's JSON (TypeError"),
+        (lambda said: said.pop("sources"), "is not a sample's JSON (KeyError: 'sources')"),
+    ],
+)
+def test_a_json_that_lies_is_noticed_though_every_checksum_agrees(folder, change, fault):
+    def changed(entry):
+        said = json.loads(entry.json)
+        change(said)
+        return replace(entry, json=json.dumps(said).encode())
+
+    write_again(folder, lambda entry: entry)
+    assert faults(folder) == []
+    write_again(folder, changed)
+    (found,) = faults(folder)
+    assert found.startswith(f"{FIRST}.tar: train-00000000.json {fault}")
+
+
+@pytest.mark.parametrize("text", [b"[]", b"3", b"{", b"\xff", b"[" * 100_000], ids=["list", "3", "{", "ff", "deep"])
+def test_a_json_that_is_none_is_noticed_though_every_checksum_agrees(folder, text):
+    write_again(folder, lambda entry: replace(entry, json=text))
+    (found,) = faults(folder)
+    assert found.startswith(f"{FIRST}.tar: train-00000000.json is not a sample's JSON")
+
+
+def test_the_pictures_of_a_sample_are_each_looked_at(folder):
+    """The second of two is broken."""
+
+    def changed(entry):
+        said = json.loads(entry.json) | {"sources": ["a", "b"]}
+        return replace(entry, pictures=(*entry.pictures, b"junk"), json=json.dumps(said).encode())
+
+    write_again(folder, changed)
+    (found,) = faults(folder)
+    assert found.startswith(f"{FIRST}.tar: train-00000000.1.jpg does not decode")
 
 
 def test_counts_and_groups_that_do_not_add_up_are_noticed(folder):

@@ -1,29 +1,28 @@
 """The streaming collator: a micro-batch of sample ids in, one batch of tensors out.
 
-    ids ──► shard bytes ──► RGB ──► uint8 patches ─┐
-    label ──► template ──► ids, labels ────────────┴──► pad ──► Batch
+    ids ──► sample ──► pictures ──► RGB ──► the model's pixels ─┐
+                  └──► columns ──► task ──► template ──► ids, labels ──► pad ──► Batch
 
-Always holds: each picture's patches and image tokens travel together; a sample that cannot fit is left out by name
+Always holds: each picture's pixels and image tokens travel together; a sample that cannot fit is left out by name
 (`Batch.refused`) and never stalls a rank: if nothing remains, a filler without labels is put in its place. A sample
 that cannot be read any more is, while training, replaced by another that depends on its id alone (`Batch.replaced`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from kfood_dist.data.batch.template import IGNORED, Encoded, SampleTooLong, Template
-from kfood_dist.data.mix import Mixture
+from kfood_dist.data.batch.template import IGNORED, Encoded, SampleRefused, Template
 from kfood_dist.data.picture.images import ImageRejected, decode_rgb
-from kfood_dist.data.picture.patches import encode_picture
 from kfood_dist.data.plan.plan import MicroBatch
-from kfood_dist.data.shards.reader import ShardSplit
+from kfood_dist.data.shards.sample import Sample
 from kfood_dist.data.storage.base import OutOfReachError
+from kfood_dist.data.task.base import Task
 from kfood_dist.errors import ShardError
 
 # So many samples in a row do not rot by chance: then the shards themselves are out of reach.
@@ -43,11 +42,12 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, L) int64
     attention_mask: torch.Tensor  # (B, L) int64
-    mm_token_type_ids: torch.Tensor  # (B, L) int64, 1 at image tokens: mRoPE needs it
+    is_image: torch.Tensor  # (B, L) int64, 1 at image tokens
     labels: torch.Tensor  # (B, L) int64, IGNORED outside answers
-    patches: torch.Tensor  # (total patches, p·p·3) uint8; of a model's own processor (…, 3·T·p·p) float32
-    image_grid_thw: torch.Tensor  # (B, 3) int64
+    pixels: torch.Tensor  # of all pictures, in the form of the model's `Pictures`
+    facts: dict[str, torch.Tensor]  # what goes with the pixels, such as grids
     ids: tuple[int, ...] = ()  # the samples asked for and in here, themselves or by a substitute
+    columns: tuple[dict[str, Any], ...] = ()  # theirs, where the batch is for generation
     refused: tuple[LeftOut, ...] = ()
     replaced: tuple[LeftOut, ...] = ()
 
@@ -69,73 +69,55 @@ class Batch:
 
     def __reduce__(self) -> "tuple[Callable[[dict[str, Any]], Batch], tuple[dict[str, Any]]]":
         # As arrays, which pickle passes on as they lie in memory: torch would copy a tensor several times.
-        return _from_arrays, ({name: v.numpy() if torch.is_tensor(v) else v for name, v in vars(self).items()},)
+        return _from_arrays, (_mapped(vars(self), torch.Tensor, torch.Tensor.numpy),)
 
     def _each_tensor(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        values.update({name: move(value) for name, value in values.items() if torch.is_tensor(value)})
-        return Batch(**values)
+        return Batch(**_mapped(vars(self), torch.Tensor, move))
 
 
 def _from_arrays(values: dict[str, Any]) -> Batch:
-    tensors = {name: torch.from_numpy(v) for name, v in values.items() if isinstance(v, np.ndarray)}
-    return Batch(**values | tensors)
+    return Batch(**_mapped(values, np.ndarray, torch.from_numpy))
 
 
-class _Sample(NamedTuple):
-    encoded: Encoded
-    patches: np.ndarray
-    grid: tuple[int, int, int]
+def _mapped(values: dict[str, Any], kind: type, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The values with all of one kind changed, also inside of dictionaries."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _mapped(value, kind, change)
+        return change(value) if isinstance(value, kind) else value
+
+    return {name: mapped(value) for name, value in values.items()}
 
 
-class _Block:
-    """The patches of a micro-batch, one picture after the other: each is written where it will stay.
+class Readable(Protocol):
+    """What samples are read from: a split, a mixture, or single pictures."""
 
-    Pictures of a packed set are of one size; should one differ, all are joined at the end instead.
-    """
-
-    def __init__(self, num_pictures: int):
-        self._num_pictures = num_pictures
-        self._rows: np.ndarray | None = None  # (pictures, patches, bytes of a patch), made when the first is known
-        self._parts: list[np.ndarray] = []
-
-    def next_row(self) -> np.ndarray | None:
-        """Where the next picture's patches may be written."""
-        return None if self._rows is None else self._rows[len(self._parts)]
-
-    def keep(self, patches: np.ndarray) -> None:
-        """Count a picture's patches in, whether or not they were written to `next_row`."""
-        if self._rows is None and self._num_pictures > 1:
-            self._rows = np.empty((self._num_pictures, *patches.shape), patches.dtype)
-            self._rows[0] = patches
-            patches = self._rows[0]
-        self._parts.append(patches)
-
-    def joined(self) -> np.ndarray:
-        """All patches, (total patches, bytes of a patch)."""
-        if self._rows is not None and all(part.base is self._rows for part in self._parts):
-            return self._rows[: len(self._parts)].reshape(-1, self._rows.shape[2])
-        return np.concatenate(self._parts)
+    def __len__(self) -> int: ...
+    def key(self, i: int) -> str: ...
+    def read_many(self, ids: Sequence[int]) -> list[Sample | ShardError]: ...
 
 
 class StreamingCollator(Dataset[Batch]):
-    """Turns a MicroBatch into a Batch; a map-style dataset whose index is the micro-batch itself.
+    """Turns micro-batches of sample ids into batches; a map-style dataset whose index is a MicroBatch.
 
-    With `for_generation` the answers are left off and padding goes to the left, where generation wants it. `unreadable`
-    says what becomes of a sample whose bytes are damaged: `stop` raises ShardError, as a measurement must; `refuse`
-    leaves it out by name; `replace` puts a substitute in its place, as training wants it. What is out of reach is no
-    damage: OutOfReachError is raised, or which samples are seen would depend on the weather.
+    `for_generation` leaves the answers off and pads on the left, so that generation can begin at the end of every row.
+    A sample that cannot be read raises ShardError; `unreadable` may "refuse" it, or "replace" it, as training wants
+    it. What is out of reach is no damage: OutOfReachError is raised, or which samples are seen would depend on the
+    weather.
     """
 
     def __init__(
         self,
-        shards: ShardSplit | Mixture,
+        shards: Readable,
         template: Template,
+        task: Task,
         for_generation: bool = False,
         unreadable: Literal["stop", "refuse", "replace"] = "stop",
     ):
-        self.shards = shards
+        self.shards: Any = shards
         self.template = template
+        self.task = task
         self.for_generation = for_generation
         self.unreadable = unreadable
         self.pad_token_id = int(template.tokenizer.pad_token_id)
@@ -144,83 +126,141 @@ class StreamingCollator(Dataset[Batch]):
         used: list[int] = []
         refused: list[LeftOut] = []
         replaced: list[LeftOut] = []
-        samples: list[_Sample] = []
+        rows: list[_Row] = []
+        columns: list[dict[str, Any]] = []
         block = _Block(len(micro_batch.ids))
-        for i, picture in zip(micro_batch.ids, self._pictures(micro_batch.ids), strict=True):
-            shown = i
-            if isinstance(picture, ShardError) and self.unreadable == "replace":
-                replaced.append(LeftOut(self.shards.key(i), picture.what))
-                shown, picture = self._substitute(i, picture)
-            if isinstance(picture, ShardError):
-                refused.append(LeftOut(self.shards.key(i), picture.what))
-                continue
+        for i, sample in zip(micro_batch.ids, self._samples(micro_batch.ids), strict=True):
             try:
-                samples.append(self._sample(shown, picture, answered=not self.for_generation, out=block.next_row()))
-                block.keep(samples[-1].patches)
+                if isinstance(sample, ShardError) and self.unreadable == "replace":
+                    replaced.append(LeftOut(self.shards.key(i), sample.what))
+                    sample = self._substitute(i, sample)
+                if isinstance(sample, ShardError):
+                    refused.append(LeftOut(self.shards.key(i), sample.what))
+                    continue
+                rows.append(self._row(sample, not self.for_generation, block))
                 used.append(i)
-            except SampleTooLong:
-                refused.append(LeftOut(self.shards.key(i), "answer and image alone exceed data.max_length"))
-        if not samples:
-            samples = [self._filler(micro_batch.filler)]
-            block.keep(samples[0].patches)
-        return self._pad(samples, block.joined(), ids=tuple(used), refused=tuple(refused), replaced=tuple(replaced))
+                columns.append(sample.columns)
+            except SampleRefused as error:
+                refused.append(LeftOut(self.shards.key(i), str(error)))
+        if not rows:
+            rows = [self._filler(micro_batch.filler, block)]
+        return self._pad(
+            rows,
+            block.joined(),
+            ids=tuple(used),
+            columns=tuple(columns) if self.for_generation else (),
+            refused=tuple(refused),
+            replaced=tuple(replaced),
+        )
 
-    def _pictures(self, ids: Sequence[int]) -> Iterator[np.ndarray | ShardError]:
-        """RGB (H, W, 3) uint8 of each sample, or what is wrong with it, unless that is to be raised.
+    def _samples(self, ids: Sequence[int]) -> Iterator["_Decoded | ShardError"]:
+        """Each sample with its pictures decoded, or what is wrong with it, unless that is to be raised.
 
-        One at a time, so that a picture is cut into patches while it lies in the processor's cache.
+        One at a time, so that a picture is encoded while it lies in the processor's cache.
         """
-        for i, data in zip(ids, self.shards.read_many(ids), strict=True):
-            picture = data if isinstance(data, ShardError) else self._decode(i, data)
-            if isinstance(picture, OutOfReachError) or (isinstance(picture, ShardError) and self.unreadable == "stop"):
-                raise picture
-            yield picture
+        for i, read in zip(ids, self.shards.read_many(ids), strict=True):
+            sample = read if isinstance(read, ShardError) else self._decode(i, read)
+            if isinstance(sample, OutOfReachError) or (isinstance(sample, ShardError) and self.unreadable == "stop"):
+                raise sample
+            yield sample
 
-    def _decode(self, i: int, jpeg: bytes) -> np.ndarray | ShardError:
+    def _decode(self, i: int, sample: Sample) -> "_Decoded | ShardError":
         try:
-            return decode_rgb(jpeg)
+            return _Decoded(sample.columns, [decode_rgb(jpeg) for jpeg in sample.pictures])
         except ImageRejected as error:
             return ShardError(f"{self.shards.key(i)} does not decode ({error.detail})", "see `kfood verify`")
 
-    def _substitute(self, i: int, fault: ShardError) -> tuple[int, np.ndarray]:
-        """Another sample and its picture, a function of i and of what can be read; raises `fault` if none is found."""
+    def _substitute(self, i: int, fault: ShardError) -> "_Decoded":
+        """Another sample, a function of i and of what can be read; raises `fault` if none is found."""
         for candidate in islice(substitutes(i, len(self.shards)), _SUBSTITUTES_TRIED):
-            [picture] = self._pictures([candidate])
-            if not isinstance(picture, ShardError):
-                return candidate, picture
+            [sample] = self._samples([candidate])
+            if not isinstance(sample, ShardError):
+                return sample
         raise fault
 
-    def _filler(self, i: int) -> _Sample:
-        """What keeps a rank going whose samples are all left out: a picture without an answer, if need be a blank."""
-        [picture] = self._pictures([i])
-        if isinstance(picture, ShardError):
-            size = self.shards.manifest.image_size
-            picture = np.zeros((size, size, 3), dtype=np.uint8)
-        return self._sample(i, picture, answered=False)
+    def _filler(self, i: int, block: "_Block") -> "_Row":
+        """What keeps a rank going whose samples are all left out: one without an answer, if need be a blank picture."""
+        [sample] = self._samples([i])
+        size = self.shards.manifest.image_size
+        blank = _Decoded(dict(self.task.example), [np.zeros((size, size, 3), dtype=np.uint8)])
+        try:
+            return self._row(blank if isinstance(sample, ShardError) else sample, False, block)
+        except SampleRefused:
+            return self._row(blank, False, block)
 
-    def _sample(self, i: int, rgb: np.ndarray, answered: bool, out: np.ndarray | None = None) -> _Sample:
-        patches, grid = encode_picture(rgb, self.template.vision, out)
-        return _Sample(self.template.encode(grid, self.shards.label(i).name if answered else None), patches, grid)
+    def _row(self, sample: "_Decoded", answered: bool, block: "_Block") -> "_Row":
+        """Encode a sample; its pixels go into the block. Raises SampleRefused, and then none of them do."""
+        pictures = [
+            self.template.pictures.encode(rgb, block.free_row(number)) for number, rgb in enumerate(sample.pictures)
+        ]
+        messages = self.task.messages(sample.columns, len(pictures))
+        answer = self.task.answer(sample.columns) if answered else None
+        encoded = self.template.encode(messages, [picture.ids for picture in pictures], answer)
+        for picture in pictures:
+            block.keep(picture.pixels)
+        return _Row(encoded, [picture.facts for picture in pictures])
 
-    def _pad(self, samples: list[_Sample], patches: np.ndarray, **left_out: Any) -> Batch:
-        encoded = [sample.encoded for sample in samples]
+    def _pad(self, rows: list["_Row"], pixels: np.ndarray, **left_out: Any) -> Batch:
+        encoded = [row.encoded for row in rows]
+        facts = [facts for row in rows for facts in row.facts]
         length = max(map(len, encoded))
 
-        def padded(rows: Iterable[np.ndarray], value: int) -> torch.Tensor:
-            out = np.full((len(samples), length), value, dtype=np.int64)
-            for line, row in zip(out, rows, strict=True):
+        def padded(values: Iterable[np.ndarray], value: int) -> torch.Tensor:
+            out = np.full((len(rows), length), value, dtype=np.int64)
+            for line, row in zip(out, values, strict=True):
                 line[slice(-len(row), None) if self.for_generation else slice(len(row))] = row
             return torch.from_numpy(out)
 
         return Batch(
             input_ids=padded((e.ids for e in encoded), self.pad_token_id),
             attention_mask=padded((np.ones(len(e)) for e in encoded), 0),
-            mm_token_type_ids=padded((e.is_image for e in encoded), 0),
+            is_image=padded((e.is_image for e in encoded), 0),
             labels=padded((e.labels for e in encoded), IGNORED),
-            patches=torch.from_numpy(patches),
-            image_grid_thw=torch.tensor([sample.grid for sample in samples]),
+            pixels=torch.from_numpy(pixels),
+            facts={name: torch.from_numpy(np.concatenate([f[name] for f in facts])) for name in facts[0]},
             **left_out,
         )
+
+
+class _Decoded(NamedTuple):
+    columns: dict[str, Any]
+    pictures: list[np.ndarray]  # RGB (H, W, 3) uint8
+
+
+class _Row(NamedTuple):
+    encoded: Encoded
+    facts: list[dict[str, np.ndarray]]  # of each picture
+
+
+class _Block:
+    """The pixels of a micro-batch, one picture after the other: each is written where it will stay.
+
+    Pictures of a packed set are of one size; should one differ, all are joined at the end instead.
+    """
+
+    def __init__(self, num_pictures: int):
+        self._num_pictures = num_pictures  # a guess: should there be more, all are joined at the end
+        self._rows: np.ndarray | None = None  # (pictures, *one's shape), made when the first is known
+        self._parts: list[np.ndarray] = []
+
+    def free_row(self, number: int) -> np.ndarray | None:
+        """Where the pixels of the next picture but `number` may be written."""
+        place = len(self._parts) + number
+        return None if self._rows is None or place >= len(self._rows) else self._rows[place]
+
+    def keep(self, pixels: np.ndarray) -> None:
+        """Count a picture's pixels in, whether or not they were written to a free row."""
+        if self._rows is None and self._num_pictures > 1:
+            self._rows = np.empty((self._num_pictures, *pixels.shape), pixels.dtype)
+            self._rows[0] = pixels
+            pixels = self._rows[0]
+        self._parts.append(pixels)
+
+    def joined(self) -> np.ndarray:
+        """The pixels of all pictures, their first axes joined."""
+        if self._rows is not None and all(part.base is self._rows for part in self._parts):
+            return self._rows[: len(self._parts)].reshape(-1, *self._rows.shape[2:])
+        return np.concatenate(self._parts)
 
 
 def substitutes(i: int, num_samples: int) -> Iterator[int]:

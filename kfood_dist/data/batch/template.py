@@ -1,20 +1,21 @@
-"""From prompt and answer to token ids, with tail-preserving truncation.
+"""From messages and answer to token ids, with tail-preserving truncation.
 
-    system + image + prompt ──► chat template ──► ids, image placeholders expanded ──► + answer, end token
-                                                       └──► truncate: the first text tokens go, nothing else
+    messages ──► chat template ──► ids, each placeholder its picture's tokens ──► + answer, end token
+                                          └──► truncate: the first text tokens go, nothing else
 
 Always holds: the answer is whole; image tokens are whole and keep their number; what is dropped is text, from the
 front: first what stands ahead of the image, then the prompt. Training, evaluation and prediction all come through here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from kfood_dist.data.picture.patches import VisionSpec
-from kfood_dist.errors import ModelError, RecipeError, first_line
+from kfood_dist.data.picture.protocol import Pictures
+from kfood_dist.data.task.base import Message
+from kfood_dist.errors import ModelError, first_line
 
 # A data set of dishes has a few hundred answers; one of free text must not fill the memory.
 _MOST_REMEMBERED = 4096
@@ -24,8 +25,15 @@ _OTHER = "use the chat template and tokenizer that were published with this very
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
-class SampleTooLong(Exception):
+class SampleRefused(Exception):
+    """A sample that cannot be encoded; its text says why."""
+
+
+class SampleTooLong(SampleRefused):
     """The answer and the image alone exceed the limit; nothing that may be dropped would make it fit."""
+
+    def __init__(self) -> None:
+        super().__init__("answer and image alone exceed data.max_length")
 
 
 @dataclass(frozen=True)
@@ -54,85 +62,105 @@ def truncate(droppable: np.ndarray, max_length: int) -> np.ndarray:
 
 
 class Template:
-    """Encodes (image grids, answer) for one system text and prompt; picklable, so workers can hold it.
+    """Encodes (messages, pictures, answer) for one model; picklable, so workers can hold it.
 
-    `tokenizer` is a transformers tokenizer with a chat template. Raises ModelError if it has none, or if the
-    template refuses a picture or does not place it; RecipeError if a text holds a special token.
+    `tokenizer` is a transformers tokenizer with a chat template. Raises ModelError if it has none.
     """
 
-    def __init__(self, tokenizer: Any, vision: VisionSpec, system: str, prompt: str, max_length: int):
+    def __init__(self, tokenizer: Any, pictures: Pictures, max_length: int):
         if not tokenizer.chat_template:
             raise ModelError(
                 "the base model's tokenizer has no chat template",
                 "use an Instruct model, with its chat_template.jinja, chat_template.json or tokenizer_config.json",
             )
-        if found := [token for token in tokenizer.all_special_tokens if token in system + prompt]:
-            raise RecipeError(
-                f"data.system or data.prompt holds {found[0]}, which is a token of the chat template", "leave it out"
-            )
         self.tokenizer = tokenizer
-        self.vision = vision
-        self.system = system
-        self.prompt = prompt
+        self.pictures = pictures
         self.max_length = max_length
-        self._encoded: dict[tuple[tuple[int, int, int], str | None], Encoded] = {}
+        self._contexts: dict[tuple[Message, ...], np.ndarray] = {}
+        self._encoded: dict[tuple[tuple[Message, ...], tuple[bytes, ...], str | None], Encoded] = {}
+
+    def encode(self, messages: tuple[Message, ...], pictures: Sequence[np.ndarray], answer: str | None) -> Encoded:
+        """Tokens of messages, with the ids that stand for each of their pictures, and the answer; None: all but it.
+
+        Where the text is cut at all, it is cut by the answer's length more when there is an answer. The same words give
+        the same arrays, which are not to be written to. Raises SampleRefused, and ModelError if the chat template
+        refuses the messages, or does not place their pictures.
+        """
+        words = messages, tuple(ids.tobytes() for ids in pictures), answer
+        return _remembered(self._encoded, words, lambda: self._encode(messages, pictures, answer))
+
+    def _encode(self, messages: tuple[Message, ...], pictures: Sequence[np.ndarray], answer: str | None) -> Encoded:
+        context = _remembered(self._contexts, messages, lambda: self._context(messages))
+        places = np.flatnonzero(context == self.pictures.placeholder)
+        if len(places) != len(pictures):
+            raise ModelError(
+                "the base model's chat template does not place exactly one image token for one picture", _OTHER
+            )
+        pieces = np.split(context, np.sort(np.concatenate([places, places + 1])))  # texts and placeholders in turn
+        for number, ids in enumerate(pictures):
+            pieces[2 * number + 1] = ids
+        is_picture = np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces])
+        tail = self._answer(answer) if answer is not None else np.empty(0, dtype=np.int64)
+        ids = np.concatenate([*pieces, tail])
+        is_answer = np.arange(len(ids)) >= len(is_picture)
+        visual = np.isin(ids, list(self.pictures.kept)) | np.pad(is_picture, (0, len(tail)))
+        keep = truncate(~(visual | is_answer), self.max_length)
+        return Encoded(
+            ids=ids[keep],
+            labels=np.where(is_answer, ids, IGNORED)[keep],
+            is_image=(ids == self.pictures.image_token)[keep],
+        )
+
+    def _context(self, messages: tuple[Message, ...]) -> np.ndarray:
+        """Token ids of everything ahead of the answer, with one placeholder for each picture."""
+        texts = [text for message in messages for text in message.content if text is not None]
+        for text in texts:
+            self._require_plain(text)
+        turns = [
+            {
+                "role": message.role,
+                "content": [{"type": "image"} if text is None else {"type": "text", "text": text} for text in content],
+            }
+            for message in messages
+            if (content := message.content)
+        ]
         try:
-            placed = (self._context == vision.image_token_id).sum()
+            written = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a chat template is a program, and may raise anything
             raise ModelError(
                 f"the base model's chat template refuses a picture ({type(error).__name__}: {first_line(error)})",
                 _OTHER,
             ) from None
-        if placed != 1:
+        if lost := [text for text in texts if text.strip() not in written]:
             raise ModelError(
-                "the base model's chat template does not place exactly one image token for one picture", _OTHER
+                f"the base model's chat template drops the text {lost[0][:60]!r}",
+                'use a template that writes it; for a system text, --set data.system="" leaves it out',
             )
-
-    @cached_property
-    def _context(self) -> np.ndarray:
-        """Token ids of everything ahead of the answer, with one placeholder for the image."""
-        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
-        content = [{"type": "image"}, {"type": "text", "text": self.prompt}]
-        messages.append({"role": "user", "content": content})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._tokenise(text)
-
-    def encode(self, grid: tuple[int, int, int], answer: str | None) -> Encoded:
-        """Tokens of one picture (patch grid time × height × width) and its answer; with None, all but the answer.
-
-        Where the text is cut at all, it is cut by the answer's length more when there is an answer. The same grid and
-        answer give the same arrays, which are not to be written to. Raises SampleTooLong.
-        """
-        if (grid, answer) not in self._encoded:
-            if len(self._encoded) >= _MOST_REMEMBERED:
-                self._encoded.clear()
-            self._encoded[grid, answer] = self._encode(grid, answer)
-        return self._encoded[grid, answer]
-
-    def _encode(self, grid: tuple[int, int, int], answer: str | None) -> Encoded:
-        num_image_tokens = grid[0] * grid[1] * grid[2] // self.vision.merge_size**2
-        repeats = np.where(self._context == self.vision.image_token_id, num_image_tokens, 1)
-        context = np.repeat(self._context, repeats)
-        tail = self._answer(answer) if answer is not None else np.empty(0, dtype=np.int64)
-        ids = np.concatenate([context, tail])
-        is_answer = np.arange(len(ids)) >= len(context)
-        visual = np.isin(
-            ids,
-            [self.vision.image_token_id, self.vision.vision_start_token_id, self.vision.vision_end_token_id],
-        )
-        keep = truncate(~(visual | is_answer), self.max_length)
-        return Encoded(
-            ids=ids[keep],
-            labels=np.where(is_answer, ids, IGNORED)[keep],
-            is_image=(ids == self.vision.image_token_id)[keep],
-        )
+        # As transformers does: a template that writes the beginning token itself gets no second one.
+        begins = self.tokenizer.bos_token is not None and written.startswith(self.tokenizer.bos_token)
+        return self._tokenise(written, special=not begins)
 
     def decode(self, ids: Any) -> str:
         """The text of generated ids, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _answer(self, answer: str) -> np.ndarray:
+        self._require_plain(answer)
         return np.append(self._tokenise(answer), self.tokenizer.eos_token_id)
 
-    def _tokenise(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+    def _require_plain(self, text: str) -> None:
+        """Raise SampleRefused for a text that would be read as a token of the template, such as a picture's."""
+        for token in self.tokenizer.all_special_tokens:
+            if token in text:
+                raise SampleRefused(f"its text holds {token}, which is a token of the chat template")
+
+    def _tokenise(self, text: str, special: bool = False) -> np.ndarray:
+        return np.array(self.tokenizer(text, add_special_tokens=special)["input_ids"], dtype=np.int64)
+
+
+def _remembered(known: dict[Any, Any], words: Any, make: Any) -> Any:
+    if words not in known:
+        if len(known) >= _MOST_REMEMBERED:
+            known.clear()
+        known[words] = make()
+    return known[words]

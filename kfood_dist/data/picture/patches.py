@@ -1,26 +1,27 @@
-"""Pictures as the vision tower's patches, in uint8: one reshape on the worker, the arithmetic on the device.
+"""Pictures as the Qwen-VL tower's patches, in uint8: one reshape on the worker, the arithmetic on the device.
 
     RGB (H, W, 3) uint8 ──► patchify ──► patches (num_patches, p·p·3) uint8, grid (1, H/p, W/p)
-                       └──► the model's own image processor, where patches would not equal it ──► float32 pixel values
 
-Normalisation and the repeat in time happen later (`model.loss.normalise_patches`), so a picture crosses to the
-device as one byte per value instead of eight.
+Normalisation and the repeat in time happen on the device, so a picture crosses to it as one byte per value instead of
+eight.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kfood_dist.data.picture.protocol import Picture
 from kfood_dist.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
-class VisionSpec:
-    """What a base model's config and image processor say about pictures.
-
-    `own_processor` is transformers' image processor where uint8 patches would not equal what it gives, else None.
-    """
+class PatchSpec:
+    """What a base model's config and image processor say about pictures."""
 
     patch_size: int
     merge_size: int
@@ -30,12 +31,16 @@ class VisionSpec:
     image_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-    own_processor: Any = None
 
     @property
     def unit(self) -> int:
         """Pixels that one image token spans on each side."""
         return self.patch_size * self.merge_size
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """Tokens that truncation may not drop."""
+        return frozenset({self.image_token_id, self.vision_start_token_id, self.vision_end_token_id})
 
     def require_fitting(self, image_size: int) -> None:
         """Raise RecipeError unless a square picture of this side is a whole number of image tokens."""
@@ -47,8 +52,34 @@ class VisionSpec:
             )
 
 
+class Patches:
+    """`Pictures` of a Qwen-VL whose processor only cuts, rescales and normalises a picture of this size."""
+
+    def __init__(self, spec: PatchSpec):
+        self.spec = spec
+        self.placeholder = self.image_token = spec.image_token_id
+        self.kept = spec.kept
+
+    def encode(self, rgb: np.ndarray, out: np.ndarray | None = None) -> Picture:
+        patches, grid = patchify(rgb, self.spec, out)
+        num_tokens = grid[1] * grid[2] // self.spec.merge_size**2
+        return Picture(patches, {"image_grid_thw": np.array([grid])}, _repeated(self.image_token, num_tokens))
+
+    def to_model(
+        self, pixels: "torch.Tensor", facts: "dict[str, torch.Tensor]", is_image: "torch.Tensor"
+    ) -> "dict[str, torch.Tensor]":
+        return {"pixel_values": normalise_patches(pixels, self.spec), "mm_token_type_ids": is_image, **facts}
+
+
+@lru_cache(maxsize=64)
+def _repeated(token: int, count: int) -> np.ndarray:
+    ids = np.full(count, token, dtype=np.int64)
+    ids.flags.writeable = False
+    return ids
+
+
 def patchify(
-    rgb: np.ndarray, spec: VisionSpec, out: np.ndarray | None = None
+    rgb: np.ndarray, spec: PatchSpec, out: np.ndarray | None = None
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Cut RGB (H, W, 3) uint8 into patches (num_patches, p·p·3) uint8 and their grid (time, height, width).
 
@@ -67,18 +98,15 @@ def patchify(
     return patches, (1, rows, columns)
 
 
-def encode_picture(
-    rgb: np.ndarray, spec: VisionSpec, out: np.ndarray | None = None
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """RGB (H, W, 3) uint8 as `patchify` gives it; or, of a model's own processor, pixel values (n, 3·T·p·p) float32."""
-    if spec.own_processor is None:
-        return patchify(rgb, spec, out)
-    # The channels' place is said, since a processor would have to guess it of a very small picture.
-    made = spec.own_processor(images=[rgb], return_tensors="np", input_data_format="channels_last")
-    time, rows, columns = (int(n) for n in made["image_grid_thw"][0])
-    return np.asarray(made["pixel_values"], dtype=np.float32), (time, rows, columns)
+def normalise_patches(patches: "torch.Tensor", spec: PatchSpec) -> "torch.Tensor":
+    """uint8 patches (n, p·p·3) → pixel_values (n, 3·T·p·p) float32, normalised and repeated T times in time.
 
+    Equals transformers' Qwen2VLImageProcessor, which rescales by 1/255, then takes (x - mean) / std per channel.
+    """
+    import torch
 
-def grid_of(image_size: int, spec: VisionSpec) -> tuple[int, int, int]:
-    """The patch grid (time, height, width) of a square picture of this side in pixels."""
-    return encode_picture(np.zeros((image_size, image_size, 3), dtype=np.uint8), spec)[1]
+    p, t = spec.patch_size, spec.temporal_patch_size
+    mean = torch.tensor(spec.mean, device=patches.device).view(1, 3, 1, 1)
+    std = torch.tensor(spec.std, device=patches.device).view(1, 3, 1, 1)
+    pixels = (patches.view(-1, p * p, 3).permute(0, 2, 1).unsqueeze(2).float() / 255 - mean) / std
+    return pixels.expand(-1, -1, t, -1).reshape(-1, 3 * t * p * p)

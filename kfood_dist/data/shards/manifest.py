@@ -18,7 +18,7 @@ from kfood_dist.data.task.dish import DishClass, stands_for_two
 from kfood_dist.errors import ShardError
 
 FORMAT = "kfood-shards"
-VERSION = 2
+VERSION = 3
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.csv"
 SPLITS = ("train", "val", "test")
@@ -43,12 +43,16 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed folder holds; a class's id is its position in `classes`. `raw` is the whole JSON."""
+    """What a packed folder holds; a class's id is its position in `classes`, which may be empty.
+
+    `columns` are those that every sample has besides its pictures. `raw` is the whole JSON.
+    """
 
     storage: Storage
     classes: tuple[DishClass, ...]
     image_size: int
     resize: str
+    columns: tuple[str, ...]
     shards: tuple[ShardFile, ...]
     raw: dict[str, Any]
 
@@ -103,7 +107,7 @@ def load_manifest(where: str | Path | Storage) -> Manifest:
     if raw.get("version") != VERSION:
         raise ShardError(
             f"{place} is of version {raw.get('version')!r}; version {VERSION} is read here",
-            "pack the source again with this kfood",
+            "pack the source again with this kfood: `kfood pack SOURCE OUT`, with the options it was packed with",
         )
     if not _is_sealed(data):
         raise ShardError(f"{place} is damaged or was edited: its checksum is another", _PACK_AGAIN)
@@ -178,7 +182,8 @@ def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
         _count(own["groups_across"])
     for split in SPLITS:
         _count(raw["splits"][split]["samples"])
-    return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), shards, raw)
+    columns = tuple(str(name) for name in raw["columns"])
+    return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), columns, shards, raw)
 
 
 def _parse_classes(raw: dict[str, Any]) -> tuple[DishClass, ...]:

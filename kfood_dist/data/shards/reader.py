@@ -2,16 +2,15 @@
 
     manifest    ──► open_split ──► ShardSplit   how many samples each shard has; no other file is touched yet
     ids         ──► shards ──► their indexes    loaded and checked when first needed, the latest used kept
-    index rows  ──► byte ranges ──► Storage, several in flight ──► crc32 ──► JPEG bytes, JSON
+    index rows  ──► byte ranges ──► Storage, several in flight ──► crc32 ──► Sample: JPEG bytes, columns
 
-A shard is an ordinary WebDataset tar; the index beside it says where each member's bytes begin, so nothing
-here reads a tar header. Bytes whose crc32 is not the index's are never handed out, and one bad sample does
-not lose the others. `shards/README.md` is the contract of the format for other readers.
+A shard is an ordinary WebDataset tar; the index beside it says where each sample's members lie, one run of bytes.
+Bytes whose crc32 is not the index's are never handed out, and one bad sample does not lose the others.
+`shards/README.md` is the contract of the format for other readers.
 """
 
 import hashlib
 import io
-import json
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
@@ -24,25 +23,21 @@ from typing import Any
 import numpy as np
 
 from kfood_dist.data.shards.manifest import VERSION, Manifest, ShardFile, load_manifest
+from kfood_dist.data.shards.sample import Sample, cut, sample_key
 from kfood_dist.data.storage.base import Range, Storage, spans
-from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import ShardError
 
 # Explicit little-endian fields without padding: the same bytes on every machine.
 INDEX_DTYPE = np.dtype(
     [
         ("key", "S24"),
-        ("image_offset", "<u8"),
-        ("image_size", "<u4"),
-        ("image_crc32", "<u4"),
-        ("json_offset", "<u8"),
-        ("json_size", "<u4"),
-        ("json_crc32", "<u4"),
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("crc32", "<u4"),
         ("label", "<u2"),
         ("group", "<u8"),
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("tokens", "<u2"),
+        ("tokens", "<u4"),
+        ("num_images", "<u2"),
     ]
 )
 
@@ -52,17 +47,12 @@ _AHEAD_GAP_BYTES = 256 << 10
 _KEPT_INDEX_BYTES = 256 << 20
 # Indexes that are read together where all are wanted.
 _INDEXES_AT_ONCE = 64
-# Where a part's offset, size and crc32 stand in an index row.
-_PARTS = {part: INDEX_DTYPE.names.index(f"{part}_offset") for part in ("image", "json")}  # type: ignore[union-attr]
+# The label of a sample in a data set without classes.
+NO_LABEL = 2**16 - 1
 
 
-# One part of a sample: where its bytes lie, their crc32, and the sample's key.
-_Part = tuple[Range, int, bytes]
-
-
-def sample_key(split: str, number: int) -> str:
-    """The WebDataset key of a split's sample, such as `train-00000042`: they count through its shards, from 0."""
-    return f"{split}-{number:08d}"
+# One sample: where its bytes lie, their crc32, and its key.
+_Run = tuple[Range, int, bytes]
 
 
 def open_split(where: str | Path | Storage, split: str) -> "ShardSplit":
@@ -118,14 +108,14 @@ def _parse_index(manifest: Manifest, shard: ShardFile, data: bytes | ShardError)
     if not data.startswith(header) or len(data) != len(header) + shard.samples * INDEX_DTYPE.itemsize:
         return fault(f"does not hold {shard.samples} rows of the index format {VERSION}")
     index = np.frombuffer(data, INDEX_DTYPE, offset=len(header))
-    if len(index) and int(index["label"].max()) >= len(manifest.classes):
+    labels = index["label"]
+    if np.any((labels >= len(manifest.classes)) & ((labels != NO_LABEL) | (len(manifest.classes) > 0))):
         return fault(f"names a class beyond the manifest's {len(manifest.classes)}")
     if not index["key"].tobytes().isascii():
         return fault("has a key that is not ASCII")
-    for part in _PARTS:
-        offset, size = index[f"{part}_offset"], index[f"{part}_size"]
-        if np.any((offset > shard.bytes) | (size > shard.bytes - np.minimum(offset, shard.bytes))):
-            return fault(f"leads beyond the end of {shard.path}")
+    offset, size = index["offset"], index["size"]
+    if np.any((offset > shard.bytes) | (size > shard.bytes - np.minimum(offset, shard.bytes))):
+        return fault(f"leads beyond the end of {shard.path}")
     return index
 
 
@@ -165,27 +155,15 @@ class ShardSplit:
         """The sample's WebDataset key. No file is read for it: a sample whose index is damaged has a name too."""
         return sample_key(self.split, range(self._length)[i])
 
-    def label(self, i: int) -> DishClass:
-        """The class of sample i; raises ShardError as `rows` does."""
-        shard, row = self._place(i)
-        index = self._indexes.get(shard)  # asked for each sample of a batch that was just read
-        return self.classes[int(self.rows([i])["label"][0] if index is None else index["label"][row])]
-
-    def read(self, i: int) -> bytes:
-        """The JPEG bytes of sample i; raises ShardError naming shard and key unless they are those packed."""
+    def read(self, i: int) -> Sample:
+        """Sample i; raises ShardError naming shard and key unless its bytes are those packed."""
         return _raised(self.read_many([i])[0])
 
-    def read_many(self, ids: Iterable[int]) -> list[bytes | ShardError]:
-        """The JPEG bytes of each sample in the order of `ids`, or the ShardError that `read` would raise for it."""
-        return self._read_parts(ids, "image")
-
-    def metadata(self, i: int) -> dict[str, Any]:
-        """The sample's JSON: `label, category, source, width, height, group`; raises as `read` does."""
-        try:
-            return json.loads(_raised(self._read_parts([i], "json")[0]))
-        except (ValueError, RecursionError):
-            shard, _ = self._place(i)
-            raise self.manifest.storage.fault(self._shards[shard].path, f"has no JSON at {self.key(i)}") from None
+    def read_many(self, ids: Iterable[int]) -> list[Sample | ShardError]:
+        """Each sample in the order of `ids`, or the ShardError that `read` would raise for it."""
+        runs = self._runs(ids)
+        read = iter(self.manifest.storage.read_ranges([run[0] for run in runs if not isinstance(run, ShardError)]))
+        return [run if isinstance(run, ShardError) else self._sample(run, next(read)) for run in runs]
 
     def rows(self, ids: Iterable[int]) -> np.ndarray:
         """The index rows of some samples in the order of `ids`, shape (len(ids),), dtype INDEX_DTYPE.
@@ -218,7 +196,7 @@ class ShardSplit:
     def will_need(self, ids: Iterable[int]) -> None:
         """Tell the kernel which samples will soon be read, so that it reads them ahead; nothing for a URL."""
         if self.manifest.storage.is_local:
-            ranges = [p[0] for p in self._parts(ids, "image") if not isinstance(p, ShardError)]
+            ranges = [run[0] for run in self._runs(ids) if not isinstance(run, ShardError)]
             self.manifest.storage.will_need([span for span, _ in spans(ranges, _AHEAD_GAP_BYTES)])
 
     def require_files(self) -> None:
@@ -274,43 +252,34 @@ class ShardSplit:
                 self._kept_bytes -= self._indexes.popitem(last=False)[1].nbytes
         return index
 
-    def _parts(self, ids: Iterable[int], part: str) -> list[_Part | ShardError]:
-        """Where the part of each sample lies, or what is wrong with the index that would say so."""
-        first = _PARTS[part]
+    def _runs(self, ids: Iterable[int]) -> list[_Run | ShardError]:
+        """Where each sample lies, or what is wrong with the index that would say so."""
         places = [self._place(i) for i in ids]
         indexes = dict(self._indexes_of(list({shard for shard, _ in places})))
-        found: list[_Part | ShardError] = []
+        found: list[_Run | ShardError] = []
         for shard, row in places:
             index = indexes[shard]
             if isinstance(index, ShardError):
                 found.append(index)
             else:
-                values = index.item(row)
-                found.append(((self._paths[shard], values[first], values[first + 1]), values[first + 2], values[0]))
+                key, offset, size, crc32, *_ = index.item(row)
+                found.append(((self._paths[shard], offset, size), crc32, key))
         return found
 
-    def _read_parts(self, ids: Iterable[int], part: str) -> list[bytes | ShardError]:
-        parts = self._parts(ids, part)
-        read = iter(self.manifest.storage.read_ranges([p[0] for p in parts if not isinstance(p, ShardError)]))
-        results: list[bytes | ShardError] = []
-        for place in parts:
-            if isinstance(place, ShardError):
-                results.append(place)
-                continue
-            data = next(read)
-            whole = isinstance(data, bytes) and len(data) == place[0][2] and zlib.crc32(data) == place[1]
-            results.append(data if whole else self._damage(place, data, part))
-        return results
-
-    def _damage(self, place: _Part, data: bytes | ShardError, part: str) -> ShardError:
-        """What is wrong with a part that is not as packed."""
+    def _sample(self, run: _Run, data: bytes | ShardError) -> Sample | ShardError:
+        """The sample of these bytes, or what is wrong with them."""
+        (name, _, size), crc32, key = run
         if isinstance(data, ShardError):
             return data
-        (name, _, size), _, key = place
         said = key.decode("ascii", errors="replace")
-        cut = len(data) != size
-        what = f"ends inside {said}" if cut else f"has wrong bytes at {said} ({part}: crc32 differs)"
-        return self.manifest.storage.fault(name, what)
+        if len(data) != size:
+            return self.manifest.storage.fault(name, f"ends inside {said}")
+        if zlib.crc32(data) != crc32:
+            return self.manifest.storage.fault(name, f"has wrong bytes at {said} (crc32 differs)")
+        try:
+            return cut(said, data)
+        except (ValueError, RecursionError) as error:
+            return self.manifest.storage.fault(name, f"has no whole sample at {said} ({error})")
 
 
 def _raised(value: Any) -> Any:

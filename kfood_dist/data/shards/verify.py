@@ -17,14 +17,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from kfood_dist.data.picture.images import ImageRejected, decode_rgb
 from kfood_dist.data.shards.manifest import MANIFEST_NAME, REJECTED_NAME, SPLITS, Manifest, ShardFile, load_manifest
-from kfood_dist.data.shards.reader import load_index, sample_key
+from kfood_dist.data.shards.reader import NO_LABEL, load_index
+from kfood_dist.data.shards.sample import picture_suffix, sample_key
 from kfood_dist.data.shards.tars import Member, members
 from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import ShardError
@@ -136,55 +137,77 @@ def _check_shard(manifest: Manifest, shard: ShardFile) -> tuple[list[Fault], np.
 
 
 def _check_members(manifest: Manifest, index: np.ndarray, path: Path) -> Iterator[str]:
-    """Each member against its index row; a tar that was cut short is one fault, not one per lost sample."""
-    expected = {}
-    for row in index:
+    """Each sample's members against its index row; a tar that was cut short is one fault, not one per lost sample."""
+    expected: dict[str, int] = {}
+    for number, row in enumerate(index):
         key = row["key"].decode("ascii", errors="replace")
-        expected[f"{key}.jpg"] = (row, "image")
-        expected[f"{key}.json"] = (row, "json")
+        suffixes = (*map(picture_suffix, range(int(row["num_images"]))), "json")
+        expected |= {f"{key}.{suffix}": number for suffix in suffixes}
+    num_members, runs = len(expected), dict[int, list[Member]]()
     try:
-        for member in members(path):
-            if member.name not in expected:
-                yield f"holds {member.name}, which is not in its index"
-                continue
-            row, part = expected.pop(member.name)
-            yield from _check_member(manifest, row, part, member)
+        with path.open("rb") as file:
+            for member in members(path):
+                if member.name not in expected:
+                    yield f"holds {member.name}, which is not in its index"
+                    continue
+                number = expected.pop(member.name)
+                runs.setdefault(number, []).append(member)
+                if len(runs[number]) == index[number]["num_images"] + 1:
+                    yield from _check_sample(manifest, index[number], runs.pop(number), file)
     except tarfile.TarError as error:
         yield f"is not a whole tar ({error})"
     if expected:
-        yield f"lacks {len(expected):,} of {2 * len(index):,} members, {next(iter(expected))} first"
+        yield f"lacks {len(expected):,} of {num_members:,} members, {next(iter(expected))} first"
 
 
-def _check_member(manifest: Manifest, row: np.void, part: str, member: Member) -> Iterator[str]:
-    if (member.offset, len(member.data)) != (row[f"{part}_offset"], row[f"{part}_size"]):
-        yield f"{member.name} is not where its index says"
-    if zlib.crc32(member.data) != row[f"{part}_crc32"]:
-        yield f"{member.name} has wrong bytes (crc32 differs)"
-    elif part == "image":
-        yield from _check_picture(row, member)
-    else:
-        yield from _check_json(manifest, row, member)
+def _check_sample(manifest: Manifest, row: np.void, run: list[Member], file: BinaryIO) -> Iterator[str]:
+    """All members of one sample, in the order of the tar."""
+    key, num_bytes = row["key"].decode("ascii", errors="replace"), run[-1].end - run[0].start
+    if (run[0].start, num_bytes) != (row["offset"], row["size"]):
+        yield f"{key} is not where its index says"
+    file.seek(run[0].start)
+    if zlib.crc32(file.read(num_bytes)) != row["crc32"]:
+        yield f"{key} has wrong bytes (crc32 differs)"
+        return
+    for member in run:
+        if member.name.endswith(".json"):
+            yield from _check_json(manifest, row, member)
+        else:
+            yield from _check_picture(manifest, member)
 
 
-def _check_picture(row: np.void, member: Member) -> Iterator[str]:
+def _check_picture(manifest: Manifest, member: Member) -> Iterator[str]:
     try:
         height, width, _ = decode_rgb(member.data).shape
     except ImageRejected as error:
         yield f"{member.name} does not decode ({error.detail})"
         return
-    if (width, height) != (row["width"], row["height"]):
-        yield f"{member.name} is {width}×{height}, its index says {row['width']}×{row['height']}"
+    if (width, height) != (manifest.image_size, manifest.image_size):
+        yield f"{member.name} is {width}×{height}, the manifest says {manifest.image_size}×{manifest.image_size}"
 
 
 def _check_json(manifest: Manifest, row: np.void, member: Member) -> Iterator[str]:
     try:
         said = json.loads(member.data)
-        found = [said[name] for name in ("label", "category", "group", "width", "height")]
-    except (ValueError, KeyError, TypeError) as error:
+        group, columns = said["group"], [said[name] for name in manifest.columns]
+        width, height, num_sources = said["width"], said["height"], len(said["sources"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{member.name} is not a sample's JSON ({type(error).__name__}: {error})"
         return
-    dish = manifest.classes[int(row["label"])]
-    if found != [dish.name, dish.category, int(row["group"]), int(row["width"]), int(row["height"])]:
+    if not all(isinstance(value, str) for value in columns):
+        yield f"{member.name} has a column that is no text"
+        return
+    if (width, height) != (manifest.image_size, manifest.image_size):
+        yield f"{member.name} says {width!r}×{height!r}, the manifest {manifest.image_size}×{manifest.image_size}"
+    if num_sources != row["num_images"]:
+        pictures = plural(int(row["num_images"]), "picture")
+        yield f"{member.name} names {plural(num_sources, 'source')}, its index {pictures}"
+    if row["label"] != NO_LABEL:
+        dish = manifest.classes[int(row["label"])]
+        found = said.get("label"), said.get("category"), group
+        if found != (dish.name, dish.category, int(row["group"])):
+            yield f"{member.name} contradicts its index"
+    elif group != int(row["group"]):
         yield f"{member.name} contradicts its index"
 
 

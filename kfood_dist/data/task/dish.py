@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 from kfood_dist.data.encoding import read_text
+from kfood_dist.data.task.base import Columns, Message, asking
 from kfood_dist.errors import SourceError
 
 MAX_SYLLABLES = 12
@@ -80,6 +82,33 @@ class DishClass:
 def is_match(answer: str, dish: DishClass) -> bool:
     """Strict exact match of the clean answer; never an edit distance. For a listed class it is cut to 12 syllables."""
     return (normalise(answer) if dish.listed else clean(answer)) in dish.accepted()
+
+
+class DishTask:
+    """One question for all pictures: the dish's name. `classes` say which answers are right for it."""
+
+    columns: ClassVar[tuple[str, ...]] = ("label",)
+    example: ClassVar[Columns] = {"label": "비빔밥"}
+
+    def __init__(self, system: str, prompt: str, classes: Iterable[DishClass] = ()):
+        self._system = system
+        self._prompt = prompt
+        self._classes = {dish.name: dish for dish in classes}
+
+    def messages(self, columns: Columns, num_pictures: int) -> tuple[Message, ...]:
+        return asking(self._system, self._prompt, num_pictures)
+
+    def answer(self, columns: Columns) -> str:
+        return columns["label"]
+
+    def label(self, columns: Columns) -> str:
+        return columns["label"]
+
+    def clean(self, answer: str) -> str:
+        return clean(answer)
+
+    def score(self, answer: str, columns: Columns) -> float:
+        return float(is_match(answer, self._classes[columns["label"]]))
 
 
 def stands_for_two(classes: Iterable[DishClass]) -> tuple[str, str, str] | None:

@@ -1,8 +1,9 @@
-"""What there is to pack: one record per picture, from a folder, a zip or a CSV.
+"""What there is to pack: one record per sample, from a folder, a zip, a CSV or a JSONL file.
 
     folder  …/구이/구이/갈비구이/Img_000_0001.jpg   files.py ─┐   names.py: labels, categories
     zip     구이.zip in kfood.zip, read in place    zips.py  ─┼─► scan.py ──► records sorted by `source`
-    CSV     image_path,label                        table.py ─┘   boxes.py: where the dish is
+    CSV     image_path,label                        table.py ─┤   boxes.py: where the dish is
+    JSONL   {"image", "question", "answer"}         jsonl.py ─┘   rows.py: what a list says
                                                                                   │
                               bytes of one picture ◄── read.py ◄── opened.py ◄────┘  in any process
 

@@ -69,7 +69,7 @@ def give_boxes(
             continue
         boxes, num_malformed = parse(data)
         names = {i: records[i].source.rpartition("/")[2] for i in indexes}
-        found, num_unmatched = _match(boxes, names.values())
+        found, num_unmatched = _match(boxes, dict.fromkeys(names.values()))
         count += BoxCount(1, 0, num_malformed, num_unmatched)
         for i, name in names.items():
             if name in found:

@@ -1,5 +1,6 @@
 """One input of a source: the values that the modules of this package hand to each other. Small and picklable."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,9 @@ class Record:
     picture gives one. `problem` is None or the reason why it cannot be used, and `detail` says so in words.
     `split` is the publisher's: train, val, test, another name in a list's column, or "" if the source says none.
     `changed_ns` is when a plain file, or what may be done with it, last changed, in ns since 1970; else 0.
+
+    It is also one sample: `columns` are what a list says of it besides a label, by name, and `more` the records of its
+    further pictures, of which only where they lie counts.
     """
 
     path: Path
@@ -68,6 +72,20 @@ class Record:
     box: tuple[int, int, int, int] | None = None
     changed_ns: int = 0
     split: str = ""
+    columns: tuple[tuple[str, str], ...] = ()
+    more: tuple["Record", ...] = ()
+
+    @property
+    def pictures(self) -> tuple["Record", ...]:
+        """The records of the sample's pictures, in order."""
+        return self, *self.more
+
+    @property
+    def identity(self) -> str:
+        """What tells the sample from the others of its source: one picture may be asked about several times."""
+        if not self.columns and not self.more:
+            return self.source
+        return json.dumps([[picture.source for picture in self.pictures], self.columns], ensure_ascii=False)
 
     @property
     def crc32(self) -> int | None:

@@ -1,7 +1,7 @@
 """A source, whatever its shape, to one sorted list of records.
 
     folder, zip ──► files, zips ──► labels and categories by name ─┐
-    CSV         ──► table ─────────────────────────────────────────┴──► checks ──► records sorted by `source`
+    CSV, JSONL  ──► rows ──────────────────────────────────────────┴──► checks ──► records sorted by `source`
 
 Always holds: of records from folders and zips no two have the same `source`; those with a `problem` will be
 refused under that name and are not read.
@@ -10,18 +10,21 @@ refused under that name and are not read.
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from kfood_dist.data.task.dish import MAX_SYLLABLES, DishClass, clean, num_syllables
 from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources.boxes import BoxCount, give_boxes, read_list_file
 from kfood_dist.pack.sources.files import list_folder
+from kfood_dist.pack.sources.jsonl import list_jsonl
 from kfood_dist.pack.sources.layout import holds_labels, without_zip
 from kfood_dist.pack.sources.names import file_name, listed, named
 from kfood_dist.pack.sources.opened import close_all
 from kfood_dist.pack.sources.passed import PassedBy, container_kind, how_to_read, list_counts
 from kfood_dist.pack.sources.record import SUFFIXES, Record, suffix
-from kfood_dist.pack.sources.table import check_rows, list_table
+from kfood_dist.pack.sources.rows import check_rows
+from kfood_dist.pack.sources.table import list_table
 from kfood_dist.pack.sources.zips import ZipRejected, list_zip
 from kfood_dist.system.utf8 import require_utf8_names
 
@@ -31,7 +34,7 @@ _STILL_CHECKED = (None, "missing")
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds: `kind` is folder, zip or csv; `boxes` says what its lists of boxes were worth.
+    """What a source holds: `kind` is folder, zip, csv or jsonl; `boxes` says what its lists of boxes were worth.
 
     `passed` counts the files that are no pictures.
     """
@@ -58,7 +61,9 @@ def scan_source(
     classes: Sequence[DishClass] | None = None,
     encoding: str | None = None,
 ) -> Scan:
-    """List the pictures of a folder, a zip or a CSV, sorted by name; `image_root` and `encoding` are a CSV's.
+    """List the samples of a folder, a zip, a CSV or a JSONL file, sorted by name.
+
+    `image_root` is where the paths of a list start, `encoding` a CSV's.
 
     With `classes`, labels become the names of that list (aliases count) and any other label is a problem.
     Raises SourceError when the source is missing, empty, of another kind, or not readable as what it is, and
@@ -66,19 +71,20 @@ def scan_source(
     """
     require_utf8_names()
     kind = _kind(source)
-    for option, value in (("--image-root", image_root), ("--encoding", encoding)):
-        if value is not None and kind != "csv":
+    is_list = kind in ("csv", "jsonl")
+    for option, value, goes in (("--image-root", image_root, is_list), ("--encoding", encoding, kind == "csv")):
+        if value is not None and not goes:
             raise SourceError(f"{option} does not go with the {kind} {source}", "leave it out")
     known = None if classes is None else {name: dish for dish in classes for name in dish.accepted()}
     passed = PassedBy()
     try:
-        if kind == "csv":
-            records, boxes = _list_csv(source, image_root or source.parent, encoding, known or ())
+        if is_list:
+            records, boxes = _list_rows(kind, source, image_root or source.parent, encoding, known or ())
         else:
             records, boxes = _LISTING[kind](source, passed)
     finally:
         close_all()
-    if kind == "csv":
+    if is_list:
         records = listed(records)
     else:
         records = _without_labels(records, passed)
@@ -87,8 +93,13 @@ def scan_source(
         raise _no_pictures(source, passed)
     if known is None:
         _require_no_file_names(records)
-    records = [_check_label(record, known) for record in records]
-    records = list(check_rows(records, known)) if kind == "csv" else _with_own_names(records)
+    is_asked = any(record.columns for record in records) and not any(clean(record.label) for record in records)
+    if known is not None and is_asked:
+        raise SourceError(f"{source} has no labels, which --classes is about", "leave --classes out")
+    records = [
+        replace(record, label="") if is_asked and record.columns else _check_label(record, known) for record in records
+    ]
+    records = list(check_rows(records, known)) if is_list else _with_own_names(records)
     return Scan(kind, sorted(records, key=_order), boxes, passed)
 
 
@@ -123,8 +134,8 @@ def _require_no_file_names(records: Sequence[Record]) -> None:
                 )
 
 
-def _order(record: Record) -> tuple[str, str]:
-    return record.source, str(record.path)
+def _order(record: Record) -> tuple[str, str, str]:
+    return record.source, str(record.path), record.identity
 
 
 def _kind(source: Path) -> str:
@@ -133,13 +144,13 @@ def _kind(source: Path) -> str:
     except OSError as error:
         raise SourceError(f"source {source} cannot be read ({error.strerror})", "check its permissions") from None
     if not exists:
-        raise SourceError(f"source {source} does not exist", "name a folder of pictures, a .zip or a .csv")
+        raise SourceError(f"source {source} does not exist", "name a folder of pictures, a .zip, .csv or .jsonl")
     kind = "folder" if source.is_dir() else source.suffix.lower().removeprefix(".")
     kind = "csv" if kind == "tsv" else kind
-    if kind not in (*_LISTING, "csv"):
+    if kind not in (*_LISTING, "csv", "jsonl"):
         container = container_kind(source.name)
         remedy = how_to_read(container, str(source)) if container else "name one of these"
-        raise SourceError(f"source {source} is neither a folder nor a .zip or .csv", remedy)
+        raise SourceError(f"source {source} is neither a folder nor a .zip, .csv or .jsonl", remedy)
     return kind
 
 
@@ -154,12 +165,19 @@ def _list_zip(source: Path, passed: PassedBy) -> tuple[list[Record], BoxCount]:
         raise SourceError(f"{source} cannot be read ({error.strerror})", "check its permissions") from None
 
 
-def _list_csv(
-    source: Path, image_root: Path, encoding: str | None, known: Collection[str]
+def _list_rows(
+    kind: str, source: Path, image_root: Path, encoding: str | None, known: Collection[str]
 ) -> tuple[list[Record], BoxCount]:
-    records = list(list_table(source, image_root, encoding, known))
-    records, boxes = give_boxes(records, lambda record: str(record.path.parent), read_list_file)
-    # A table may well name some of a folder's pictures only.
+    if not os.path.isdir(image_root):
+        raise SourceError(f"image root {image_root} is not a folder", "name the folder with --image-root DIR")
+    records = list(
+        list_jsonl(source, image_root) if kind == "jsonl" else list_table(source, image_root, encoding, known)
+    )
+    pictures = [picture for record in records for picture in record.pictures]
+    boxed, boxes = give_boxes(pictures, lambda picture: str(picture.path.parent), read_list_file)
+    given = iter(boxed)
+    records = [replace(next(given), more=tuple(islice(given, len(record.more)))) for record in records]
+    # A list may well name some of a folder's pictures only.
     return records, replace(boxes, lines_unmatched=0)
 
 

@@ -7,14 +7,14 @@ caller multiplies by the world size. Neither divides by the accumulation again. 
 alike, if the summed gradient is not finite, and see to it that a loss that is not finite makes it so.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
 from kfood_dist.data.batch.collate import Batch
-
-Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # AnswerLoss.forward: loss, hits, losses
+from kfood_dist.model.objective.base import Outcome
 
 
 class Update(NamedTuple):
@@ -30,14 +30,17 @@ class Engine(Protocol):
 
     optimizer: torch.optim.Optimizer
 
-    def forward(self, batch: Batch) -> Output:
-        """`AnswerLoss.forward`, without a backward pass."""
+    def forward(self, batch: Batch) -> Outcome:
+        """The objective's outcome, without a backward pass."""
 
-    def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
+    def micro_step(self, batch: Batch, scale: float, last: bool) -> Outcome:
         """Forward and backward of one micro-batch's loss × scale; on the `last` one all ranks' are summed."""
 
-    def step(self, learning_rate: float) -> Update:
-        """Clip, update, clear the gradients; if they are not finite, clear them alone. The same on every rank."""
+    def step(self, learning_rates: Sequence[float]) -> Update:
+        """Clip, update, clear the gradients; if they are not finite, clear them alone. The same on every rank.
+
+        There is a learning rate for each of the optimiser's groups.
+        """
 
     @property
     def scale_state(self) -> dict[str, float]:

@@ -4,7 +4,6 @@ The learning rate is a pure function of the step, set before each update, so no 
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ import torch
 from kfood_dist.config.recipe import Optim
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
-    """AdamW over `parameters`: bitsandbytes' with 8-bit block-wise states (arXiv 2110.02861), or torch's.
+def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, each with its `lr`: bitsandbytes' with 8-bit block-wise states (arXiv
+    2110.02861), or torch's.
 
     Never the paged variant, which breaks on resume (bitsandbytes #782, #1381).
     """
@@ -26,15 +26,15 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], optim: Optim) -> t
     if optim.name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options)
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
-def learning_rate_at(step: int, max_steps: int, optim: Optim) -> float:
-    """Learning rate of step `step` (from 0) of `max_steps`: linear warm-up, then the decay down to its floor."""
+def learning_rate_at(step: int, max_steps: int, optim: Optim, peak: float) -> float:
+    """Learning rate of step `step` (from 0) of `max_steps`: linear warm-up to `peak`, then the decay to its floor."""
     warmup_steps = math.ceil(optim.warmup_ratio * max_steps)
     if step < warmup_steps:
-        return optim.learning_rate * (step + 1) / (warmup_steps + 1)
+        return peak * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     decay = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
@@ -42,7 +42,7 @@ def learning_rate_at(step: int, max_steps: int, optim: Optim) -> float:
         "constant": 1.0,
     }[optim.schedule]
     floor = optim.min_learning_rate_ratio
-    return optim.learning_rate * (floor + (1 - floor) * decay)
+    return peak * (floor + (1 - floor) * decay)
 
 
 def state_dtypes(optimizer: torch.optim.Optimizer) -> list[str]:

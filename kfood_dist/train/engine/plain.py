@@ -1,6 +1,7 @@
 """The engine without DeepSpeed: DDP on several ranks, or a single process."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from accelerate import Accelerator
 
 from kfood_dist.data.batch.collate import Batch
 from kfood_dist.model.load import DTYPES
+from kfood_dist.model.objective.base import Outcome
 from kfood_dist.train.engine import state
-from kfood_dist.train.engine.base import Output, Update, scaled
+from kfood_dist.train.engine.base import Update, scaled
 from kfood_dist.train.engine.zero_config import INITIAL_SCALE_POWER, SCALE_WINDOW
 
 
@@ -39,18 +41,18 @@ class PlainEngine:
             enabled=precision == "fp16",
         )
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch) -> Outcome:
         with torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(batch)
+            return Outcome(*self.module(batch))
 
-    def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
+    def micro_step(self, batch: Batch, scale: float, last: bool) -> Outcome:
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            loss, hits, losses = self.forward(batch)
-            self.scaler.scale(scaled(loss, scale)).backward()
-        return loss.detach(), hits, losses
+            outcome = self.forward(batch)
+            self.scaler.scale(scaled(outcome.loss, scale)).backward()
+        return outcome._replace(loss=outcome.loss.detach())
 
-    def step(self, learning_rate: float) -> Update:
-        for group in self.optimizer.param_groups:
+    def step(self, learning_rates: Sequence[float]) -> Update:
+        for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = learning_rate
         loss_scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.optimizer)

@@ -1,6 +1,6 @@
 """The engine on DeepSpeed ZeRO, stages 1 to 3."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from kfood_dist.data.batch.collate import Batch
+from kfood_dist.model.objective.base import Outcome
 from kfood_dist.train.engine import state
-from kfood_dist.train.engine.base import Output, Update, scaled
+from kfood_dist.train.engine.base import Update, scaled
 
 
 class ZeroEngine:
@@ -31,17 +32,17 @@ class ZeroEngine:
             # At the least scale it would end the run with a bare Exception; the loop's own limit comes first.
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
-    def forward(self, batch: Batch) -> Output:
-        return self.engine(batch)
+    def forward(self, batch: Batch) -> Outcome:
+        return Outcome(*self.engine(batch))
 
-    def micro_step(self, batch: Batch, scale: float, last: bool) -> Output:
+    def micro_step(self, batch: Batch, scale: float, last: bool) -> Outcome:
         self.engine.set_gradient_accumulation_boundary(last)
-        loss, hits, losses = self.engine(batch)
-        self.engine.backward(scaled(loss, scale), scale_wrt_gas=False)
-        return loss.detach(), hits, losses
+        outcome = self.forward(batch)
+        self.engine.backward(scaled(outcome.loss, scale), scale_wrt_gas=False)
+        return outcome._replace(loss=outcome.loss.detach())
 
-    def step(self, learning_rate: float) -> Update:
-        for group in self.engine.optimizer.param_groups:
+    def step(self, learning_rates: Sequence[float]) -> Update:
+        for group, learning_rate in zip(self.engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = learning_rate
         loss_scale = self.scale_state.get("scale")
         self.engine.step()

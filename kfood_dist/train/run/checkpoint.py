@@ -4,7 +4,7 @@
 
 Always holds: a folder without the marker is not a checkpoint and is never read; a kill at any instant leaves the
 previous one whole, and a write that fails is given up by all ranks together; the newest and the best by validation
-accuracy are never pruned. Resuming needs no random state: the loop seeds each step from (seed, step, rank).
+are never pruned. Resuming needs no random state: the loop seeds each step from (seed, step, rank).
 """
 
 import errno
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -39,6 +39,15 @@ class Validation(BaseModel):
 
     accuracy: float
     loss: float
+    best_by: Literal["accuracy", "loss"] = "accuracy"  # the figure that makes the best checkpoint of this run
+
+    @property
+    def score(self) -> float:
+        """How good it is: the higher, the better."""
+        return self.accuracy if self.best_by == "accuracy" else -self.loss
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.4g}" if self.best_by == "accuracy" else f"loss {self.loss:.4g}"
 
 
 class Record(BaseModel):
@@ -111,11 +120,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def best(folder: Path) -> tuple[Checkpoint, float] | None:
-    """The complete checkpoint with the highest validation accuracy, the later of equals, and that accuracy."""
-    measured = [(checkpoint, _accuracy(checkpoint)) for checkpoint in _complete(folder)]
-    found = [(checkpoint, accuracy) for checkpoint, accuracy in measured if accuracy is not None]
-    return max(found, key=lambda pair: (pair[1], pair[0].step), default=None)
+def best(folder: Path) -> tuple[Checkpoint, Validation] | None:
+    """The complete checkpoint that did best on the validation split, the later of equals, and what was measured."""
+    measured = [(checkpoint, _validation(checkpoint)) for checkpoint in _complete(folder)]
+    found = [(checkpoint, validation) for checkpoint, validation in measured if validation is not None]
+    return max(found, key=lambda pair: (pair[1].score, pair[0].step), default=None)
 
 
 def save(
@@ -130,7 +139,7 @@ def save(
 
     `state` is what `Record` holds besides format version, step and files.
     `write` puts the tensors into the folders of the Checkpoint it is given; every rank calls it, and it may hold no
-    collective after its first write. Kept are the `keep` newest and the best by `state["validation"]["accuracy"]`.
+    collective after its first write. Kept are the `keep` newest and the best by `Validation.score`.
     Raises CheckpointError on every rank if any of them could not write; the checkpoints before are untouched then.
     But where that was for want of room, the newest and the best of them alone are kept.
     """
@@ -173,9 +182,9 @@ def save(
     return final
 
 
-def add_validation(checkpoint: Checkpoint, scores: dict[str, float]) -> None:
+def add_validation(checkpoint: Checkpoint, validation: Validation) -> None:
     """Put what was measured later into a checkpoint's record. Raises CheckpointError if that cannot be written."""
-    record = checkpoint.record().model_copy(update={"validation": Validation.model_validate(scores)})
+    record = checkpoint.record().model_copy(update={"validation": validation})
     write_whole(checkpoint.folder / STATE_FILE, json.dumps(record.model_dump(), indent=2) + "\n")
 
 
@@ -217,12 +226,11 @@ def _is_for_room(error: Exception) -> bool:
     return getattr(error, "errno", None) in numbers or any(f"os error {number})" in str(error) for number in numbers)
 
 
-def _accuracy(checkpoint: Checkpoint) -> float | None:
+def _validation(checkpoint: Checkpoint) -> Validation | None:
     try:
-        validation = checkpoint.record().validation
+        return checkpoint.record().validation
     except CheckpointError:  # the newest one's fault is told by whoever resumes from it
         return None
-    return validation.accuracy if validation else None
 
 
 def _complete(folder: Path) -> list[Checkpoint]:

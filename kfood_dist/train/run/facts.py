@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kfood_dist.model.adapters import adapted_modules
-from kfood_dist.model.family import HEAD, LANGUAGE_MODEL, VISION_TOWER
+from kfood_dist.model.family import family_of
 from kfood_dist.model.parts import count_parameters, linear_types
 from kfood_dist.system.files import write_whole
 from kfood_dist.system.packages import all_versions
@@ -31,13 +31,14 @@ def model_facts(model: Any) -> dict[str, Any]:
     """Of a PeftModel: linear layers by part and type, what carries an adapter, and parameter counts."""
     trainable, total = count_parameters(model)
     base = model.get_base_model()
-    dtypes = {
-        part: sorted({str(p.dtype).removeprefix("torch.") for n, p in base.named_parameters() if n.startswith(part)})
-        for part in (LANGUAGE_MODEL, VISION_TOWER, HEAD)
-    }
+    family = family_of(base.config)
+    dtypes: dict[str, set[str]] = {part: set() for part in family.paths}
+    for name, parameter in base.named_parameters():
+        if (part := family.part_of(name)) is not None:
+            dtypes[part].add(str(parameter.dtype).removeprefix("torch."))
     return {
-        "linear_layers": linear_types(base),
-        "parameter_dtypes": dtypes,
+        "linear_layers": linear_types(base, family),
+        "parameter_dtypes": {part: sorted(names) for part, names in dtypes.items()},
         "adapted_modules": len(adapted_modules(base)),
         "trainable_parameters": trainable,
         "total_parameters": total,

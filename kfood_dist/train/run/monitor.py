@@ -57,8 +57,8 @@ class StepMeter:
     waited_s: float = 0.0
     batches: "list[Batch]" = field(default_factory=list)
 
-    def reduce(self, world: World, loss_sum: "torch.Tensor") -> dict[str, float]:
-        """The step's metrics over all ranks; a collective, so every rank calls it."""
+    def reduce(self, world: World, loss_sum: "torch.Tensor", weight: int) -> dict[str, float]:
+        """The step's metrics over all ranks; a collective, so every rank calls it. `weight` is of all ranks."""
         import torch
 
         elapsed_s = time.perf_counter() - self.started
@@ -77,7 +77,7 @@ class StepMeter:
         loss, labels, samples, tokens, slots, refused, replaced, waited, elapsed = world.all_sum(totals).tolist()
         step_s = elapsed / world.size
         return {
-            "loss": loss / max(1.0, labels),
+            "loss": loss / weight,
             "samples_per_second": samples / step_s,
             "label_tokens_per_second": labels / step_s,
             "data_wait_share": waited / elapsed,

@@ -1,0 +1,14 @@
+"""Every objective by its name in a recipe. One row makes a loss known."""
+
+from typing import Any
+
+from kfood_dist.data.picture.protocol import Pictures
+from kfood_dist.model.objective.answer import AnswerLoss
+from kfood_dist.model.objective.base import Objective
+
+OBJECTIVES: dict[str, type[AnswerLoss]] = {"answer": AnswerLoss}
+
+
+def build_objective(name: str, model: Any, pictures: Pictures) -> Objective:
+    """The objective of that name around a PeftModel."""
+    return OBJECTIVES[name](model, pictures)

@@ -1,0 +1,60 @@
+"""Collators and plain model inputs for tests, as a recipe of the dish task would have them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kfood_dist.config.recipe import Lora, Parts
+from kfood_dist.data.batch.collate import Batch, StreamingCollator
+from kfood_dist.data.batch.template import Template
+from kfood_dist.data.picture.protocol import Pictures
+from kfood_dist.data.shards.reader import ShardSplit, open_split
+from kfood_dist.data.task.dish import DishTask
+from kfood_dist.model.base import load_config
+from kfood_dist.model.load import load_base
+from kfood_dist.model.parts import apply_parts
+from kfood_dist.model.processor import load_tokenizer
+from kfood_dist.model.vision import load_pictures
+
+PROMPT = "이 음식의 이름은?"
+
+
+def pictures_of(model: Path, image_size: int = 224) -> Any:
+    """How a model takes pictures."""
+    return load_pictures(str(model), load_config(str(model)), image_size)
+
+
+def asking_dishes(
+    model: Path,
+    shards: Path | ShardSplit,
+    split: str = "train",
+    max_length: int = 1536,
+    prompt: str = PROMPT,
+    **options: Any,
+) -> StreamingCollator:
+    """A collator that asks for dishes without a system text."""
+    samples = open_split(shards, split) if isinstance(shards, Path) else shards
+    pictures = pictures_of(model, samples.manifest.image_size)
+    template = Template(load_tokenizer(str(model)), pictures, max_length)
+    return StreamingCollator(samples, template, DishTask("", prompt, samples.classes), **options)
+
+
+def adapted(model: Path, quantization: str = "none", precision: str = "fp32", **lora: Any) -> Any:
+    """The base with fresh LoRA on its language model."""
+    base = load_base(str(model), quantization, precision, "sdpa", torch.device("cpu"))
+    return apply_parts(base, Parts(), Lora(**lora))
+
+
+def model_inputs(batch: Batch, pictures: Pictures) -> dict[str, Any]:
+    """A batch as the model's own forward takes it."""
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        **pictures.to_model(batch.pixels, batch.facts, batch.is_image),
+    }
+
+
+def labels_of(samples: ShardSplit) -> list[str]:
+    """The dish of every sample."""
+    return [samples.read(i).columns["label"] for i in range(len(samples))]
