@@ -64,6 +64,7 @@ def _qwen(title: str) -> Family:
 FAMILIES = {
     "qwen2_5_vl": _qwen("Qwen2.5-VL"),
     "qwen2_vl": _qwen("Qwen2-VL"),
+    "llava": Family("LLaVA-1.5", "model.vision_tower", "model.multi_modal_projector", "processor"),
 }
 
 
