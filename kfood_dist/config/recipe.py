@@ -196,7 +196,11 @@ class Optim(Section):
 
 
 class Objective(Section):
-    name: Literal["answer"] = Field("answer", description="what is minimised: the mean loss per token of the answers")
+    name: Literal["answer", "answer_mean"] = Field(
+        "answer",
+        description="what is minimised: the mean loss per token of the answers, or per answer, each counting alike; "
+        "with answer_mean the lowest loss makes the best checkpoint, with answer the highest accuracy",
+    )
 
 
 class Train(Section):

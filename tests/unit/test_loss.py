@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.picture.patches import Patches
 from kfood_dist.data.plan.plan import MicroBatch
-from kfood_dist.model.objective.answer import AnswerLoss
+from kfood_dist.model.objective.answer import AnswerLoss, MeanAnswerLoss
 from kfood_dist.model.parts import recompute_activations
 from kfood_dist.train.validate import resting_dropout
 
@@ -144,6 +144,19 @@ def test_a_sample_is_right_with_every_label_token_alone(tiny_model: Path, vision
         assert module(batch)[2].tolist() == [True, True, True]
         batch.labels[1, 1 + int(asked[1].float().argmax())] += 1
         assert module(batch)[2].tolist() == [True, False, True]
+
+
+def test_the_mean_objective_counts_every_answer_alike(tiny_model: Path, vision: Patches, collator) -> None:
+    """Against transformers' own loss, which is the mean over label tokens, sample by sample."""
+    module = MeanAnswerLoss(build(tiny_model, vision).model, vision)
+    batch = collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
+    loss, each, _ = module(batch)
+    alone = [collator[MicroBatch(0, 0, (i,), i)] for i in range(4)]
+    own = [module.model(**model_inputs(one, vision), labels=one.labels).loss.item() for one in alone]
+    assert len({one.num_label_tokens for one in alone}) > 1, "answers of one length tell nothing"
+    assert each.tolist() == pytest.approx(own, rel=1e-5)
+    assert loss.item() == pytest.approx(sum(own), rel=1e-5)
+    assert (module.weight(batch), module.weight(collator[MicroBatch(0, 0, (), 5)])) == (4, 0)
 
 
 def test_teacher_forced_match_is_the_match_of_greedy_generation(tiny_model, tiny_shards, vision, collator) -> None:

@@ -7,7 +7,7 @@
 Always holds: only positions with a label reach the head (full logits would be 152k wide for every token).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -57,6 +57,25 @@ class AnswerLoss(Objective):
         logits = base.get_submodule(self._head)(hidden[:, :-1][labelled]).float()
         losses = F.cross_entropy(logits, targets[labelled], reduction="none")
         return _Tokens(losses, labelled.nonzero()[:, 0], logits.detach().argmax(-1) == targets[labelled])
+
+
+class MeanAnswerLoss(AnswerLoss):
+    """Every answer counts alike, whatever its length: the sum over samples of their mean loss per label token.
+
+    For answers of free text, which are seldom right to the last token, so the lowest loss makes the best checkpoint.
+    """
+
+    best: ClassVar[Literal["accuracy", "loss"]] = "loss"
+
+    def weight(self, batch: Batch) -> int:
+        return int((batch.labels != IGNORED).any(1).sum())
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = self._label_tokens(batch)
+        counts = (batch.labels != IGNORED).sum(1)
+        shares = tokens.losses / counts[tokens.rows]
+        each = torch.zeros(len(batch.labels), device=shares.device).index_add_(0, tokens.rows, shares.detach())
+        return shares.sum(), each, _all_hit(tokens, batch)
 
 
 def _all_hit(tokens: _Tokens, batch: Batch) -> torch.Tensor:
