@@ -97,12 +97,15 @@ class Data(Section):
     )
     image_size: Count = Field(224, description="side of the packed pictures in pixels; must be the shards' own")
     max_length: Count = Field(1536, description="most tokens in one sample; longer ones lose text from the front")
-    task: Literal["dish"] = Field("dish", description="dish: name the picture's class")
+    task: Literal["dish", "question"] = Field(
+        "dish", description="dish: name the picture's class; question: answer the sample's own question"
+    )
     system: str = Field("You are a helpful assistant.", description="system text; empty for none")
     prompt: str = Field(
         "이 음식의 이름은 무엇인가요? 음식 이름만 답하세요.",
         min_length=1,
-        description="question put after the pictures",
+        description="question put after the pictures; {question} stands for the sample's own, and is the default of "
+        "task question",
     )
     num_workers: int = Field(1, ge=0, description="loader processes per rank; 0 reads in the training process")
     worker_start: Literal["fork", "spawn"] = Field(
@@ -111,6 +114,19 @@ class Data(Section):
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="share of the training split that may turn out unreadable before the run stops"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompt_of_the_task(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("task") == "question":
+            return {"prompt": "{question}", **tree}
+        return tree
+
+    @model_validator(mode="after")
+    def _prompt_asks(self) -> "Data":
+        if self.task == "question" and "{question}" not in self.prompt:
+            raise ValueError("data.prompt has no {question}, without which every sample is asked the same")
+        return self
 
 
 class Model(Section):

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from kfood_dist.data.task.base import Task
 from kfood_dist.data.task.dish import DishClass, DishTask
+from kfood_dist.data.task.question import QuestionTask
 from kfood_dist.errors import RecipeError
 
-TASKS: dict[str, type[DishTask]] = {"dish": DishTask}
+TASKS: dict[str, type[DishTask] | type[QuestionTask]] = {"dish": DishTask, "question": QuestionTask}
 
 
 def build_task(name: str, system: str, prompt: str, classes: Sequence[DishClass] = ()) -> Task:
