@@ -18,8 +18,8 @@ from kfood_dist.data.picture.images import ImageRejected, prepare_jpeg
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.sample import Sample
 from kfood_dist.data.task.dish import clean
-from kfood_dist.data.task.table import build_task
-from kfood_dist.errors import ShardError
+from kfood_dist.data.task.table import TASKS, build_task
+from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
 from kfood_dist.model.files import require_base
 from kfood_dist.model.processor import build_template
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images", nargs="+", type=Path, metavar="IMAGE", help="picture files: JPEG, PNG, GIF, BMP, WebP"
     )
     add_model_arguments(parser)
+    parser.add_argument("--question", metavar="TEXT", help="what to ask of each picture, where the task is questions")
     parser.add_argument(
         "--alternatives", type=_count, default=3, metavar="N", help="how many other names to give (default: 3)"
     )
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     require_base(args.model)
     template = build_template(args.model, settings, args.adapter)
     task = build_task(settings.task, settings.system, settings.prompt)
+    columns = columns_asked(settings.task, args.question)
     pictures = [read_picture(path, settings) for path in args.images]
     answerer = None
     if any(isinstance(picture, bytes) for picture in pictures):
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for path, picture in zip(args.images, pictures, strict=True):
         line: dict[str, Any] = {"image": str(path)}
         if isinstance(picture, bytes) and answerer:
-            collator = StreamingCollator(OnePicture(picture), template, task, for_generation=True)
+            collator = StreamingCollator(OnePicture(picture, columns), template, task, for_generation=True)
             line |= name_dish(answerer, collator, args.alternatives)
         else:
             line["error"] = str(picture)
@@ -83,6 +85,16 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} of {plural(len(pictures), 'picture')} cannot be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def columns_asked(task: str, question: str | None) -> dict[str, str]:
+    """What a sample of the task says besides its picture. Raises RecipeError if the question is missing, or idle."""
+    asks = "question" in TASKS[task].columns
+    if asks and not question:
+        raise RecipeError(f"the task is {task}, and no question is asked", "ask one with --question TEXT")
+    if question and not asks:
+        raise RecipeError(f"--question is given, and the task {task} has a question of its own", "leave it out")
+    return {"question": question} if question else {}
 
 
 def json_line(value: dict[str, Any], encoding: str | None) -> str:
@@ -108,8 +120,9 @@ def read_picture(path: Path, settings: Settings) -> bytes | str:
 class OnePicture:
     """A picture in place of a shard, so that it goes through the collator that training uses."""
 
-    def __init__(self, jpeg: bytes):
+    def __init__(self, jpeg: bytes, columns: dict[str, str]):
         self.jpeg = jpeg
+        self.columns = columns
 
     def __len__(self) -> int:
         return 1
@@ -119,7 +132,7 @@ class OnePicture:
 
     def read_many(self, ids: Sequence[int]) -> list[Sample | ShardError]:
         """The picture, for each id."""
-        return [Sample((self.jpeg,), {}) for _ in ids]
+        return [Sample((self.jpeg,), self.columns) for _ in ids]
 
 
 def name_dish(answerer: "Answerer", collator: "StreamingCollator", num_alternatives: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -173,3 +174,20 @@ def test_the_adapters_own_picture_size_and_policy_are_used(words, tiny_adapter, 
 def test_mistakes_are_told(tiny_model, capsys, words, told):
     assert main(["predict", "x.jpg", *(word.replace("{model}", str(tiny_model)) for word in words)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_question_is_asked_where_the_task_is_one(words, pictures, tiny_adapter, tmp_path, capsys):
+    """Another question gets another answer, or at least another probability; without one there is nothing to ask."""
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    facts = json.loads((adapter / "kfood.json").read_text())
+    (adapter / "kfood.json").write_text(json.dumps(facts | {"task": "question", "prompt": "{question}"}))
+    file, asking = str(next(pictures.rglob("Img_*"))), [*words[:2], "--adapter", str(adapter), "--alternatives", "0"]
+    found = []
+    for question in ("이 음식의 이름은 무엇인가요?", "몇 인분인가요?"):
+        assert main(["predict", file, *asking, "--question", question]) == 0
+        found += lines(capsys)
+    assert (found[0]["name"], found[0]["confidence"]) != (found[1]["name"], found[1]["confidence"])
+    assert main(["predict", file, *asking]) == 2
+    assert "no question is asked → ask one with --question TEXT" in capsys.readouterr().err
+    assert main(["predict", file, *words, "--question", "몇 인분인가요?"]) == 2
+    assert "the task dish has a question of its own → leave it out" in capsys.readouterr().err
