@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kfood_dist.config.recipe import Lora, Parts
+from kfood_dist.config.sections import Lora, Parts
 from kfood_dist.data.batch.collate import Batch, StreamingCollator
 from kfood_dist.data.batch.template import Template
 from kfood_dist.data.picture.protocol import Pictures

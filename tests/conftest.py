@@ -18,7 +18,7 @@ from running import train, write_recipe
 from whole import WHOLE_STEPS, Whole
 
 from kfood_dist.cli import main
-from kfood_dist.config.recipe import Data
+from kfood_dist.config.sections import Data
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split

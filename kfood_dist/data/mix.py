@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from kfood_dist.config.recipe import Data
+from kfood_dist.config.sections import Data
 from kfood_dist.data.plan.plan import MicroBatch, Plan
 from kfood_dist.data.plan.sampling import Order, build_order
 from kfood_dist.data.shards.manifest import Manifest

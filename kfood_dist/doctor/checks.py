@@ -349,7 +349,7 @@ def check_shards(folder: Path) -> Iterator[Finding]:
 
 def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
     """The base model's files are whole, and the template is built of them as training does; no weights are read."""
-    from kfood_dist.config.recipe import Data
+    from kfood_dist.config.sections import Data
     from kfood_dist.data.shards.manifest import load_manifest
     from kfood_dist.model.base import load_config
     from kfood_dist.model.files import base_folder, require_base

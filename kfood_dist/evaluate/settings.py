@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kfood_dist.config import recipe as config
-from kfood_dist.config.recipe import Data, Eval, Model, Recipe
+from kfood_dist.config.sections import Data, Eval, Model, Recipe
 from kfood_dist.data.picture.images import RESIZE_POLICIES
 from kfood_dist.errors import ModelError, RecipeError
 

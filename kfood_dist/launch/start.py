@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfood_dist.config.recipe import Recipe, load_recipe
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.doctor.checks import OK, check_shared_memory
 from kfood_dist.errors import FINISHED, INTERRUPTED, MISTAKE, STOPPED, KfoodError, LaunchError
 from kfood_dist.evaluate import main as evaluation

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from kfood_dist.config.recipe import Lora, Parts, Recipe
+from kfood_dist.config.sections import Lora, Parts, Recipe
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.base import load_config
 from kfood_dist.model.family import CONNECTOR, TOWER, Family

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfood_dist.config.recipe import Lora, Parts
+from kfood_dist.config.sections import Lora, Parts
 from kfood_dist.errors import ModelError
 from kfood_dist.model.adapters import attach_lora
 from kfood_dist.model.family import HEAD, LANGUAGE_MODEL, Family, family_of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.mix import open_mixture
 from kfood_dist.data.picture.protocol import Pictures

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.verify import verify_some

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.batch.collate import Batch, StreamingCollator
 from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.mix import read_ahead

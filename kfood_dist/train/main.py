@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfood_dist.config.recipe import Recipe, load_recipe, save_recipe
+from kfood_dist.config.recipe import load_recipe, save_recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.stage import staged
 from kfood_dist.errors import FINISHED, STOPPED, KfoodError, RecipeError

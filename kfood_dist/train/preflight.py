@@ -5,7 +5,7 @@
 The launcher runs it once, before it starts any rank; each rank runs it again, since a rank may be started otherwise.
 """
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.mix import build_data_order, open_mixture
 from kfood_dist.data.plan.plan import Plan, accumulation_for
 from kfood_dist.data.shards.reader import open_split

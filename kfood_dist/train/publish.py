@@ -9,7 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.errors import CheckpointError
 from kfood_dist.train.run import checkpoint
 from kfood_dist.train.run.checkpoint import Checkpoint

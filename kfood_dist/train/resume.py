@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.config.recipe import Recipe, load_recipe
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.plan.plan import cut_anew
 from kfood_dist.errors import CheckpointError, RecipeError
 from kfood_dist.model.identity import config_changes, fingerprint, fingerprint_of_files, read_config

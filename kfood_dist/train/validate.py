@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.batch.collate import LeftOut, StreamingCollator
 from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.plan.plan import MicroBatch, deal

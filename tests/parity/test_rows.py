@@ -21,7 +21,8 @@ from sweep import swept
 from transformers import AutoModelForImageTextToText
 
 from kfood_dist.cli import main
-from kfood_dist.config.recipe import Parts, load_recipe
+from kfood_dist.config.recipe import load_recipe
+from kfood_dist.config.sections import Parts
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.mix import open_mixture
 from kfood_dist.data.plan.plan import MicroBatch

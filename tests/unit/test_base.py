@@ -11,7 +11,7 @@ import torch
 from asking import PROMPT, pictures_of
 from bases import edit
 
-from kfood_dist.config.recipe import Data
+from kfood_dist.config.sections import Data
 from kfood_dist.data.picture.patches import Patches
 from kfood_dist.data.picture.processed import Processed
 from kfood_dist.data.task.dish import DishTask

@@ -15,7 +15,8 @@ from orders import plain_order
 from page_cache import drop_pages, resident_share, settled
 
 from kfood_dist.cli import main
-from kfood_dist.config.recipe import Data, build_data
+from kfood_dist.config.recipe import build_data
+from kfood_dist.config.sections import Data
 from kfood_dist.data.mix import Mixture, build_data_order, open_mixture, read_ahead
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split

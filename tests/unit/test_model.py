@@ -13,7 +13,7 @@ from asking import adapted
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from kfood_dist.config.recipe import LINEAR_LAYERS, Lora, Parts
+from kfood_dist.config.sections import LINEAR_LAYERS, Lora, Parts
 from kfood_dist.errors import ModelError
 from kfood_dist.model.adapters import adapted_modules, read_adapter_facts, save_adapter, target_pattern
 from kfood_dist.model.base import load_config

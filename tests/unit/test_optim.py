@@ -4,7 +4,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from kfood_dist.config.recipe import Optim
+from kfood_dist.config.sections import Optim
 from kfood_dist.train.engine.optim import build_optimizer, learning_rate_at, state_dtypes
 
 

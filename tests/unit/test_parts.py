@@ -9,7 +9,8 @@ from asking import asking_dishes, model_inputs, pictures_of
 from bases import write_llava
 from transformers import AutoModelForImageTextToText
 
-from kfood_dist.config.recipe import Data, Lora, Objective, Parts, build_recipe
+from kfood_dist.config.recipe import build_recipe
+from kfood_dist.config.sections import Data, Lora, Objective, Parts
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.task.table import TASKS
 from kfood_dist.errors import ModelError, RecipeError

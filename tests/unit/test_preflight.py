@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.train.build import adapter_facts
 from kfood_dist.train.preflight import num_steps
 from kfood_dist.train.resume import forbidden_changes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.errors import CheckpointError
 from kfood_dist.system.world import World
 from kfood_dist.train.main import publish, train

@@ -11,7 +11,7 @@ from bases import write_qwen2_vl
 from test_loss import build
 
 from kfood_dist.cli import main
-from kfood_dist.config.recipe import Data
+from kfood_dist.config.sections import Data
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.batch.template import Template
 from kfood_dist.data.plan.plan import MicroBatch

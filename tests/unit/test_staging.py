@@ -17,7 +17,7 @@ import pytest
 from faulty_server import FAULTS, serving
 from pictures import write_folder
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.sample import Sample

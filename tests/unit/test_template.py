@@ -9,7 +9,7 @@ from asking import pictures_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfood_dist.config.recipe import Data
+from kfood_dist.config.sections import Data
 from kfood_dist.data.batch.template import IGNORED, Encoded, SampleRefused, SampleTooLong, Template, truncate
 from kfood_dist.data.picture.patches import Patches
 from kfood_dist.data.task.base import PICTURE, Message

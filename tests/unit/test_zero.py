@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.errors import RecipeError
 from kfood_dist.train.engine.zero_config import SHIPPED, deepspeed_config
 

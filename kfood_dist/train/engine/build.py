@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.errors import LaunchError
 from kfood_dist.system.world import World, limit_waits

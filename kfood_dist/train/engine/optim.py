@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kfood_dist.config.recipe import Optim
+from kfood_dist.config.sections import Optim
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.config.recipe import Recipe
+from kfood_dist.config.sections import Recipe
 from kfood_dist.errors import RecipeError
 
 SHIPPED = Path(__file__).resolve().parents[3] / "ds_configs"
