@@ -59,10 +59,10 @@ def _read(line: str) -> tuple[list[str], dict[str, str], str]:
     paths: list[Any] = pictures if isinstance(pictures, list) else [pictures]
     if not paths or not all(isinstance(text, str) and text.strip() for text in paths):
         raise _BadLine("no `image` with a path, and no `images` with several")
-    said = {name: _text(name, found[name]) for name in (LABEL, *ASKED) if name in found}
+    said = {name: _text(name, found[name]) for name in (LABEL, *ASKED) if found.get(name) is not None}
     if not says_enough(said):
         raise _BadLine("no `label`, and no `question` with its `answer`")
-    return [text.strip().replace("\\", "/") for text in paths], said, _text("split", found.get("split", ""))
+    return [text.strip().replace("\\", "/") for text in paths], said, _text("split", found.get("split") or "")
 
 
 def _text(name: str, value: Any) -> str:

@@ -5,6 +5,7 @@ all records ──► check_rows ──► what only a list can get wrong
 """
 
 import posixpath
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ def says_enough(names: Collection[str]) -> bool:
 def row_record(image_root: Path, files: Files, paths: Sequence[str], said: Mapping[str, str], split: str) -> Record:
     """The record of one row: its first picture, the others as `more`, and what is `said` of them by column."""
     first, *more = [_picture(image_root, files, path) for path in paths]
-    columns = tuple((name, said[name].strip()) for name in ASKED) if set(ASKED) <= set(said) else ()
+    columns = tuple((name, _composed(said[name])) for name in ASKED) if set(ASKED) <= set(said) else ()
     record = replace(
         first, label=said.get(LABEL, ""), split=split_of(split) or split, columns=columns, more=tuple(more)
     )
@@ -38,6 +39,11 @@ def row_record(image_root: Path, files: Files, paths: Sequence[str], said: Mappi
     if record.problem is None and empty:
         record = replace(record, problem="bad_row", detail=f"no {empty[0]}")
     return record
+
+
+def _composed(text: str) -> str:
+    """A text in NFC, as a list that macOS made may not be, without spaces around."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def _picture(image_root: Path, files: Files, text: str) -> Record:
