@@ -56,9 +56,9 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     if quantization == "nf4":
         options["quantization_config"] = quantization_config(dtype, family)
     # In float32 a 3B model takes 15 GB, more than many a card without bf16 has.
-    halved_on_host = precision == "fp16" and quantization == "none"
+    cast_on_host = precision == "fp16" and quantization == "none"
     if not is_deepspeed_zero3_enabled():  # which places the weights itself, and refuses to be told where
-        options["device_map"] = {"": "cpu" if halved_on_host else device}
+        options["device_map"] = {"": "cpu" if cast_on_host else device}
     # Under fp16 all is read as float32 first: fp16 has neither the range nor the small numbers of a bf16 file.
     options["dtype"] = torch.float32 if precision == "fp16" else dtype
     try:
@@ -86,13 +86,13 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     if quantization == "nf4":
         require_quantized(model, family)
     if precision == "fp16":
-        halve(model, family)
-    if halved_on_host:
+        cast_to_fp16(model, family)
+    if cast_on_host:
         model.to(device)
     return model.requires_grad_(False).train()
 
 
-def halve(model: nn.Module, family: Family) -> None:
+def cast_to_fp16(model: nn.Module, family: Family) -> None:
     """Turn what is float32 in the language model and its head into fp16.
 
     Raises ModelError for a weight beyond fp16's range.

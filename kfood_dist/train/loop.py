@@ -35,7 +35,7 @@ from kfood_dist.train.run.skips import SkipWatch, require_few_bad
 from kfood_dist.train.run.stop import StopRequest
 from kfood_dist.train.run.watchdog import Watch
 from kfood_dist.train.saving import Saver
-from kfood_dist.train.validate import Validator, say_left_out
+from kfood_dist.train.validate import Validator, log_skipped_samples
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Trainer:
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its metrics."""
-        self.watch.beat(f"reading the pictures of step {step + 1}")
+        self.watch.heartbeat(f"reading the pictures of step {step + 1}")
         meter = StepMeter()
         meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
         # After the batches: starting the loader, at a run's first step, draws a random number too.
@@ -117,11 +117,11 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         losses = []  # of each sample, by micro-batch
         for i, batch in enumerate(meter.batches):
-            self.watch.beat(f"micro-step {i + 1} of step {step + 1}")
+            self.watch.heartbeat(f"micro-step {i + 1} of step {step + 1}")
             outcome = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
             loss_sum += outcome.loss
             losses.append(outcome.each)
-        self.watch.beat(f"the update of step {step + 1}")
+        self.watch.heartbeat(f"the update of step {step + 1}")
         optim = self.recipe.optim
         rates = {name: learning_rate_at(step, self.max_steps, optim, peak) for name, peak in self.peaks.items()}
         update = self.engine.step(list(rates.values()))
@@ -162,7 +162,7 @@ class Trainer:
         """
         of_ranks = self.world.share([(batch.refused, batch.replaced) for batch in meter.batches])
         for refused, replaced in (pair for pairs in of_ranks for pair in pairs):
-            say_left_out(self.log, f"step {step + 1}", refused)
+            log_skipped_samples(self.log, f"step {step + 1}", refused)
             for key, why in replaced:
                 self.log.say(f"step {step + 1}: {key} replaced by another sample: {why}")
                 self.saver.bad[key] = why

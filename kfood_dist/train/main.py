@@ -180,10 +180,10 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
         except KfoodError as error:
             error.exit_status = 1  # a disk or a server, say: what was wrong from the start was told before
             raise
-    trainer.watch.beat("the end of the run")
+    trainer.watch.heartbeat("the end of the run")
     if world.is_main:
         conclude(trainer, done)
-    trainer.watch.beat("the last meeting of the ranks")
+    trainer.watch.heartbeat("the last meeting of the ranks")
     world.barrier()  # so that every node's ranks end together, and none is taken for one that was left behind
     trainer.log.close()
     trainer.shut_down()

@@ -63,7 +63,7 @@ class Saver:
                 break
             self.log.say(f"step {done}: {error}; tried again in {pause_s} s")
             for _ in range(pause_s):
-                self.watch.beat(f"waiting to write the checkpoint of step {done}")
+                self.watch.heartbeat(f"waiting to write the checkpoint of step {done}")
                 time.sleep(1)
         if error is None:
             self.failed = self.retry_at = 0
@@ -89,7 +89,7 @@ class Saver:
 
     def _write(self, done: int, measured: Validation | None) -> CheckpointError | None:
         """Write one checkpoint; what hindered it, or None. A collective with the same answer on all ranks."""
-        self.watch.beat(f"the checkpoint of step {done}")
+        self.watch.heartbeat(f"the checkpoint of step {done}")
         weights = adapter_weights(self.module.model)
 
         def write(target: checkpoint.Checkpoint) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kfood_dist.config.sections import Recipe
-from kfood_dist.data.batch.collate import LeftOut, StreamingCollator
+from kfood_dist.data.batch.collate import SkippedSample, StreamingCollator
 from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.plan.plan import MicroBatch, deal
 from kfood_dist.model.objective.base import Objective
@@ -70,12 +70,12 @@ class Validator:
         recipe, began = self.recipe, time.perf_counter()
         slots = deal(self.ids, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
-        left_out: list[LeftOut] = []
+        left_out: list[SkippedSample] = []
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         reader = stream(self.collator, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start)
         with torch.no_grad(), resting_dropout(self.module), closing(reader) as batches:
             for batch in batches:
-                self.watch.beat("measuring")
+                self.watch.heartbeat("measuring")
                 # Every rank has as many batches as the others, so all ask at the same one.
                 if bool(self.world.all_max(torch.tensor(float(self.stop.asked()), device=self.device))):
                     return None
@@ -86,14 +86,14 @@ class Validator:
                 totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
         loss_sum, weight, right, samples = self.world.all_sum(totals).tolist()
         in_all = [sample for of_rank in self.world.share(left_out) for sample in of_rank]
-        say_left_out(self.log, "validation", in_all[:_LEFT_OUT_LISTED])
+        log_skipped_samples(self.log, "validation", in_all[:_LEFT_OUT_LISTED])
         if len(in_all) > _LEFT_OUT_LISTED:
             self.log.say(f"validation: {len(in_all) - _LEFT_OUT_LISTED} more left out")
         self.picture_s = (time.perf_counter() - began) / samples
         return {"loss": loss_sum / max(1.0, weight), "accuracy": right / samples, "samples": samples}
 
 
-def say_left_out(log: RunLog, when: str, samples: Iterable[LeftOut]) -> None:
+def log_skipped_samples(log: RunLog, when: str, samples: Iterable[SkippedSample]) -> None:
     """Name in the log the samples that were left out, and why."""
     for key, why in samples:
         log.say(f"{when}: {key} left out: {why}")

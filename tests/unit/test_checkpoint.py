@@ -237,12 +237,12 @@ def test_a_file_that_is_missing_cut_or_altered_is_named(tmp_path: Path) -> None:
     made.require_whole()
 
 
-def save_for_ever(folder: Path, step: int, held: list[state.Held], optimizer: torch.optim.Optimizer) -> None:
+def save_for_ever(folder: Path, step: int, fragments: list[state.Fragment], optimizer: torch.optim.Optimizer) -> None:
     """Write one checkpoint after another, each with its step in every number."""
 
     def write(target: checkpoint.Checkpoint) -> None:
-        held[0].tensor.detach().fill_(target.step)
-        state.save(target.engine / state.file_name(0), held, optimizer, {})
+        fragments[0].tensor.detach().fill_(target.step)
+        state.save(target.engine / state.file_name(0), fragments, optimizer, {})
         target.adapter.mkdir()
         shutil.copy(target.engine / state.file_name(0), target.adapter / "adapter_model.safetensors")
 
@@ -254,12 +254,12 @@ def save_for_ever(folder: Path, step: int, held: list[state.Held], optimizer: to
 def kill_many_times(folder: Path, kills: int) -> None:
     """Fork, write, kill, look: in a process of its own, so that forking meets no thread of torch's."""
     torch.set_num_threads(1)
-    held = [state.Held(torch.zeros(200_000).requires_grad_(), (state.Stretch("a", 0, 200_000, 0),))]
-    optimizer = torch.optim.AdamW([held[0].tensor])
+    fragments = [state.Fragment(torch.zeros(200_000).requires_grad_(), (state.Slice("a", 0, 200_000, 0),))]
+    optimizer = torch.optim.AdamW([fragments[0].tensor])
     step, seen = 1, set()
     for kill in range(kills):
         if (child := os.fork()) == 0:
-            save_for_ever(folder, step, held, optimizer)
+            save_for_ever(folder, step, fragments, optimizer)
         time.sleep(0.01 + kill * 0.005)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -271,7 +271,7 @@ def kill_many_times(folder: Path, kills: int) -> None:
         newest.require_whole()
         assert newest.step >= step - 1
         with state.Saved(newest.engine) as saved:
-            weights = saved.read(state.WEIGHTS, state.Stretch("a", 0, 200_000, 0))
+            weights = saved.read(state.WEIGHTS, state.Slice("a", 0, 200_000, 0))
         assert torch.equal(weights, torch.full((200_000,), float(newest.step)))
         step = newest.step + 1
     assert step > kills / 4, step  # the kills were not all too early,

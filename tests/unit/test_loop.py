@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kfood_dist.data.batch.collate import LeftOut
+from kfood_dist.data.batch.collate import SkippedSample
 from kfood_dist.model.objective.base import Outcome
 from kfood_dist.system.world import World
 from kfood_dist.train import validate
@@ -74,7 +74,7 @@ def test_a_measurement_names_twenty_of_what_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch, left_out: int, more: str | None
 ) -> None:
     batch = SimpleNamespace(
-        ids=(0,), refused=[LeftOut(f"key{i}", "damaged") for i in range(left_out)], to=lambda device: batch
+        ids=(0,), refused=[SkippedSample(f"key{i}", "damaged") for i in range(left_out)], to=lambda device: batch
     )
     said: list[str] = []
     module = torch.nn.Module()
@@ -90,7 +90,7 @@ def test_a_measurement_names_twenty_of_what_it_leaves_out(
         module=module,
         engine=SimpleNamespace(forward=lambda batch: Outcome(torch.tensor(0.5), None, torch.tensor([True]))),
         log=SimpleNamespace(say=said.append, evaluation=lambda *words: None),
-        watch=SimpleNamespace(beat=lambda what: None),
+        watch=SimpleNamespace(heartbeat=lambda what: None),
         stop=SimpleNamespace(asked=lambda: False),
     )
     monkeypatch.setattr(validate, "stream", lambda *words, **named: (one for one in [batch]))

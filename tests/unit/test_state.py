@@ -9,58 +9,58 @@ from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.optim import AdamW8bit
 
 from kfood_dist.errors import CheckpointError
-from kfood_dist.train.engine.state import Held, Saved, Stretch, load, save
+from kfood_dist.train.engine.state import Fragment, Saved, Slice, load, save
 
 SIZES = {"a": 5000, "b": 300, "c": 9001}
 TOTAL = sum(SIZES.values())
 
 
-def cut(ranks: int, whole: torch.Tensor | None = None) -> list[list[Held]]:
+def cut(ranks: int, whole: torch.Tensor | None = None) -> list[list[Fragment]]:
     """The parameters laid end to end and cut into equal parts, as ZeRO-1 and 2 do; the last one is padded."""
     size = -(-TOTAL // ranks)
     out = []
     for rank in range(ranks):
-        begin, stretches, at = rank * size, [], 0
+        begin, slices, at = rank * size, [], 0
         for name, numel in SIZES.items():
             first, last = max(at, begin), min(at + numel, begin + size)
             if first < last:
-                stretches.append(Stretch(name, first - at, last - first, first - begin))
+                slices.append(Slice(name, first - at, last - first, first - begin))
             at += numel
         flat = torch.zeros(size)
         if whole is not None:
             part = whole[begin : begin + size]
             flat[: len(part)] = part
-        out.append([Held(flat.requires_grad_(), tuple(stretches))])
+        out.append([Fragment(flat.requires_grad_(), tuple(slices))])
     return out
 
 
-def by_parameter(whole: torch.Tensor | None = None) -> list[list[Held]]:
+def by_parameter(whole: torch.Tensor | None = None) -> list[list[Fragment]]:
     """Each parameter by itself on a single rank, as without ZeRO; matrices where the size allows."""
-    held, at = [], 0
+    fragments, at = [], 0
     for name, numel in SIZES.items():
         flat = torch.zeros(numel) if whole is None else whole[at : at + numel].clone()
         tensor = flat.view(50, -1) if numel % 50 == 0 else flat
-        held.append(Held(tensor.detach().requires_grad_(), (Stretch(name, 0, numel, 0),)))
+        fragments.append(Fragment(tensor.detach().requires_grad_(), (Slice(name, 0, numel, 0),)))
         at += numel
-    return [held]
+    return [fragments]
 
 
 CUTS = {"one by one": by_parameter, **{f"{n} ranks": lambda whole=None, n=n: cut(n, whole) for n in (1, 2, 3, 4)}}
 
 
-def optimise(ranks: list[list[Held]], name: str, steps: int = 3) -> list[torch.optim.Optimizer]:
+def optimise(ranks: list[list[Fragment]], name: str, steps: int = 3) -> list[torch.optim.Optimizer]:
     """One optimiser per rank, after a few steps on gradients that do not depend on the cut."""
     gradient = torch.randn(TOTAL, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 0, TOTAL)
     parts = dict(zip(SIZES, gradient.split(list(SIZES.values())), strict=True))
     optimizers = []
-    for held in ranks:
-        tensors = [one.tensor for one in held]
+    for fragments in ranks:
+        tensors = [one.tensor for one in fragments]
         kind = {"adamw8bit": AdamW8bit, "adamw": torch.optim.AdamW}[name]
         optimizer = kind(tensors, lr=1e-3)
         for step in range(steps):
-            for one in held:
+            for one in fragments:
                 flat = torch.zeros(one.tensor.numel())
-                for s in one.stretches:
+                for s in one.slices:
                     flat[s.at : s.at + s.length] = parts[s.parameter][s.start : s.start + s.length] * (step + 1)
                 one.tensor.grad = flat.view_as(one.tensor)
             optimizer.step()
@@ -68,26 +68,26 @@ def optimise(ranks: list[list[Held]], name: str, steps: int = 3) -> list[torch.o
     return optimizers
 
 
-def save_all(folder: Path, ranks: list[list[Held]], optimizers: list[torch.optim.Optimizer]) -> Path:
-    for rank, (held, optimizer) in enumerate(zip(ranks, optimizers, strict=True)):
-        save(folder / f"rank-{rank:05d}.safetensors", held, optimizer, {"scale": 4.0})
+def save_all(folder: Path, ranks: list[list[Fragment]], optimizers: list[torch.optim.Optimizer]) -> Path:
+    for rank, (fragments, optimizer) in enumerate(zip(ranks, optimizers, strict=True)):
+        save(folder / f"rank-{rank:05d}.safetensors", fragments, optimizer, {"scale": 4.0})
     return folder
 
 
-def restore(folder: Path, ranks: list[list[Held]], name: str) -> list[torch.optim.Optimizer]:
+def restore(folder: Path, ranks: list[list[Fragment]], name: str) -> list[torch.optim.Optimizer]:
     optimizers = optimise(ranks, name, steps=0)
     with Saved(folder) as saved:
         assert saved.extra == {"scale": 4.0}
-        for held, optimizer in zip(ranks, optimizers, strict=True):
-            load(saved, held, optimizer)
+        for fragments, optimizer in zip(ranks, optimizers, strict=True):
+            load(saved, fragments, optimizer)
     return optimizers
 
 
-def gathered(ranks: list[list[Held]], optimizers: list[torch.optim.Optimizer], name: str) -> torch.Tensor:
+def gathered(ranks: list[list[Fragment]], optimizers: list[torch.optim.Optimizer], name: str) -> torch.Tensor:
     """Weights, or a moment in float32, of all parameters end to end."""
     out = {parameter: torch.full((numel,), torch.nan) for parameter, numel in SIZES.items()}
-    for held, optimizer in zip(ranks, optimizers, strict=True):
-        for one in held:
+    for fragments, optimizer in zip(ranks, optimizers, strict=True):
+        for one in fragments:
             state = optimizer.state[one.tensor]
             values = one.tensor if name == "weights" else state[name]
             if values.dtype == torch.uint8:
@@ -95,7 +95,7 @@ def gathered(ranks: list[list[Held]], optimizers: list[torch.optim.Optimizer], n
                 values = dequantize_blockwise(
                     values.flatten(), absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
                 )
-            for s in one.stretches:
+            for s in one.slices:
                 out[s.parameter][s.start : s.start + s.length] = values.detach().view(-1)[s.at : s.at + s.length]
     return torch.cat(list(out.values()))
 
@@ -141,10 +141,10 @@ def test_the_same_cut_goes_on_to_the_bit(tmp_path: Path, whole: torch.Tensor, ho
     optimizers = restore(tmp_path, resumed, name)
     gradient = torch.randn(TOTAL, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 0, TOTAL)
     parts = dict(zip(SIZES, gradient.split(list(SIZES.values())), strict=True))
-    for held, optimizer in zip(resumed, optimizers, strict=True):
-        for one in held:
+    for fragments, optimizer in zip(resumed, optimizers, strict=True):
+        for one in fragments:
             flat = torch.zeros(one.tensor.numel())
-            for s in one.stretches:
+            for s in one.slices:
                 flat[s.at : s.at + s.length] = parts[s.parameter][s.start : s.start + s.length] * 4
             one.tensor.grad = flat.view_as(one.tensor)
         optimizer.step()
@@ -158,7 +158,7 @@ def test_before_the_first_update_there_is_no_state_to_carry(tmp_path: Path, whol
     fresh = cut(3)
     optimizers = restore(tmp_path, fresh, "adamw8bit")
     assert not any(optimizer.state for optimizer in optimizers)
-    assert torch.equal(torch.cat([held[0].tensor.detach() for held in fresh])[:TOTAL], whole)
+    assert torch.equal(torch.cat([fragments[0].tensor.detach() for fragments in fresh])[:TOTAL], whole)
 
 
 def test_a_missing_file_is_named_by_what_it_held(tmp_path: Path, whole: torch.Tensor) -> None:
@@ -175,7 +175,9 @@ def test_a_missing_file_is_named_by_what_it_held(tmp_path: Path, whole: torch.Te
 
 def test_the_parts_of_the_test_cover_everything_once() -> None:
     for make in CUTS.values():
-        covered = sorted((s.parameter, s.start, s.length) for held in make() for one in held for s in one.stretches)
+        covered = sorted(
+            (s.parameter, s.start, s.length) for fragments in make() for one in fragments for s in one.slices
+        )
         assert sum(length for *_, length in covered) == TOTAL
         assert all(a[0] != b[0] or a[1] + a[2] == b[1] for a, b in pairwise(covered))
 

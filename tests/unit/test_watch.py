@@ -69,9 +69,9 @@ def stuck():
 watch = Watch(World(), 1.0, Path(sys.argv[1]))
 watch.start()
 for _ in range(15):
-    watch.beat("the small steps")
+    watch.heartbeat("the small steps")
     time.sleep(0.1)
-watch.beat("the long one")
+watch.heartbeat("the long one")
 stuck()
 """
 
@@ -97,7 +97,7 @@ def test_a_connection_that_breaks_is_made_again(tmp_path: Path) -> None:
     hosted = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     hosted.set("0", '[5, "step 5", 5]')
     watch = Watch(World(rank=1, size=2, local_rank=1), 0.5, tmp_path)
-    watch.beat("step 1")
+    watch.heartbeat("step 1")
 
     class Broken:
         host, port = hosted.host, hosted.port

@@ -29,7 +29,7 @@ from kfood_dist.errors import ShardError
 _SUBSTITUTES_TRIED = 8
 
 
-class LeftOut(NamedTuple):
+class SkippedSample(NamedTuple):
     """A sample that is not in its batch, by its key, and why."""
 
     key: str
@@ -48,8 +48,8 @@ class Batch:
     facts: dict[str, torch.Tensor]  # what goes with the pixels, such as grids
     ids: tuple[int, ...] = ()  # the samples asked for and in here, themselves or by a substitute
     columns: tuple[dict[str, Any], ...] = ()  # theirs, where the batch is for generation
-    refused: tuple[LeftOut, ...] = ()
-    replaced: tuple[LeftOut, ...] = ()
+    refused: tuple[SkippedSample, ...] = ()
+    replaced: tuple[SkippedSample, ...] = ()
 
     @property
     def num_label_tokens(self) -> int:
@@ -124,24 +124,24 @@ class StreamingCollator(Dataset[Batch]):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         used: list[int] = []
-        refused: list[LeftOut] = []
-        replaced: list[LeftOut] = []
+        refused: list[SkippedSample] = []
+        replaced: list[SkippedSample] = []
         rows: list[_Row] = []
         columns: list[dict[str, Any]] = []
         block = _Block(len(micro_batch.ids))
         for i, sample in zip(micro_batch.ids, self._samples(micro_batch.ids), strict=True):
             try:
                 if isinstance(sample, ShardError) and self.unreadable == "replace":
-                    replaced.append(LeftOut(self.shards.key(i), sample.what))
+                    replaced.append(SkippedSample(self.shards.key(i), sample.what))
                     sample = self._substitute(i, sample)
                 if isinstance(sample, ShardError):
-                    refused.append(LeftOut(self.shards.key(i), sample.what))
+                    refused.append(SkippedSample(self.shards.key(i), sample.what))
                     continue
                 rows.append(self._row(sample, not self.for_generation, block))
                 used.append(i)
                 columns.append(sample.columns)
             except SampleRefused as error:
-                refused.append(LeftOut(self.shards.key(i), str(error)))
+                refused.append(SkippedSample(self.shards.key(i), str(error)))
         if not rows:
             rows = [self._filler(micro_batch.filler, block)]
         return self._pad(

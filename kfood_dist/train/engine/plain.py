@@ -78,18 +78,18 @@ class PlainEngine:
 
     def save(self, folder: Path) -> None:
         if self.accelerator.is_main_process:  # every rank has the same
-            state.save(folder / state.file_name(0), self.held(), self.optimizer, self.scale_state)
+            state.save(folder / state.file_name(0), self.fragments(), self.optimizer, self.scale_state)
 
     def load(self, folder: Path) -> None:
         with state.Saved(folder) as saved:
             saved.require_parameters({name: parameter.numel() for name, parameter in self.trainable.items()})
-            state.load(saved, self.held(), self.optimizer)
+            state.load(saved, self.fragments(), self.optimizer)
             if saved.extra:
                 self.scale_state = saved.extra
 
-    def held(self) -> list[state.Held]:
+    def fragments(self) -> list[state.Fragment]:
         """Every parameter whole: the weights the model computes with are the master weights."""
         return [
-            state.Held(parameter, (state.Stretch(name, 0, parameter.numel(), 0),))
+            state.Fragment(parameter, (state.Slice(name, 0, parameter.numel(), 0),))
             for name, parameter in self.trainable.items()
         ]

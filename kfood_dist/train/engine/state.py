@@ -1,10 +1,10 @@
 """What a checkpoint keeps of an engine: float32 master weights and optimiser moments, wherever they lie.
 
-    Held (this rank's tensors) ──► save ──► rank-00000.safetensors, …: raw bytes, and which parameter lies where in them
+    this rank's fragments ──► save ──► rank-00000.safetensors, …: raw bytes, and which parameter lies where in them
     all ranks' files ──► Saved ──► load ──► the same cut: the bytes as they were
                                        └──► another cut: float32 by parameter, dealt anew and quantised again
 
-Always holds: a tensor that covers the same stretches as one of the files gets its very bytes back, so that a resume
+Always holds: a tensor that covers the same slices as one of the files gets its very bytes back, so that a resume
 on the same ranks is exact; any other number of ranks, ZeRO stage or none gets the same weights exactly and the
 moments up to one rounding to 8 bits; no pickle is read.
 """
@@ -33,8 +33,8 @@ _MOMENTS = ("state1", "state2", "exp_avg", "exp_avg_sq")
 _BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states (arXiv 2110.02861, section 2.1)
 
 
-class Stretch(NamedTuple):
-    """`length` numbers of a parameter from `start` on, which lie in a held tensor from `at` on (all flattened)."""
+class Slice(NamedTuple):
+    """`length` numbers of a parameter from `start` on, which lie in a fragment from `at` on (all flattened)."""
 
     parameter: str
     start: int
@@ -43,44 +43,44 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Held:
+class Fragment:
     """A float32 tensor that this rank's optimiser updates: a whole parameter, or a flat part of many."""
 
     tensor: torch.Tensor
-    stretches: tuple[Stretch, ...]
+    slices: tuple[Slice, ...]
 
 
-def save(path: Path, held: Sequence[Held], optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
-    """Write one rank's tensors and their optimiser state to one safetensors file; `extra` is any small JSON."""
+def save(path: Path, fragments: Sequence[Fragment], optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
+    """Write one rank's tensors and their optimiser state to a safetensors file; `extra` is any small JSON."""
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     records = []
-    for i, one in enumerate(held):
-        state = optimizer.state.get(one.tensor, {})
+    for i, fragment in enumerate(fragments):
+        state = optimizer.state.get(fragment.tensor, {})
         numbers = {name: float(value) for name, value in state.items() if _is_number(value)}
         kept = {name: value for name, value in state.items() if torch.is_tensor(value) and value.dim()}
-        for name, value in {WEIGHTS: one.tensor, **kept}.items():
+        for name, value in {WEIGHTS: fragment.tensor, **kept}.items():
             # A copy, since bitsandbytes shares its code tables between states, and the format does not.
             tensors[f"{i}.{name}"] = value.detach().flatten().cpu().clone()
         records.append(
-            {"numel": one.tensor.numel(), "stretches": one.stretches, "numbers": numbers, "tensors": list(kept)}
+            {"numel": fragment.tensor.numel(), "stretches": fragment.slices, "numbers": numbers, "tensors": list(kept)}
         )
     save_file(tensors, path, {"held": json.dumps(records), "extra": json.dumps(extra)})
 
 
-def load(saved: "Saved", held: Sequence[Held], optimizer: torch.optim.Optimizer) -> None:
+def load(saved: "Saved", fragments: Sequence[Fragment], optimizer: torch.optim.Optimizer) -> None:
     """Fill this rank's tensors and their optimiser state from what all ranks saved, however it was cut then.
 
     Raises CheckpointError if part of a parameter is in none of the files.
     """
     with torch.no_grad():
-        for one in held:
-            same = saved.same(one)
-            weights = _dealt(saved, one, WEIGHTS) if same is None else same[WEIGHTS]
-            one.tensor.detach().view(-1).copy_(weights)
-            if saved.has_state(one):
-                optimizer.state[one.tensor] = _restored(saved, one, optimizer, same)
+        for fragment in fragments:
+            same = saved.same(fragment)
+            weights = _dealt(saved, fragment, WEIGHTS) if same is None else same[WEIGHTS]
+            fragment.tensor.detach().view(-1).copy_(weights)
+            if saved.has_state(fragment):
+                optimizer.state[fragment.tensor] = _restored(saved, fragment, optimizer, same)
 
 
 class Saved:
@@ -91,7 +91,7 @@ class Saved:
         self._open = ExitStack()
         self._files: list[Any] = []
         self._records: list[list[dict[str, Any]]] = []
-        self._places: dict[str, list[tuple[int, int, Stretch]]] = {}
+        self._places: dict[str, list[tuple[int, int, Slice]]] = {}
         self.extra: dict[str, Any] = {}
 
     def __enter__(self) -> "Saved":
@@ -105,9 +105,9 @@ class Saved:
             facts = file.metadata()
             records = json.loads(facts["held"])
             for i, record in enumerate(records):
-                record["stretches"] = tuple(Stretch(*words) for words in record["stretches"])
-                for stretch in record["stretches"]:
-                    self._places.setdefault(stretch.parameter, []).append((number, i, stretch))
+                record["stretches"] = tuple(Slice(*words) for words in record["stretches"])
+                for piece in record["stretches"]:
+                    self._places.setdefault(piece.parameter, []).append((number, i, piece))
             self._files.append(file)
             self._records.append(records)
             self.extra = self.extra or json.loads(facts["extra"])
@@ -118,9 +118,7 @@ class Saved:
 
     def require_parameters(self, sizes: Mapping[str, int]) -> None:
         """Raise CheckpointError unless the files hold parameters of just these names and numbers of elements."""
-        saved = {
-            name: max(stretch.start + stretch.length for *_, stretch in places) for name, places in self._places.items()
-        }
+        saved = {name: max(piece.start + piece.length for *_, piece in places) for name, places in self._places.items()}
         for name in sorted(saved.keys() | sizes.keys()):
             if saved.get(name) != sizes.get(name):
                 raise CheckpointError(
@@ -129,17 +127,17 @@ class Saved:
                     _OLDER,
                 )
 
-    def read(self, name: str, wanted: Stretch) -> torch.Tensor:
+    def read(self, name: str, wanted: Slice) -> torch.Tensor:
         """The numbers of `wanted` in float32, (length,), of the weights or of a moment, from whichever files hold them.
 
         Raises CheckpointError if some are in none.
         """
         out, missing = torch.empty(wanted.length), wanted.length
-        for number, i, stretch in self._places.get(wanted.parameter, []):
-            begin = max(wanted.start, stretch.start)
-            end = min(wanted.start + wanted.length, stretch.start + stretch.length)
+        for number, i, piece in self._places.get(wanted.parameter, []):
+            begin = max(wanted.start, piece.start)
+            end = min(wanted.start + wanted.length, piece.start + piece.length)
             if begin < end:
-                at = stretch.at + begin - stretch.start
+                at = piece.at + begin - piece.start
                 out[begin - wanted.start : end - wanted.start] = self._numbers(number, i, name, at, end - begin)
                 missing -= end - begin
         if missing > 0:
@@ -148,24 +146,24 @@ class Saved:
             )
         return out
 
-    def same(self, held: Held) -> dict[str, torch.Tensor] | None:
-        """Weights and state, as they were, of a saved tensor that covers just the stretches of `held`; else None."""
-        for number, i, _ in self._places.get(held.stretches[0].parameter, []) if held.stretches else []:
+    def same(self, fragment: Fragment) -> dict[str, torch.Tensor] | None:
+        """Weights and state, as they were, of a saved tensor that covers just the slices of `fragment`; else None."""
+        for number, i, _ in self._places.get(fragment.slices[0].parameter, []) if fragment.slices else []:
             record = self._records[number][i]
-            if record["stretches"] == held.stretches and record["numel"] == held.tensor.numel():
+            if record["stretches"] == fragment.slices and record["numel"] == fragment.tensor.numel():
                 return {name: self._files[number].get_tensor(f"{i}.{name}") for name in (WEIGHTS, *record["tensors"])}
         return None
 
-    def has_state(self, held: Held) -> bool:
+    def has_state(self, fragment: Fragment) -> bool:
         """Whether the optimiser had taken a step on these numbers when they were saved."""
-        return any(self._records[n][i]["tensors"] for n, i in self._sources(held))
+        return any(self._records[n][i]["tensors"] for n, i in self._sources(fragment))
 
-    def number(self, name: str, held: Held) -> float:
+    def number(self, name: str, fragment: Fragment) -> float:
         """A number of the optimiser's state, such as its count of steps: the largest, should sources differ."""
-        return max(self._records[n][i]["numbers"][name] for n, i in self._sources(held))
+        return max(self._records[n][i]["numbers"][name] for n, i in self._sources(fragment))
 
-    def _sources(self, held: Held) -> set[tuple[int, int]]:
-        return {(n, i) for s in held.stretches for n, i, _ in self._places.get(s.parameter, [])}
+    def _sources(self, fragment: Fragment) -> set[tuple[int, int]]:
+        return {(n, i) for s in fragment.slices for n, i, _ in self._places.get(s.parameter, [])}
 
     def _numbers(self, number: int, i: int, name: str, at: int, length: int) -> torch.Tensor:
         file, end = self._files[number], at + length
@@ -181,27 +179,27 @@ class Saved:
 _OLDER = "delete that checkpoint folder; the one before it is used then, or the run starts anew"
 
 
-def _dealt(saved: Saved, held: Held, name: str) -> torch.Tensor:
-    """The held tensor's weights or a moment in float32, flat, gathered from any cut; padding is zero."""
-    out = torch.zeros(held.tensor.numel())
-    for stretch in held.stretches:
-        out[stretch.at : stretch.at + stretch.length] = saved.read(name, stretch)
+def _dealt(saved: Saved, fragment: Fragment, name: str) -> torch.Tensor:
+    """A fragment's weights or a moment in float32, flat, gathered from any cut; padding is zero."""
+    out = torch.zeros(fragment.tensor.numel())
+    for piece in fragment.slices:
+        out[piece.at : piece.at + piece.length] = saved.read(name, piece)
     return out
 
 
 def _restored(
-    saved: Saved, held: Held, optimizer: torch.optim.Optimizer, same: dict[str, torch.Tensor] | None
+    saved: Saved, fragment: Fragment, optimizer: torch.optim.Optimizer, same: dict[str, torch.Tensor] | None
 ) -> dict[str, Any]:
     """The optimiser's state of one tensor: `same` as it is, or dealt and quantised anew."""
-    state = _fresh_state(optimizer, held.tensor)
+    state = _fresh_state(optimizer, fragment.tensor)
     for name, value in state.items():
         if _is_number(value):
-            count = saved.number(name, held)
+            count = saved.number(name, fragment)
             state[name] = torch.tensor(count, dtype=value.dtype) if torch.is_tensor(value) else type(value)(count)
         elif same is not None:
             value.copy_(same[name].view_as(value))
         elif name in _MOMENTS:
-            _put(state, name, _dealt(saved, held, name))
+            _put(state, name, _dealt(saved, fragment, name))
     return state
 
 

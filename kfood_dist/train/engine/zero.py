@@ -64,37 +64,37 @@ class ZeroEngine:
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state["scale"], int(state["good_steps"]), -1
 
     def save(self, folder: Path) -> None:
-        state.save(folder / state.file_name(self.rank), self.held(), self.optimizer, self.scale_state)
+        state.save(folder / state.file_name(self.rank), self.fragments(), self.optimizer, self.scale_state)
 
     def load(self, folder: Path) -> None:
         with state.Saved(folder) as saved:
             saved.require_parameters(
                 {n: p.ds_numel if self.stage == 3 else p.numel() for n, p in self.trainable.items()}
             )
-            state.load(saved, self.held(), self.optimizer)
+            state.load(saved, self.fragments(), self.optimizer)
             if saved.extra:
                 self.scale_state = saved.extra
         self._refresh_weights()
 
-    def held(self) -> list[state.Held]:
+    def fragments(self) -> list[state.Fragment]:
         """The flat float32 tensors of this rank, and which parameters lie in them."""
         inner = self.engine.optimizer
         if self.stage == 3:
             return [
-                state.Held(flat, tuple(self._stretches_of_stage_3(group)))
+                state.Fragment(flat, tuple(self._slices_of_stage_3(group)))
                 for flat, group in zip(inner.fp32_partitioned_groups_flat, inner.fp16_groups, strict=True)
             ]
         # DeepSpeed takes its BF16_Optimizer for stage 1 with float32 accumulation, which names them otherwise.
         bf16 = hasattr(inner, "fp32_groups_flat_partition")
         flats = inner.fp32_groups_flat_partition if bf16 else inner.single_partition_of_fp32_groups
-        stretches: list[list[state.Stretch]] = [[] for _ in flats]
+        slices: list[list[state.Slice]] = [[] for _ in flats]
         for name, parameter in self.trainable.items():
             if (mapping := parameter._hp_mapping) is not None:  # None: none of it lies on this rank
                 part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-                stretches[mapping.param_group_index].append(state.Stretch(name, part.start, part.numel, place.start))
-        return [state.Held(flat, tuple(found)) for flat, found in zip(flats, stretches, strict=True)]
+                slices[mapping.param_group_index].append(state.Slice(name, part.start, part.numel, place.start))
+        return [state.Fragment(flat, tuple(found)) for flat, found in zip(flats, slices, strict=True)]
 
-    def _stretches_of_stage_3(self, group: list[Any]) -> Iterator[state.Stretch]:
+    def _slices_of_stage_3(self, group: list[Any]) -> Iterator[state.Slice]:
         """Stage 3 cuts each parameter by itself, into equal parts of which the last may be short or empty."""
         names = {id(parameter): name for name, parameter in self.trainable.items()}
         inner = self.engine.optimizer
@@ -102,7 +102,7 @@ class ZeroEngine:
             _, at, size = inner.grad_position[inner.get_param_id(parameter)]
             start = self.rank * size
             if (length := min(size, parameter.ds_numel - start)) > 0:
-                yield state.Stretch(names[id(parameter)], start, length, at)
+                yield state.Slice(names[id(parameter)], start, length, at)
 
     def _refresh_weights(self) -> None:
         """Make the weights that the model computes with those of the masters, as a step's end does."""

@@ -1,9 +1,9 @@
 """Ends a run in which a rank stalls, and names it: without this the others would wait in a collective for ever.
 
-    main thread ──► beat("micro-step 3 of step 12") ──► watching thread ──► a small store that rank 0 hosts
-                                                    ◄── every rank's last beat
+    main thread ──► heartbeat("micro-step 3 of step 12") ──► watching thread ──► a small store that rank 0 hosts
+                                                    ◄── every rank's last heartbeat
 
-A rank that has made no beat for `timeout_s` ends the job. Named is the rank whose process does not answer at all, else
+A rank that has made no heartbeat for `timeout_s` ends the job. Named is the rank whose process does not answer at all, else
 the one that is behind the others: those that wait for it have come further. Each rank that can leaves its threads'
 stacks in the run directory.
 
@@ -33,7 +33,7 @@ _NO_LIMIT = timedelta(days=365)  # c10d wants a number
 
 @dataclass
 class Seen:
-    """What the watcher knows of one rank: its last beat, and when that and its thread were last seen to move."""
+    """What the watcher knows of one rank: its last heartbeat, and when that and its thread were last seen to move."""
 
     num_beats: int = 0
     doing: str = "starting"
@@ -65,7 +65,7 @@ def blame(ranks: list[Seen], timeout_s: float, now: float) -> list[str]:
 
 
 class Watch:
-    """Watches all ranks from each of them. Started by `start`, kept quiet by `beat`, ended by `stop`."""
+    """Watches all ranks from each of them. Started by `start`, kept quiet by `heartbeat`, ended by `stop`."""
 
     def __init__(self, world: World, timeout_s: float, run_dir: Path):
         self.world = world
@@ -84,7 +84,7 @@ class Watch:
             threading.Thread(target=self._exchange, args=(store,), name="beats", daemon=True).start()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
-    def beat(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         """Say that this rank goes on, and what it does next."""
         self._beat = (self._beat[0] + 1, doing)
 
