@@ -15,7 +15,7 @@ import yaml
 from forked import Ended, Ranks, run_ranks, run_verb, start_ranks
 
 from kfood_dist.config.recipe import load_recipe
-from kfood_dist.launch.start import Machine, choose
+from kfood_dist.launch.start import Machine, choose_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 420
@@ -101,7 +101,7 @@ def training(
     `words` are further options of `kfood train`; `work` takes the place of `run_verb`.
     """
     machine = Machine(num_gpus=0, num_cores=len(os.sched_getaffinity(0)), has_deepspeed=True)
-    way = choose(machine, load_recipe(recipe, overrides).train.zero_stage, ranks)
+    way = choose_launch(machine, load_recipe(recipe, overrides).train.zero_stage, ranks)
     settings = [word for text in (*overrides, f"train.zero_stage={way.zero_stage}") for word in ("--set", text)]
     with start_ranks(
         work,

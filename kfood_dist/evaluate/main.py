@@ -18,7 +18,7 @@ from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.stage import staged
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate.evaluation import Evaluation, check, find_earlier
-from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.metrics import Prediction
 from kfood_dist.evaluate.page import interval, percent, report_page
 from kfood_dist.evaluate.report import PAGE, Report, build_report, load_report, write_report
 from kfood_dist.evaluate.settings import add_model_arguments
@@ -167,14 +167,14 @@ def reuse(asked: Evaluation, report: Report) -> int:
     return 0
 
 
-def log(asked: Evaluation, accuracy: float, records: list[Record]) -> None:
+def log(asked: Evaluation, accuracy: float, records: list[Prediction]) -> None:
     """Write the evaluation to its TensorBoard folder."""
     assert asked.tensorboard is not None
     panel.log(asked.tensorboard, asked.shards.split, asked.step, accuracy, _samples(asked, records, panel.NUM_PICTURES))
 
 
-def _samples(asked: Evaluation, records: list[Record], count: int) -> list[tuple[Record, bytes]]:
-    return [(records[i], asked.shards.read(i).pictures[0]) for i in panel.choose(count, len(records))]
+def _samples(asked: Evaluation, records: list[Prediction], count: int) -> list[tuple[Prediction, bytes]]:
+    return [(records[i], asked.shards.read(i).pictures[0]) for i in panel.spread(count, len(records))]
 
 
 def describe(report: Report) -> str:

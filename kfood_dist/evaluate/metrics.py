@@ -13,7 +13,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Record:
+class Prediction:
     """One picture's answer: `prediction` is `raw` in its clean form, `confidence` the probability of `raw`, 0 to 1."""
 
     key: str
@@ -54,7 +54,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, only_first + only_second).pvalue)
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarise(records: Sequence[Prediction]) -> dict[str, Any]:
     """`accuracy, correct, images, wilson_95` of at least one record."""
     correct = sum(r.correct for r in records)
     return {
@@ -65,7 +65,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def by_class(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+def by_class(records: Iterable[Prediction]) -> dict[str, dict[str, Any]]:
     """{label: {images, correct, accuracy}}, by label."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for record in records:
@@ -76,7 +76,7 @@ def by_class(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     }
 
 
-def confusions(records: Iterable[Record], top: int = 20) -> list[dict[str, Any]]:
+def confusions(records: Iterable[Prediction], top: int = 20) -> list[dict[str, Any]]:
     """The most frequent wrong answers, [{label, prediction, count}], most frequent first."""
     wrong = Counter((r.label, r.prediction) for r in records if not r.correct)
     ranked = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))

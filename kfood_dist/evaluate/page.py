@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.metrics import Prediction
 from kfood_dist.system.words import plural
 
 _STYLE = """
@@ -74,7 +74,7 @@ def interval(bounds: Sequence[float]) -> str:
     return f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}%"
 
 
-def report_page(report: Mapping[str, Any], samples: Sequence[tuple[Record, bytes]]) -> str:
+def report_page(report: Mapping[str, Any], samples: Sequence[tuple[Prediction, bytes]]) -> str:
     """The page of one evaluation; `samples` are pictures to show, with their JPEG bytes."""
     sections = [_headline(report), _settings(report), _dishes(report), _confusions(report)]
     sections.append("<h2>Some of the pictures</h2>" + _grid(samples))
@@ -123,11 +123,11 @@ def _confusions(report: Mapping[str, Any]) -> str:
     return "<h2>Most frequent mistakes</h2>" + table(columns, rows)
 
 
-def _grid(samples: Sequence[tuple[Record, bytes]]) -> str:
+def _grid(samples: Sequence[tuple[Prediction, bytes]]) -> str:
     return '<div class="grid">\n' + "\n".join(_figure(*sample) for sample in samples) + "\n</div>"
 
 
-def _figure(record: Record, jpeg: bytes) -> str:
+def _figure(record: Prediction, jpeg: bytes) -> str:
     data = base64.b64encode(jpeg).decode("ascii")
     tone, mark = ("good", "✓") if record.correct else ("bad", "✗")
     return (

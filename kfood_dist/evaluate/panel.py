@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.metrics import Prediction
 
 NUM_PICTURES = 16
 _COLUMNS = 4
 _CELL_PX, _CAPTION_PX, _EDGE_PX, _FONT_PX = 200, 44, 4, 14  # a name of 12 syllables fits a cell, a longer one is cut
 _GOOD, _BAD, _INK, _PAPER = (26, 127, 55), (196, 48, 43), (20, 20, 20), (255, 255, 255)
 
-Sample = tuple[Record, bytes]
+Sample = tuple[Prediction, bytes]
 
 
-def choose(count: int, total: int) -> list[int]:
+def spread(count: int, total: int) -> list[int]:
     """`count` positions spread evenly over `total`, fewer if there are fewer; the same for every model."""
     return [i * total // min(count, total) for i in range(min(count, total))]
 
@@ -60,7 +60,7 @@ def _suffix(split: str, step: int) -> str:
     return f".{split}-{step:08d}"
 
 
-def caption_table(records: Iterable[Record]) -> str:
+def caption_table(records: Iterable[Prediction]) -> str:
     """The panel's captions as a Markdown table, numbered as the pictures are: row by row from 1."""
     rows = [
         f"| {i} | {_plain(r.label)} | {_plain(r.prediction) or '(nothing)'} | {'✓' if r.correct else '✗'} |"
@@ -94,7 +94,7 @@ def draw(samples: Sequence[Sample], font_path: str | None) -> np.ndarray:
     return np.asarray(panel)
 
 
-def _picture(record: Record, jpeg: bytes) -> Image.Image:
+def _picture(record: Prediction, jpeg: bytes) -> Image.Image:
     edged = Image.new("RGB", (_CELL_PX, _CELL_PX), _GOOD if record.correct else _BAD)
     side = _CELL_PX - 2 * _EDGE_PX
     with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as picture:

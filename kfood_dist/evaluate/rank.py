@@ -23,7 +23,7 @@ from kfood_dist.data.plan.plan import EMPTY, MicroBatch, deal
 from kfood_dist.data.task.base import Columns, Task
 from kfood_dist.evaluate.evaluation import Evaluation
 from kfood_dist.evaluate.generate import Answerer, load_answerer
-from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.metrics import Prediction
 from kfood_dist.system.world import World
 
 # Ranks meet only at the end; the first may have to wait for one that loads its weights from a slow disk.
@@ -53,7 +53,7 @@ def any_rank(world: World, flag: bool, device: torch.device) -> bool:
 class Part:
     """What one rank found out: records by position in the index, refused positions, and the time it took."""
 
-    records: dict[int, Record]
+    records: dict[int, Prediction]
     refused: list[int]
     seconds: float
 
@@ -72,7 +72,7 @@ def answer_part(asked: Evaluation, template: Template, world: World, device: tor
     collator = StreamingCollator(asked.shards, template, asked.task, for_generation=True)
     answerer = load_answerer(asked.settings, template, asked.model, asked.adapter, device, asked.max_new_tokens)
     started = time.perf_counter()
-    records: dict[int, Record] = {}
+    records: dict[int, Prediction] = {}
     refused: list[int] = []
     batches = my_batches(asked.num_samples, asked.batch_size, world)
     for ids in tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True):
@@ -82,7 +82,7 @@ def answer_part(asked: Evaluation, template: Template, world: World, device: tor
     return Part(records, refused, time.perf_counter() - started)
 
 
-def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int, ...]) -> dict[int, Record]:
+def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int, ...]) -> dict[int, Prediction]:
     """The records of one batch by position in the index; a picture refused as too long has none."""
     batch = collator[MicroBatch(step=0, micro_step=0, ids=ids, filler=0)]
     answers = answerer.answer(batch) if batch.ids else []  # otherwise it holds the filler alone
@@ -92,9 +92,9 @@ def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int
     }
 
 
-def make_record(key: str, columns: Columns, task: Task, text: str, confidence: float) -> Record:
+def make_record(key: str, columns: Columns, task: Task, text: str, confidence: float) -> Prediction:
     """What becomes of a sample answered with `text`; no text, and so wrong, where it was refused."""
-    return Record(
+    return Prediction(
         key=key,
         source=columns["sources"][0],
         label=task.label(columns),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kfood_dist.errors import KfoodError
-from kfood_dist.evaluate.metrics import Record, by_class, confusions, summarise
+from kfood_dist.evaluate.metrics import Prediction, by_class, confusions, summarise
 from kfood_dist.system.files import file_sha256, write_whole
 
 FORMAT, VERSION = "kfood-report", 1  # the version rises whenever the same inputs would be scored otherwise
@@ -39,10 +39,10 @@ class Report:
     index_hash: str
     split: str
     per_class: dict[str, dict[str, Any]]
-    predictions: list[Record] | None
+    predictions: list[Prediction] | None
 
 
-def build_report(records: Sequence[Record], refused: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+def build_report(records: Sequence[Prediction], refused: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
     """The whole report.json: what came out first, then under what circumstances (`facts`)."""
     return {
         "format": FORMAT,
@@ -55,7 +55,7 @@ def build_report(records: Sequence[Record], refused: Sequence[str], facts: dict[
     }
 
 
-def write_report(out: Path, report: dict[str, Any], records: Sequence[Record], page: str) -> None:
+def write_report(out: Path, report: dict[str, Any], records: Sequence[Prediction], page: str) -> None:
     """Write an evaluation's three files into `out`; an older report.json goes first, the new one comes last."""
     with suppress(FileNotFoundError):
         (out / REPORT).unlink()
@@ -125,13 +125,13 @@ def _class_row(row: Any) -> dict[str, Any]:
     return {"images": int(row["images"]), "correct": int(row["correct"]), "accuracy": float(row["accuracy"])}
 
 
-def _read_predictions(path: Path, sha256: str | None) -> list[Record] | None:
+def _read_predictions(path: Path, sha256: str | None) -> list[Prediction] | None:
     if not path.is_file():
         return None
     if sha256 is not None and file_sha256(path) != sha256:
         raise ValueError(f"{path.name} beside it is not the one it was written with")
     with open(path, encoding="utf-8") as file:
-        return [Record(**json.loads(line)) for line in file]
+        return [Prediction(**json.loads(line)) for line in file]
 
 
 def _require_consistent(report: Report) -> None:
@@ -147,5 +147,5 @@ def _require_consistent(report: Report) -> None:
         raise ValueError(f"{PREDICTIONS} beside it tells another result")
 
 
-def _line(record: Record) -> str:
+def _line(record: Prediction) -> str:
     return json.dumps(asdict(record), ensure_ascii=False) + "\n"

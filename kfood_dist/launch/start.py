@@ -1,6 +1,6 @@
 """Starts `kfood train` and `kfood eval` under `accelerate launch`, on what this machine or job has.
 
-    machine, job, ZeRO stage, --processes ──► choose ──► Launch (configuration, process count, why) ──► accelerate
+    machine, job, ZeRO stage, --processes ──► choose_launch ──► Launch (configuration, processes, why) ──► accelerate
 
 Run by launch/train.sh and launch/eval.sh; in a job of several machines, once on each. What is wrong with a recipe is
 said here, before any rank starts. The exit status of training: 0 finished, 75 stopped as asked and to be started
@@ -86,7 +86,7 @@ def precision_notice(machine: Machine, precision: str) -> str:
     return f"{machine.emulates_bf16} emulates bf16, which is slow → --set model.precision=fp16"
 
 
-def choose(machine: Machine, zero_stage: int, processes: int | None, num_machines: int = 1) -> Launch:
+def choose_launch(machine: Machine, zero_stage: int, processes: int | None, num_machines: int = 1) -> Launch:
     """Pick processes and configuration; a pure function. `zero_stage` 0 means without DeepSpeed.
 
     `processes`, as everything else here but `num_machines`, is of one machine.
@@ -250,7 +250,7 @@ def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, clu
     """Pick how to train one recipe, and check all of it that can be checked now."""
     recipe = load_recipe(path, args.set)
     processes = parse_processes(args.processes, machine, recipe, cluster.num_machines)
-    launch = choose(machine, recipe.train.zero_stage, processes, cluster.num_machines)
+    launch = choose_launch(machine, recipe.train.zero_stage, processes, cluster.num_machines)
     overrides = [*args.set, f"train.zero_stage={launch.zero_stage}"]
     recipe = load_recipe(path, overrides)
     if cluster.is_head and args.limit is None:
@@ -268,7 +268,7 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     if task is None:
         return FINISHED
     machine = look_around()
-    launch = choose(machine, 0, parse_processes(args.processes, machine))
+    launch = choose_launch(machine, 0, parse_processes(args.processes, machine))
     print(f"launch eval: {launch.why}", flush=True)
     tell_shared_memory(launch, machine)
     if notice := precision_notice(machine, task.settings.precision):

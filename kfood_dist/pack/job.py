@@ -33,7 +33,6 @@ from kfood_dist.data.shards.verify import verify
 from kfood_dist.data.storage.open import open_storage
 from kfood_dist.data.task.dish import DishClass, load_classes
 from kfood_dist.errors import KfoodError, ShardError, SourceError
-from kfood_dist.pack.choose import choose, count_short
 from kfood_dist.pack.chunks import Chunk, cut, is_there, load_chunk, prepare_chunk
 from kfood_dist.pack.groups import group_pictures
 from kfood_dist.pack.options import PackOptions, fingerprint
@@ -42,6 +41,7 @@ from kfood_dist.pack.prepare import Prepared, Refusal, in_processes
 from kfood_dist.pack.publisher import SourceSplit, assign, count_across, settle
 from kfood_dist.pack.sources import Record, scan_source
 from kfood_dist.pack.sources.names import file_name
+from kfood_dist.pack.subset import choose_subset, count_short
 from kfood_dist.pack.workspace import (
     discard,
     merging,
@@ -162,7 +162,7 @@ def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
             "name the classes with --classes, or check that the labels are dishes' names",
         )
     settled, own_split = settle(found.records, is_dealt=options.fractions is not None)
-    records, chosen_from = choose(settled, options.per_class, options.subset, options.seed)
+    records, chosen_from = choose_subset(settled, options.per_class, options.subset, options.seed)
     origin = {
         "kind": found.kind,
         "name": unicodedata.normalize("NFC", file_name(source.resolve().name)),

@@ -1,6 +1,6 @@
 """What a finished run hands out: the adapter of its best checkpoint by validation, or of its last.
 
-    checkpoints, train.publish ──► choose ──► adapter/ (its kfood.json has the step), run.json, a line for the log
+    checkpoints, train.publish ──► choose_checkpoint ──► adapter/ with its step, run.json, a line for the log
 
 Always holds: an adapter that was published before stays until the new one is whole.
 """
@@ -35,7 +35,7 @@ def publish_adapter(recipe: Recipe) -> Published:
     A run.json that cannot be written ends no run: what is returned says so. Raises CheckpointError if the chosen
     checkpoint is damaged, or if the adapter cannot be written.
     """
-    chosen, published = choose(recipe.run.dir / "checkpoints", recipe.train.publish)
+    chosen, published = choose_checkpoint(recipe.run.dir / "checkpoints", recipe.train.publish)
     chosen.require_whole()
     _copy(chosen.adapter, recipe.run.dir / "adapter")
     try:
@@ -45,7 +45,7 @@ def publish_adapter(recipe: Recipe) -> Published:
     return published
 
 
-def choose(checkpoints: Path, which: str) -> tuple[Checkpoint, Published]:
+def choose_checkpoint(checkpoints: Path, which: str) -> tuple[Checkpoint, Published]:
     """The best or the last of the complete checkpoints, of which there is one at least; best where none was measured
     is the last.
     """

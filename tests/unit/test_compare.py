@@ -7,7 +7,7 @@ import pytest
 
 from kfood_dist.cli import main
 from kfood_dist.evaluate.compare import in_order, parse_name
-from kfood_dist.evaluate.metrics import Record, mcnemar_exact, wilson_95
+from kfood_dist.evaluate.metrics import Prediction, mcnemar_exact, wilson_95
 from kfood_dist.evaluate.report import build_report, load_report, write_report
 
 DISHES = ("김밥", "파전", "된장찌개")
@@ -15,9 +15,10 @@ DISHES = ("김밥", "파전", "된장찌개")
 
 def write(folder: Path, right: str, **facts: object) -> Path:
     """A report whose i-th picture is right where `right[i]` is 1; dishes take turns."""
+    told = ((f"{i}", DISHES[i % 3], c == "1") for i, c in enumerate(right))
     records = [
-        Record(f"test-{i:08d}", f"{i}.jpg", dish := DISHES[i % 3], *(2 * [dish if c == "1" else "국"]), c == "1", 0.5)
-        for i, c in enumerate(right)
+        Prediction(f"test-{i:>08}", f"{i}.jpg", dish, *(2 * [dish if is_right else "국"]), is_right, 0.5)
+        for i, dish, is_right in told
     ]
     folder.mkdir(parents=True)
     defaults = {"split": "test", "index_hash": "a" * 64, "model": "m", "adapter": None, "settings": {"prompt": "?"}}

@@ -22,7 +22,7 @@ from kfood_dist.evaluate import rank as ask
 from kfood_dist.evaluate.evaluation import Evaluation, check, find_earlier
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.main import conclude
-from kfood_dist.evaluate.metrics import Record
+from kfood_dist.evaluate.metrics import Prediction
 from kfood_dist.evaluate.settings import Settings, resolve_settings
 from kfood_dist.model.objective.answer import AnswerLoss
 from kfood_dist.model.processor import build_template
@@ -84,7 +84,7 @@ def test_what_an_evaluation_writes(words, tiny_shards, tmp_path, capsys):
     assert image.width == 4 * 200 and image.height >= 4 * 200  # 16 pictures, four in a row
     (text,) = events.Tensors("test/predictions/text_summary")
     table = text.tensor_proto.string_val[0].decode()
-    shown = [records[i] for i in panel.choose(16, len(records))]
+    shown = [records[i] for i in panel.spread(16, len(records))]
     assert all(f"| {r['label']} | {r['prediction']} |" in table for r in shown)
 
 
@@ -313,7 +313,7 @@ def test_a_picture_too_long_is_refused_alone(words, pictures):
     assert ask.answer_batch(collator, answerer, (1,)) == {}
 
 
-def record_of(task: Evaluation, i: int, text: str) -> Record:
+def record_of(task: Evaluation, i: int, text: str) -> Prediction:
     return ask.make_record(task.shards.key(i), task.shards.read(i).columns, task.task, text, 0.9)
 
 
@@ -367,7 +367,7 @@ def test_a_search_for_fonts_that_takes_too_long_is_given_up(monkeypatch):
 
 
 def test_the_panel_draws_names_where_a_font_has_hangul(tmp_path):
-    record = Record("k", "s", "김밥", "파|전<b>", "x", False, 0.5)
+    record = Prediction("k", "s", "김밥", "파|전<b>", "x", False, 0.5)
     assert "| 1 | 김밥 | 파·전·b· | ✗ |" in panel.caption_table([record])
     jpeg = prepare_jpeg(_png(), 56)
     drawn = panel.draw([(record, jpeg)] * 5, None)
@@ -383,7 +383,7 @@ def test_a_font_without_hangul_is_not_taken(tmp_path):
     if not fonts:
         pytest.skip("DejaVu Sans, a font without Hangul, is not installed")
     assert not panel.has_hangul(str(fonts[0]))
-    record = Record("k", "s", "Gimbap", "Pajeon", "x", True, 0.5)  # it does have these letters
+    record = Prediction("k", "s", "Gimbap", "Pajeon", "x", True, 0.5)  # it does have these letters
     drawn = [panel.draw([(record, prepare_jpeg(_png(), 56))], font) for font in (None, str(fonts[0]))]
     assert (drawn[0] != drawn[1]).any()
 
@@ -399,7 +399,7 @@ def _png() -> bytes:
 
 
 def test_a_step_logged_again_is_replaced(tmp_path):
-    samples = [(Record("k", "s", "김밥", "김밥", "김밥", True, 0.5), prepare_jpeg(_png(), 56))]
+    samples = [(Prediction("k", "s", "김밥", "김밥", "김밥", True, 0.5), prepare_jpeg(_png(), 56))]
     assert not panel.is_logged(tmp_path, "test", 7)
     for accuracy, step in ((0.25, 7), (0.5, 7), (0.75, 17)):
         panel.log(tmp_path, "test", step, accuracy, samples)
@@ -411,8 +411,8 @@ def test_a_step_logged_again_is_replaced(tmp_path):
 
 
 def test_pictures_are_chosen_evenly():
-    assert panel.choose(4, 8) == [0, 2, 4, 6]
-    assert panel.choose(16, 3) == [0, 1, 2]
+    assert panel.spread(4, 8) == [0, 2, 4, 6]
+    assert panel.spread(16, 3) == [0, 1, 2]
 
 
 def test_reuse_needs_no_torch(words, tmp_path):

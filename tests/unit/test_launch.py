@@ -26,7 +26,7 @@ from kfood_dist.launch.start import (
     Machine,
     accelerate_command,
     build_parser,
-    choose,
+    choose_launch,
     look_around,
     main,
     parse_processes,
@@ -61,7 +61,7 @@ LAPTOP = Machine(num_gpus=0, num_cores=8, has_deepspeed=True)
     ],
 )
 def test_choice(machine: Machine, zero_stage: int, processes: int | None, configuration: str, count: int) -> None:
-    launch = choose(machine, zero_stage, processes)
+    launch = choose_launch(machine, zero_stage, processes)
     assert (launch.configuration, launch.processes) == (configuration, count)
     assert (CONFIGS / f"{configuration}.yaml").is_file()
     command = accelerate_command(launch, ["train", "--config", "r.yaml"])
@@ -70,9 +70,9 @@ def test_choice(machine: Machine, zero_stage: int, processes: int | None, config
 
 
 def test_it_says_what_was_picked_and_why() -> None:
-    assert choose(NODE, 2, None).why == "4 GPUs: 4 processes (one per GPU), DeepSpeed ZeRO-2"
-    assert choose(LAPTOP, 0, 1).why == "no GPU, 8 cores: 1 process (as asked), without DeepSpeed"
-    without = choose(Machine(1, 8, has_deepspeed=False), 2, None)
+    assert choose_launch(NODE, 2, None).why == "4 GPUs: 4 processes (one per GPU), DeepSpeed ZeRO-2"
+    assert choose_launch(LAPTOP, 0, 1).why == "no GPU, 8 cores: 1 process (as asked), without DeepSpeed"
+    without = choose_launch(Machine(1, 8, has_deepspeed=False), 2, None)
     assert without.zero_stage == 0
     assert "deepspeed is not installed, and one process does without" in without.why
 
@@ -87,11 +87,11 @@ def test_it_says_what_was_picked_and_why() -> None:
 )
 def test_what_cannot_be_started_is_refused(machine: Machine, processes: int | None, complaint: str) -> None:
     with pytest.raises(LaunchError, match=complaint):
-        choose(machine, 2, processes)
+        choose_launch(machine, 2, processes)
 
 
 def test_several_nodes_count_processes_each() -> None:
-    launch = choose(NODE, 2, None, num_machines=2)
+    launch = choose_launch(NODE, 2, None, num_machines=2)
     assert launch.why == "4 GPUs: 4 processes (one per GPU) on each of 2 nodes, DeepSpeed ZeRO-2"
     cluster = Cluster(2, 1, "gpu07", 12345)
     command = accelerate_command(launch, ["train"], cluster)
@@ -99,7 +99,7 @@ def test_several_nodes_count_processes_each() -> None:
     assert (words["--num_processes"], words["--num_machines"], words["--machine_rank"]) == ("8", "2", "1")
     assert (words["--main_process_ip"], words["--main_process_port"]) == ("gpu07", "12345")
     assert words["--deepspeed_multinode_launcher"] == "standard"
-    assert choose(DESK, 0, None, num_machines=2).configuration == "ddp"
+    assert choose_launch(DESK, 0, None, num_machines=2).configuration == "ddp"
 
 
 def test_an_evaluation_on_several_nodes_is_refused(
@@ -208,7 +208,7 @@ def test_quickstart_trains_on_any_number_of_gpus(num_gpus: int) -> None:
     machine = Machine(num_gpus, 64, has_deepspeed=True)
     processes = parse_processes("fit", machine, recipe)
     assert processes == max(n for n in (1, 2, 4, 8, 16) if n <= num_gpus)
-    launch = choose(machine, recipe.train.zero_stage, processes)
+    launch = choose_launch(machine, recipe.train.zero_stage, processes)
     assert launch.processes == processes and f"{num_gpus} GPU" in launch.why
     assert recipe.train.global_batch_size is not None
     accumulation_for(recipe.train.global_batch_size, recipe.train.micro_batch_size, launch.processes)
@@ -235,7 +235,7 @@ def test_what_torch_can_use_is_counted() -> None:
     """Under MIG the driver shows four cards, and CUDA offers a part of one."""
     found = Gpus(4, (A100,), "2.13.0", "13.0", CUDA_13)
     machine = look_around(lambda: found)
-    assert (machine.num_gpus, choose(machine, 2, None).processes) == (1, 1)
+    assert (machine.num_gpus, choose_launch(machine, 2, None).processes) == (1, 1)
     assert look_around(lambda: Gpus()).num_gpus == 0
 
 

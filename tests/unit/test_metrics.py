@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfood_dist.evaluate.metrics import Record, by_class, confusions, mcnemar_exact, summarise, wilson_95
+from kfood_dist.evaluate.metrics import Prediction, by_class, confusions, mcnemar_exact, summarise, wilson_95
 
 counts = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -75,8 +75,8 @@ def test_mcnemar_of_many_pictures_stays_a_number():
     assert 0.0 < mcnemar_exact(9700, 10300) < 1e-4
 
 
-def record(label: str, prediction: str, correct: bool = False) -> Record:
-    return Record("k", "s", label, prediction, prediction, correct, 0.5)
+def record(label: str, prediction: str, correct: bool = False) -> Prediction:
+    return Prediction("k", "s", label, prediction, prediction, correct, 0.5)
 
 
 def test_by_class_counts_each_dish():

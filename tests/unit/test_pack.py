@@ -32,12 +32,12 @@ from kfood_dist.data.shards.verify import verify
 from kfood_dist.data.task.dish import is_match
 from kfood_dist.errors import KfoodError, ShardError, SourceError
 from kfood_dist.pack import chunks, job
-from kfood_dist.pack.choose import choose
 from kfood_dist.pack.chunks import prepare_chunk
 from kfood_dist.pack.job import pack
 from kfood_dist.pack.options import PackOptions
 from kfood_dist.pack.prepare import in_processes, made_by
 from kfood_dist.pack.sources import scan
+from kfood_dist.pack.subset import choose_subset
 from kfood_dist.system.words import plural
 
 SMALL = PackOptions(image_size=32, shard_size=10, workers=1)
@@ -772,7 +772,7 @@ def test_subsets_share_no_picture_and_are_balanced(source, tmp_path):
 
 def test_a_subset_reads_its_own_pictures_only(source, tmp_path, capsys):
     copy = shutil.copytree(source, tmp_path / "copy")
-    records = {record.source for record in choose(scan(copy), 4, 2, SMALL.seed)[0]}
+    records = {record.source for record in choose_subset(scan(copy), 4, 2, SMALL.seed)[0]}
     for path in copy.rglob("*.jpg"):
         if path.relative_to(copy).as_posix() not in records:
             path.write_bytes(b"junk" * (path.stat().st_size // 4) + b"j" * (path.stat().st_size % 4))
@@ -785,7 +785,7 @@ def test_a_subset_reads_its_own_pictures_only(source, tmp_path, capsys):
 
 def test_a_class_that_unusable_pictures_leave_short_is_named(source, tmp_path, capsys):
     copy = shutil.copytree(source, tmp_path / "copy")
-    chosen = [record for record in choose(scan(copy), 4, 1, SMALL.seed)[0] if record.label != "만두"]
+    chosen = [record for record in choose_subset(scan(copy), 4, 1, SMALL.seed)[0] if record.label != "만두"]
     lost = [next(r for r in chosen if r.label == "불고기"), *(r for r in chosen if r.label == "약과")]
     for record in lost:
         record.path.write_bytes(b"j" * record.num_bytes)

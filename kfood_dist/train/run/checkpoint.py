@@ -50,7 +50,7 @@ class Validation(BaseModel):
         return f"accuracy {self.accuracy:.4g}" if self.best_by == "accuracy" else f"loss {self.loss:.4g}"
 
 
-class Record(BaseModel):
+class State(BaseModel):
     """`state.json`: where the run stood, what it was made with, and what lies beside."""
 
     format_version: int
@@ -81,12 +81,12 @@ class Checkpoint:
     def engine(self) -> Path:
         return self.folder / "engine"
 
-    def record(self) -> Record:
+    def record(self) -> State:
         """The small record beside the tensors. Raises CheckpointError if it is damaged or of another format."""
         try:
             raw = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
             version = raw["format_version"]
-            record = Record.model_validate(raw) if version == FORMAT_VERSION else None
+            record = State.model_validate(raw) if version == FORMAT_VERSION else None
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             why = " ".join(str(error).split())[:200]
             raise CheckpointError(f"checkpoint {self.folder} has no readable {STATE_FILE} ({why})", _REMOVE) from None
@@ -137,7 +137,7 @@ def save(
 ) -> Checkpoint:
     """Write a checkpoint of `step` steps, make it visible at once, and prune; a collective.
 
-    `state` is what `Record` holds besides format version, step and files.
+    `state` is what `State` holds besides format version, step and files.
     `write` puts the tensors into the folders of the Checkpoint it is given; every rank calls it, and it may hold no
     collective after its first write. Kept are the `keep` newest and the best by `Validation.score`.
     Raises CheckpointError on every rank if any of them could not write; the checkpoints before are untouched then.

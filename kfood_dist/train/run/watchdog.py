@@ -3,7 +3,7 @@
     main thread ──► heartbeat("micro-step 3 of step 12") ──► watching thread ──► a small store that rank 0 hosts
                                                     ◄── every rank's last heartbeat
 
-A rank that has made no heartbeat for `timeout_s` ends the job. Named is the rank whose process does not answer at all, else
+A rank without a heartbeat for `timeout_s` ends the job. Named is the rank whose process does not answer at all, else
 the one that is behind the others: those that wait for it have come further. Each rank that can leaves its threads'
 stacks in the run directory.
 

@@ -16,7 +16,7 @@ from kfood_dist.pack.split import keyed_digest
 from kfood_dist.system.words import plural
 
 
-def choose(
+def choose_subset(
     records: Sequence[Record], per_class: int | None, subset: int, seed: int
 ) -> tuple[list[Record], frozenset[str]]:
     """The records of subset `subset` (from 1) of `per_class` each, in their order; and the classes chosen from.
