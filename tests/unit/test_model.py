@@ -228,12 +228,12 @@ def test_a_hub_name_out_of_reach_says_how_to_bring_the_model(monkeypatch: pytest
         require_base("nobody/no-such-model")
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3_vl", "phi3_v", "llava"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_vl", "phi3_v", "llava_next"])
 def test_a_type_that_was_not_tested_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     """Also one with code of its own, about which transformers would ask at the console."""
     foreign = {"AutoConfig": "configuration_x.Config", "AutoModelForCausalLM": "modeling_x.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": foreign}))
-    told = rf"is a {kind}, which .* → use a Qwen2.5-VL \(qwen2_5_vl\) or Qwen2-VL \(qwen2_vl\)"
+    told = rf"is a {kind}, which .* → use a Qwen2.5-VL \(qwen2_5_vl\) or Qwen2-VL \(qwen2_vl\) or LLaVA-1.5 \(llava\)"
     for check in (load_config, require_base):  # the latter before it looks for files that a text model does not have
         with pytest.raises(ModelError, match=told):
             check(str(tmp_path))

@@ -404,7 +404,7 @@ def come_and_go(sources, place, results):
     try:
         for number in range(40):
             with stage(sources[number % 3 == 0], ["train"], place, show_progress=False) as folder:
-                assert all(isinstance(data, bytes) for data in open_split(folder, "train").read_many(range(3)))
+                assert all(isinstance(data, Sample) for data in open_split(folder, "train").read_many(range(3)))
         results.put(None)
     except BaseException as error:
         results.put(error)
