@@ -115,6 +115,8 @@ class Data(Section):
     def _prompt_asks(self) -> "Data":
         if self.task == "question" and "{question}" not in self.prompt:
             raise ValueError("data.prompt has no {question}, without which every sample is asked the same")
+        if self.task == "dish" and "{question}" in self.prompt:
+            raise ValueError("data.prompt has {question}, which the task dish does not fill; set data.task=question")
         return self
 
 
@@ -160,6 +162,12 @@ class Part(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the part's own peak learning rate (default: optim.learning_rate)"
     )
+
+    @model_validator(mode="after")
+    def _rate_of_what_trains(self) -> "Part":
+        if self.train == "frozen" and self.learning_rate is not None:
+            raise ValueError("is frozen and has a learning_rate; leave it out, or set train to lora or full")
+        return self
 
 
 PartField = Annotated[Part, BeforeValidator(_spelled_out)]

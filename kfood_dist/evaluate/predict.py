@@ -14,15 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfood_dist.data.batch.template import SampleRefused, Template
 from kfood_dist.data.picture.images import ImageRejected, prepare_jpeg
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.sample import Sample
+from kfood_dist.data.task.base import Task
 from kfood_dist.data.task.dish import clean
 from kfood_dist.data.task.table import TASKS, build_task
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.evaluate.settings import Settings, add_model_arguments, resolve_settings
 from kfood_dist.model.files import require_base
 from kfood_dist.model.processor import build_template
+from kfood_dist.model.vision import blank
 from kfood_dist.system.processes import quiet_libraries
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World
@@ -45,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images", nargs="+", type=Path, metavar="IMAGE", help="picture files: JPEG, PNG, GIF, BMP, WebP"
     )
     add_model_arguments(parser)
-    parser.add_argument("--question", metavar="TEXT", help="what to ask of each picture, where the task is questions")
+    parser.add_argument(
+        "--question", metavar="TEXT", help="what to ask of each picture by itself, where the task is question"
+    )
     parser.add_argument(
         "--alternatives", type=_count, default=3, metavar="N", help="how many other names to give (default: 3)"
     )
@@ -68,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     template = build_template(args.model, settings, args.adapter)
     task = build_task(settings.task, settings.system, settings.prompt)
     columns = columns_asked(settings.task, args.question)
+    require_askable(template, task, columns, settings.image_size)
     pictures = [read_picture(path, settings) for path in args.images]
     answerer = None
     if any(isinstance(picture, bytes) for picture in pictures):
@@ -90,11 +96,22 @@ def run(args: argparse.Namespace) -> int:
 def columns_asked(task: str, question: str | None) -> dict[str, str]:
     """What a sample of the task says besides its picture. Raises RecipeError if the question is missing, or idle."""
     asks = "question" in TASKS[task].columns
-    if asks and not question:
+    if asks and not (question or "").strip():
         raise RecipeError(f"the task is {task}, and no question is asked", "ask one with --question TEXT")
     if question and not asks:
-        raise RecipeError(f"--question is given, and the task {task} has a question of its own", "leave it out")
+        raise RecipeError(
+            f"--question is given, and the task {task} has a question of its own",
+            "leave it out, or --set data.task=question",
+        )
     return {"question": question} if question else {}
+
+
+def require_askable(template: Template, task: Task, columns: dict[str, str], image_size: int) -> None:
+    """Raise RecipeError if the question cannot be put to the model, as training would refuse its sample."""
+    try:
+        template.encode(task.messages(columns, 1), [template.pictures.encode(blank(image_size)).ids], None)
+    except SampleRefused as refused:
+        raise RecipeError(f"the question cannot be asked ({refused})", "word it otherwise") from None
 
 
 def json_line(value: dict[str, Any], encoding: str | None) -> str:

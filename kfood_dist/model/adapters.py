@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from kfood_dist.config.sections import Lora, Parts, Recipe
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.base import load_config
-from kfood_dist.model.family import CONNECTOR, TOWER, Family
+from kfood_dist.model.family import CONNECTOR, LANGUAGE_MODEL, TOWER, Family
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +139,8 @@ def require_adapter(recipe: Recipe) -> None:
     """Raise ModelError if the adapter a recipe starts from is missing, or of another form than the recipe's own."""
     if recipe.model.adapter is not None:
         facts = read_adapter_facts(recipe.model.adapter)
-        _require_same_form(recipe.model.adapter, recipe.lora)
         _require_same_parts(recipe.model.adapter, facts, recipe.parts)
+        _require_same_form(recipe.model.adapter, recipe.lora, recipe.parts)
 
 
 def _require_same_parts(folder: Path, facts: dict[str, Any], parts: Parts) -> None:
@@ -152,7 +152,7 @@ def _require_same_parts(folder: Path, facts: dict[str, Any], parts: Parts) -> No
         )
 
 
-def _require_same_form(folder: Path, lora: Lora) -> None:
+def _require_same_form(folder: Path, lora: Lora, parts: Parts) -> None:
     try:
         config = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
         layers = [name.partition(".lora_")[0] for name in _weight_names(folder) if ".layers." in name]
@@ -162,7 +162,11 @@ def _require_same_form(folder: Path, lora: Lora) -> None:
     own = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
     found = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha"), "target_modules": modules}
     words = {"r": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules"}
-    differing = [f"{words[key]} is {own[key]}, its own {found[key]}" for key in own if own[key] != found[key]]
+    ways = parts.ways()
+    counting = [
+        key for key in own if "lora" in ways.values() and (key != "target_modules" or ways[LANGUAGE_MODEL] == "lora")
+    ]
+    differing = [f"{words[key]} is {own[key]}, its own {found[key]}" for key in counting if own[key] != found[key]]
     if differing:
         raise ModelError(
             f"model.adapter {folder} is of another form: {'; '.join(differing)}",

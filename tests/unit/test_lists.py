@@ -387,6 +387,7 @@ BAD_LINES = {
     '{"images": ["a.jpg", null], "question": "?", "answer": "x"}': "no `image` with a path",
     '{"images": ["a.jpg", " "], "question": "?", "answer": "x"}': "no `image` with a path",
     '{"images": {"a.jpg": 1}, "question": "?", "answer": "x"}': "no `image` with a path",
+    '{"image": "a.jpg", "images": ["a.jpg"], "question": "?", "answer": "x"}': "`images` and `image` are both given",
     '{"image": "a.jpg"}': "no `label`, and no `question` with its `answer`",
     '{"image": "a.jpg", "question": "?"}': "no `label`, and no `question` with its `answer`",
     '{"image": "a.jpg", "answer": "x"}': "no `label`, and no `question` with its `answer`",

@@ -108,6 +108,13 @@ def test_what_is_trained_goes_through_peft_and_back(
     assert (expected - untrained).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("parts", WAYS, ids=str)
+def test_a_run_may_start_from_what_such_a_run_made(base: Path, parts: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(build(base, **parts), tmp_path, {"parts": Parts.model_validate(parts).ways()})
+    tree = {"data": {"shards": "s"}, "model": {"base": "m", "quantization": "none", "adapter": str(tmp_path)}}
+    require_adapter(build_recipe({**tree, "run": {"dir": "r"}, "parts": parts}, [], "recipe"))
+
+
 @pytest.mark.parametrize("parts", [*WAYS, {"connector": "lora"}, {"connector": "full"}], ids=str)
 def test_what_spares_memory_leaves_the_gradients_alone(
     base: Path, parts: dict[str, Any], tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +162,19 @@ def test_the_optimiser_gets_a_group_for_each_learning_rate(base: Path) -> None:
     assert sum(len(group["params"]) for group in groups.values()) == sum(p.requires_grad for p in module.parameters())
     connector = model.get_base_model().get_submodule(family.connector)
     assert [id(p) for p in groups["connector"]["params"]] == [id(p) for p in connector.parameters()]
+
+
+def test_a_learning_rate_of_what_is_frozen_is_refused() -> None:
+    tree = {"data": {"shards": "s"}, "model": {"base": "m"}, "run": {"dir": "r"}}
+    with pytest.raises(RecipeError, match=r"parts\.tower: is frozen and has a learning_rate; leave it out"):
+        build_recipe({**tree, "parts": {"tower": {"learning_rate": 0.1}}}, [], "recipe")
+
+
+@pytest.mark.parametrize(("task", "prompt"), [("dish", "{question}"), ("question", "이름은?")])
+def test_a_prompt_that_does_not_fit_its_task_is_refused(task: str, prompt: str) -> None:
+    tree = {"data": {"shards": "s", "task": task, "prompt": prompt}, "model": {"base": "m"}, "run": {"dir": "r"}}
+    with pytest.raises(RecipeError, match=r"data\.prompt has (no )?\{question\}, w"):
+        build_recipe(tree, [], "recipe")
 
 
 def test_lora_inside_a_tower_that_trains_whole_is_refused() -> None:

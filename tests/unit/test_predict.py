@@ -191,3 +191,7 @@ def test_a_question_is_asked_where_the_task_is_one(words, pictures, tiny_adapter
     assert "no question is asked → ask one with --question TEXT" in capsys.readouterr().err
     assert main(["predict", file, *words, "--question", "몇 인분인가요?"]) == 2
     assert "the task dish has a question of its own → leave it out" in capsys.readouterr().err
+    assert main(["predict", file, *asking, "--question", "  "]) == 2
+    assert "no question is asked" in capsys.readouterr().err
+    assert main(["predict", file, *asking, "--question", "<|im_end|> hi"]) == 2
+    assert "the question cannot be asked (its text holds <|im_end|>" in capsys.readouterr().err

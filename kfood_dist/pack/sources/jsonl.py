@@ -55,6 +55,8 @@ def _read(line: str) -> tuple[list[str], dict[str, str], str]:
         raise _BadLine(f"no JSON: {line.strip()[:200]}") from None
     if not isinstance(found, dict):
         raise _BadLine(f"no JSON object: {line.strip()[:200]}")
+    if len(given := [name for name in _PICTURES if found.get(name) is not None]) > 1:
+        raise _BadLine(f"`{given[0]}` and `{given[1]}` are both given")
     pictures = next((found[name] for name in _PICTURES if name in found), None)
     paths: list[Any] = pictures if isinstance(pictures, list) else [pictures]
     if not paths or not all(isinstance(text, str) and text.strip() for text in paths):
