@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PROMPT_FILE = "kfood.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of an adapter's tensors, before the names of the base's modules
+_SAVED_ALONG = ("embed", "lm_head")  # weights of the base that peft may save along
 _COPY = "copy the adapter's folder from its run again"
 
 
@@ -36,7 +37,15 @@ def target_pattern(family: Family, target_modules: tuple[str, ...]) -> str:
 
 
 def require_parts_possible(family: Family, parts: Parts) -> None:
-    """Raise RecipeError for parts that do not go together: peft keeps a module whole or LoRA in it, not both."""
+    """Raise RecipeError for parts that this family cannot train, or that do not go together.
+
+    peft keeps a module whole or LoRA in it, not both.
+    """
+    if parts.tower.train != "frozen" and not family.tower_trains:
+        raise RecipeError(
+            f"parts.tower is {parts.tower.train}, and the last layers of a {family.title}'s tower get no gradient",
+            "set parts.tower=frozen; its connector and language model train",
+        )
     if parts.tower.train == "full" and parts.connector.train == "lora" and family.connector_is_inside:
         raise RecipeError(
             f"parts.tower is full and parts.connector lora, and a {family.title}'s connector lies in its tower",
@@ -155,8 +164,8 @@ def _require_same_parts(folder: Path, facts: dict[str, Any], parts: Parts) -> No
 def _require_same_form(folder: Path, lora: Lora, parts: Parts) -> None:
     try:
         config = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-        layers = [name.partition(".lora_")[0] for name in _weight_names(folder) if ".layers." in name]
-        modules = sorted({name.rpartition(".")[2] for name in layers if "language_model" in name})
+        adapted = [name.partition(".lora_")[0] for name in _weight_names(folder) if ".lora_" in name]
+        modules = sorted({name.rpartition(".")[2] for name in adapted if "language_model" in name})
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(f"adapter {folder} cannot be read ({error})", "copy it from its run again") from None
     own = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
@@ -277,7 +286,9 @@ def require_whole_adapter(model: Any, adapter: Path, shapes: dict[str, tuple[int
         raise ModelError(f"{adapter}/adapter_config.json cannot be used ({error})", _COPY) from None
     asked = {_PREFIX + name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
     found = {n: shape for n, shape in shapes.items() if n in asked or n.replace(".base_layer", "") not in of_base}
+    unnamed = (n for n in shapes.keys() - found.keys() if not any(word in n for word in _SAVED_ALONG))
     faults = [f"it lacks {name}" for name in sorted(asked.keys() - found.keys())]
+    faults += [f"its config names no {name}" for name in sorted(unnamed)]
     faults += [f"its config knows no {name}" for name in sorted(found.keys() - asked.keys())]
     faults += [
         f"{name} is {found[name]}, not {asked[name]}"

@@ -26,6 +26,7 @@ class Family:
     token_types: str = ""
     language_model: str = "model.language_model"
     head: str = "lm_head"
+    tower_trains: bool = True  # False: layers behind the features get no gradient, and DDP fails
 
     @property
     def paths(self) -> dict[str, str]:
@@ -64,7 +65,7 @@ def _qwen(title: str) -> Family:
 FAMILIES = {
     "qwen2_5_vl": _qwen("Qwen2.5-VL"),
     "qwen2_vl": _qwen("Qwen2-VL"),
-    "llava": Family("LLaVA-1.5", "model.vision_tower", "model.multi_modal_projector", "processor"),
+    "llava": Family("LLaVA-1.5", "model.vision_tower", "model.multi_modal_projector", "processor", tower_trains=False),
 }
 
 

@@ -82,11 +82,19 @@ def _load_processed(base: str, config: Any, family: Family, image_size: int) -> 
         token = int(config.image_token_id)
         expand = partial(_processor_ids, processor, token)
         pictures = Processed(processor.image_processor, expand, token, token, token_types=family.token_types)
-        num_tokens = (pictures.encode(blank(image_size)).ids == token).sum()
+        shown = pictures.encode(blank(image_size))
+        num_tokens = int((shown.ids == token).sum())
+        vision = config.vision_config
+        expected = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
     except Exception as error:  # settings of any form reach the library
         raise ModelError(f"the processor of {base} cannot be used ({first_line(error)})", REDOWNLOAD) from None
-    if not num_tokens:
-        raise ModelError(f"the processor of {base} gives a picture no {family.title} image token", REDOWNLOAD)
+    side = shown.pixels.shape[-1]
+    if (num_tokens, side) != (expected, vision.image_size):
+        raise ModelError(
+            f"the processor of {base} makes {num_tokens} tokens and {side} pixels a side of a picture, and the model "
+            f"takes {expected} and {vision.image_size}",
+            REDOWNLOAD,
+        )
     return pictures
 
 

@@ -1,5 +1,7 @@
 """Which parts train and how, on a Qwen2.5-VL, whose connector lies in its tower, and a LLaVA, whose lies beside it."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from asking import asking_dishes, model_inputs, pictures_of
 from bases import write_llava
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from kfood_dist.config.recipe import build_recipe
@@ -96,6 +99,12 @@ def test_what_is_trained_goes_through_peft_and_back(
                 parameter += 0.02 * torch.randn_like(parameter)
     save_adapter(model, tmp_path, {"parts": Parts.model_validate(parts).ways()})
     require_adapter_fits(str(base), tmp_path)
+    weights, beside = load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "beside"
+    shutil.copytree(tmp_path, beside)
+    other = next(name for name, _ in model.named_parameters() if name not in weights and "norm" in name)
+    save_file({**weights, other: torch.zeros(3)}, beside / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"its config (names|knows) no "):
+        require_adapter_fits(str(base), beside)
     batch = asking_dishes(base, tiny_shards)[MicroBatch(0, 0, (0, 1), 0)]
     inputs = model_inputs(batch, pictures_of(base))
     fresh = build(base, **parts)
@@ -177,10 +186,37 @@ def test_a_prompt_that_does_not_fit_its_task_is_refused(task: str, prompt: str) 
         build_recipe(tree, [], "recipe")
 
 
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_a_tower_whose_last_layers_get_no_gradient_stays_frozen(way: str) -> None:
+    """LLaVA takes the features of the layer before; DDP would fail at the second step."""
+    with pytest.raises(RecipeError, match=r"a LLaVA-1\.5's tower get no gradient → set parts\.tower=frozen"):
+        require_parts_possible(FAMILIES["llava"], Parts.model_validate({"tower": way}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patch_size": 7},
+        {"num_additional_image_tokens": 0},
+        {"vision_feature_select_strategy": "full"},
+        {"image_processor": {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}},
+    ],
+    ids=str,
+)
+def test_a_processor_that_does_not_fit_its_model_is_refused_before_it_loads(tmp_path: Path, changes: dict) -> None:
+    write_llava(tmp_path)
+    path = tmp_path / "processor_config.json"
+    settings = json.loads(path.read_text())
+    for name, value in changes.items():
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"the processor of .* makes \d+ tokens and \d+ pixels .* takes 16 and 56"):
+        pictures_of(tmp_path)
+
+
 def test_lora_inside_a_tower_that_trains_whole_is_refused() -> None:
     """peft keeps the one or the other of a module."""
     parts = Parts.model_validate({"tower": "full", "connector": "lora"})
-    require_parts_possible(FAMILIES["llava"], parts)
     with pytest.raises(RecipeError, match=r"a Qwen2\.5-VL's connector lies in its tower → set parts\.connector"):
         require_parts_possible(FAMILIES["qwen2_5_vl"], parts)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from dataclasses import replace
 from pkgutil import walk_packages as walk
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 
 import kfood_dist
 from kfood_dist.data.shards.manifest import load_manifest, seal
-from kfood_dist.data.shards.reader import INDEX_DTYPE, NO_LABEL, open_split
+from kfood_dist.data.shards.reader import INDEX_DTYPE, NO_LABEL, ShardSplit, open_split
 from kfood_dist.data.shards.sample import Sample, cut
 from kfood_dist.data.shards.tars import Entry, members, write_tar
 from kfood_dist.data.storage.base import OutOfReachError
@@ -453,3 +454,11 @@ def test_a_count_that_no_disk_holds_is_damage(copied, key):
     (copied / "manifest.json").write_bytes(seal(manifest))
     with pytest.raises(ShardError, match=r"manifest\.json is damaged .*18446744073709551616 is not a count"):
         open_split(copied, "train")
+
+
+def test_a_sample_without_a_column_that_the_manifest_promises_is_damage(packed):
+    """As a tool that is not ours may have sealed it."""
+    manifest = load_manifest(packed)
+    promised = ShardSplit(replace(manifest, columns=(*manifest.columns, "question")), "train")
+    with pytest.raises(ShardError, match=r"has no whole sample at train-00000000 \(its question is no text\)"):
+        promised.read(0)

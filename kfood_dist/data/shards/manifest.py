@@ -182,7 +182,9 @@ def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
         _count(own["groups_across"])
     for split in SPLITS:
         _count(raw["splits"][split]["samples"])
-    columns = tuple(str(name) for name in raw["columns"])
+    if not isinstance(raw["columns"], list) or not all(isinstance(name, str) for name in raw["columns"]):
+        raise ValueError("columns are no list of names")
+    columns = tuple(raw["columns"])
     return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), columns, shards, raw)
 
 

@@ -51,8 +51,8 @@ _INDEXES_AT_ONCE = 64
 NO_LABEL = 2**16 - 1
 
 
-# One sample: where its bytes lie, their crc32, and its key.
-_Run = tuple[Range, int, bytes]
+# One sample: where its bytes lie, their crc32, its key, and how many pictures it has.
+_Run = tuple[Range, int, bytes, int]
 
 
 def open_split(where: str | Path | Storage, split: str) -> "ShardSplit":
@@ -262,13 +262,13 @@ class ShardSplit:
             if isinstance(index, ShardError):
                 found.append(index)
             else:
-                key, offset, size, crc32, *_ = index.item(row)
-                found.append(((self._paths[shard], offset, size), crc32, key))
+                key, offset, size, crc32, *_, num_images = index.item(row)
+                found.append(((self._paths[shard], offset, size), crc32, key, num_images))
         return found
 
     def _sample(self, run: _Run, data: bytes | ShardError) -> Sample | ShardError:
         """The sample of these bytes, or what is wrong with them."""
-        (name, _, size), crc32, key = run
+        (name, _, size), crc32, key, num_images = run
         if isinstance(data, ShardError):
             return data
         said = key.decode("ascii", errors="replace")
@@ -277,9 +277,15 @@ class ShardSplit:
         if zlib.crc32(data) != crc32:
             return self.manifest.storage.fault(name, f"has wrong bytes at {said} (crc32 differs)")
         try:
-            return cut(said, data)
+            sample = cut(said, data)
+            if len(sample.pictures) != num_images:
+                raise ValueError(f"{len(sample.pictures)} pictures, and its index says {num_images}")
+            for column in self.manifest.columns:
+                if not isinstance(sample.columns.get(column), str):
+                    raise ValueError(f"its {column} is no text")
         except (ValueError, RecursionError) as error:
             return self.manifest.storage.fault(name, f"has no whole sample at {said} ({error})")
+        return sample
 
 
 def _raised(value: Any) -> Any:

@@ -3,6 +3,7 @@
 recipe ──► build_accelerator ──► Accelerator ──► build_engine ──► PlainEngine | ZeroEngine
 """
 
+import os
 from datetime import timedelta
 
 import torch
@@ -38,6 +39,11 @@ def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
     if cpu:
         _spare_inference_op()
     config = deepspeed_config(recipe, plan.accumulation, world.size, plan.micro_batch)
+    if "LOCAL_RANK" not in os.environ:  # by which accelerate knows that there is a group of ranks, if only of one
+        raise LaunchError(
+            f"train.zero_stage is {recipe.train.zero_stage}, and DeepSpeed needs a launcher for one process too",
+            "start through launch/train.sh, or set train.zero_stage=0",
+        )
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.model.precision, recipe.model.precision),
         gradient_accumulation_steps=plan.accumulation,
