@@ -1,4 +1,4 @@
-# Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; staging, in_step and put_back are for them.
+# Sourced by the scripts that sbatch runs, in the checkout: reads slurm/site.env; copying, in_step and put_back are for them.
 at_submission="$(compgen -v SBATCH_ | sort)"  # a job inherits what sbatch saw
 source slurm/site.sh
 missed="$(comm -13 <(echo "$at_submission") <(compgen -v SBATCH_ | sort) | xargs)"
@@ -8,8 +8,8 @@ missed="$(comm -13 <(echo "$at_submission") <(compgen -v SBATCH_ | sort) | xargs
 [ -n "${SLURM_GPUS_ON_NODE:-}" ] || unset SLURM_CPUS_PER_GPU  # with --gres=none srun would refuse it
 trap '' TERM  # meant for the training, which answers by ending; this shell has to be there then
 
-# One folder for all jobs of a user, in which staging shares copies and removes those of killed jobs.
-staging=(); [ -z "$KFOOD_SCRATCH" ] || staging=(--stage "$KFOOD_SCRATCH")
+# One folder for all jobs of a user, in which they share copies and remove those of killed jobs.
+copying=(); [ -z "$KFOOD_SCRATCH" ] || copying=(--copy-to "$KFOOD_SCRATCH")
 
 # in_step COMMAND…: one task of it on each node. When the first has ended, the others get KFOOD_END_TOGETHER seconds.
 in_step() {

@@ -37,7 +37,7 @@ class Evaluation:
     out: Path
     tensorboard: Path | None
     step: int
-    stage: Path | None  # where the split is copied to and read
+    copy_to: Path | None  # where the split is copied to and read
     inputs: dict[str, Any]
 
 
@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> Evaluation:
         out=args.out,
         tensorboard=args.tensorboard,
         step=_trained_steps(args.adapter) if args.step is None else args.step,
-        stage=args.stage,
+        copy_to=args.copy_to,
         inputs={
             "index_hash": shards.index_hash,
             "split": args.split,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.data.batch.template import Template
+from kfood_dist.data.shards.local_copy import local_copies
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.data.shards.stage import staged
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate.evaluation import Evaluation, check, find_earlier
 from kfood_dist.evaluate.metrics import Prediction
@@ -50,8 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     parser.add_argument(
-        "--stage", type=Path, metavar="DIR", help="copy the split to this folder, on a disk of the node, and read there"
+        "--copy-to",
+        type=Path,
+        metavar="DIR",
+        help="copy the split to this folder on a disk of the node, and read there",
     )
+    parser.add_argument("--stage", type=Path, dest="copy_to", help=argparse.SUPPRESS)  # its name before
     parser.add_argument("--batch-size", type=positive, metavar="N", help="pictures per batch (default: the recipe's)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the recipe's)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures; they lie shuffled")
@@ -93,8 +97,8 @@ def answer(asked: Evaluation, earlier: Report | None, template: Template, world:
         if any_rank(world, earlier is not None, device):
             return reuse(asked, earlier) if earlier else 0
         split = asked.shards.split
-        with staged({asked.source: {split}}, asked.stage, world.local_rank == 0) as places:
-            read_here = replace(asked, shards=open_split(places[asked.source], split)) if asked.stage else asked
+        with local_copies({asked.source: {split}}, asked.copy_to, world.local_rank == 0) as places:
+            read_here = replace(asked, shards=open_split(places[asked.source], split)) if asked.copy_to else asked
             parts = world.gather(answer_part(read_here, template, world, device))
             if parts is not None:
                 conclude(read_here, parts, world, device)

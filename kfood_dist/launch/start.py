@@ -30,7 +30,7 @@ from kfood_dist.system.locks import require_free
 from kfood_dist.system.utf8 import settle_names
 from kfood_dist.system.words import plural
 from kfood_dist.train import main as training
-from kfood_dist.train.dry_run import limited
+from kfood_dist.train.dry_run import shortened
 from kfood_dist.train.preflight import preflight
 from kfood_dist.train.run.checkpoint import newest
 
@@ -213,14 +213,14 @@ def train(args: argparse.Namespace) -> int:
     cluster = Cluster.here()
     if cluster.num_machines > 1 and len(args.recipes) > 1:
         raise LaunchError("several recipes in one job of several nodes", "queue a job for each: bash slurm/stages.sh")
-    if args.limit is not None and len(args.recipes) > 1:
-        raise LaunchError("--limit with several recipes", "try one at a time")
+    if args.dry_run is not None and len(args.recipes) > 1:
+        raise LaunchError("--dry-run with several recipes", "try one at a time")
     if cluster.is_head:
         named = ", ".join(map(str, args.recipes))
         print(f"launch train: checking {named}, this machine, the shards and the base model", flush=True)
     machine = look_around()
     starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
-    supervisor, tries = Supervisor(), args.limit is not None and cluster.is_head
+    supervisor, tries = Supervisor(), args.dry_run is not None and cluster.is_head
     for start in starts:
         if not newest(start.recipe.run.dir / "checkpoints"):
             require_adapter(start.recipe)  # now, as the recipe before this one may have made it
@@ -253,10 +253,10 @@ def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, clu
     launch = choose_launch(machine, recipe.train.zero_stage, processes, cluster.num_machines)
     overrides = [*args.set, f"train.zero_stage={launch.zero_stage}"]
     recipe = load_recipe(path, overrides)
-    if cluster.is_head and args.limit is None:
+    if cluster.is_head and args.dry_run is None:
         require_free(recipe.run.dir)  # a run under way there removes checkpoints while they are checked
     preflight(recipe, launch.processes * cluster.num_machines)
-    recipe = recipe if args.limit is None else limited(recipe, args.limit)
+    recipe = recipe if args.dry_run is None else shortened(recipe, args.dry_run)
     return Start(recipe, launch, training.words_of(args, [path], overrides))
 
 

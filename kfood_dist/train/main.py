@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kfood_dist.config.recipe import load_recipe, save_recipe
 from kfood_dist.config.sections import Recipe
 from kfood_dist.data.plan.plan import Plan
-from kfood_dist.data.shards.stage import staged
+from kfood_dist.data.shards.local_copy import local_copies
 from kfood_dist.errors import FINISHED, STOPPED, KfoodError, RecipeError
 from kfood_dist.model.adapters import require_adapter
 from kfood_dist.system import console
@@ -23,7 +23,7 @@ from kfood_dist.system.locks import hold
 from kfood_dist.system.processes import end_with_launcher, has_launcher, quiet_libraries, raise_open_file_limit
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World, run_rank
-from kfood_dist.train.dry_run import NUM_PICTURES, NUM_STEPS, check_shards, limited, projection
+from kfood_dist.train.dry_run import NUM_SAMPLES, NUM_STEPS, check_shards, projection, shortened
 from kfood_dist.train.preflight import num_steps, preflight
 from kfood_dist.train.run import checkpoint
 from kfood_dist.train.run.monitor import clock, read_metrics
@@ -56,19 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override one key; may be repeated. A text key takes all that stands after =",
     )
     parser.add_argument(
-        "--stage",
+        "--copy-to",
         type=Path,
         metavar="DIR",
-        help="copy the shards to this folder, on a disk of each node, and read there",
+        help="copy the shards to this folder on a disk of each node, and read there",
     )
+    parser.add_argument("--stage", type=Path, dest="copy_to", help=argparse.SUPPRESS)  # its name before
+    steps: dict[str, Any] = {"type": int, "nargs": "?", "const": NUM_STEPS}
     parser.add_argument(
-        "--limit",
-        type=int,
-        nargs="?",
-        const=NUM_STEPS,
+        "--dry-run",
+        **steps,
         metavar="N",
-        help=f"try it: N steps ({NUM_STEPS}), a checkpoint and {NUM_PICTURES} pictures, and what the whole would take",
+        help=f"train N steps ({NUM_STEPS}), save, evaluate {NUM_SAMPLES} samples, print what the whole run would take, "
+        "and keep nothing",
     )
+    parser.add_argument("--limit", **steps, dest="dry_run", help=argparse.SUPPRESS)  # its name before
     parser.add_argument(
         "--processes",
         metavar="N|fit",
@@ -79,9 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def words_of(args: argparse.Namespace, recipes: Sequence[Path], overrides: Sequence[str]) -> list[str]:
     """`add_arguments` backwards: the words that make a process train `recipes` with `overrides`."""
     sets = [word for text in overrides for word in ("--set", text)]
-    staging = ["--stage", str(args.stage)] if args.stage else []
-    limit = ["--limit", str(args.limit)] if args.limit is not None else []
-    return ["train", "--config", *map(str, recipes), *staging, *limit, *sets]
+    copying = ["--copy-to", str(args.copy_to)] if args.copy_to else []
+    trial = ["--dry-run", str(args.dry_run)] if args.dry_run is not None else []
+    return ["train", "--config", *map(str, recipes), *copying, *trial, *sets]
 
 
 def require_recipe(args: argparse.Namespace) -> None:
@@ -95,8 +97,8 @@ class Request:
     """What `kfood train` is asked for, read from its words once: nothing below knows the command line."""
 
     recipe: Recipe
-    limit: int | None  # try so many steps instead
-    stage: Path | None  # where the shards are copied to and read
+    dry_run: int | None  # the steps of a dry run; None trains the whole run
+    copy_to: Path | None  # where the shards are copied to and read
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,22 +110,22 @@ def run(args: argparse.Namespace) -> int:
     world = World.from_environment()
     require_recipe(args)
     end_with_launcher()
-    return train_as_asked(Request(load_recipe(args.recipes[0], args.set), args.limit, args.stage), world)
+    return train_as_asked(Request(load_recipe(args.recipes[0], args.set), args.dry_run, args.copy_to), world)
 
 
 def train_as_asked(asked: Request, world: World) -> int:
     """Check the recipe, then train it, or try it; the exit status as `run` says."""
     recipe = asked.recipe
     conclude: Conclude = partial(publish, recipe, time.monotonic())
-    if asked.limit is not None:
-        recipe, conclude = dry_run(recipe, asked.limit, world)
+    if asked.dry_run is not None:
+        recipe, conclude = dry_run(recipe, asked.dry_run, world)
     plan = preflight(recipe, world.size, look_at_files=world.is_main)
     if not checkpoint.newest(recipe.run.dir / "checkpoints"):
         require_adapter(recipe)
     recipe.run.dir.mkdir(parents=True, exist_ok=True)
     with hold(recipe.run.dir) if world.is_main else nullcontext():
         console.keep_in(recipe.run.dir / console.LOG_FILE)
-        status = run_rank(world, "train", lambda: train(recipe, plan, world, conclude, asked.stage))
+        status = run_rank(world, "train", lambda: train(recipe, plan, world, conclude, asked.copy_to))
         stopped = read_state(recipe.run.dir) == "stopped"
         return STOPPED if status == FINISHED and stopped and not has_launcher(os.environ) else status
 
@@ -132,7 +134,7 @@ def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude
     """The recipe of a few steps in a folder of their own, which is emptied, and what to say in the end: what the whole
     run would take.
     """
-    trial = limited(recipe, steps)
+    trial = shortened(recipe, steps)
     if world.is_main:
         shutil.rmtree(trial.run.dir, ignore_errors=True)
         print(f"limit: {check_shards(recipe)}", flush=True)
@@ -150,7 +152,7 @@ def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude
     return trial, tell
 
 
-def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_dir: Path | None = None) -> int:
+def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", copy_to: Path | None = None) -> int:
     """Resume from the newest checkpoint or begin, train to the end or until asked to stop, and `conclude` on rank 0."""
     if world.is_main:
         print(f"loading the libraries, and then {recipe.model.base}", flush=True)
@@ -171,7 +173,7 @@ def train(recipe: Recipe, plan: Plan, world: World, conclude: "Conclude", stage_
         return 0
     if world.is_main:
         write_status(recipe.run.dir, "running", newest.step if newest else 0)
-    with staged(splits_read(recipe), stage_dir, world.local_rank == 0) as places:
+    with local_copies(splits_read(recipe), copy_to, world.local_rank == 0) as places:
         trainer, start = build_trainer(reading_from(places, recipe), plan, world, newest, stop)
         if world.is_main:
             save_recipe(recipe, recipe.run.dir / "recipe.yaml")

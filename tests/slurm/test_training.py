@@ -173,7 +173,7 @@ def test_a_killed_jobs_copy_is_removed_by_another_job(
 ) -> None:
     assert main(["pack", str(pictures), str(tmp_path / "other"), "--split", "0.6,0.2,0.2"]) == 0
     set_site(KFOOD_SCRATCH=tmp_path)
-    scratch = tmp_path / f"kfood-stage-{os.geteuid()}"
+    scratch = tmp_path / f"kfood-copy-{os.geteuid()}"
     recipe = make(data={"shards": str(tmp_path / "other")}, train={"max_steps": 400, "zero_stage": 0})
     killed = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, killed, recipe.parent / "run", 1)

@@ -145,11 +145,13 @@ def test_the_launcher_takes_what_the_verbs_take() -> None:
     "words", [["a.yaml", "b.yaml"], ["--config", "a.yaml", "b.yaml"], ["a.yaml", "--config", "b.yaml"]]
 )
 def test_recipes_are_named_with_config_or_without(words: list[str]) -> None:
-    also = ["--set", "run.dir=runs/try #2", "--stage", "/tmp/s", "--limit"]
+    also = ["--set", "run.dir=runs/try #2", "--copy-to", "/tmp/s", "--dry-run"]
     for parser in (build_parser(), cli.build_parser("train")):
-        for line in ([*words, *also], ["--set", "run.dir=runs/try #2", "--stage", "/tmp/s", "--limit", "3", *words]):
+        before = ["--set", "run.dir=runs/try #2", "--copy-to", "/tmp/s", "--dry-run", "3", *words]
+        older = [*words, "--set", "run.dir=runs/try #2", "--stage", "/tmp/s", "--limit", "3"]
+        for line in ([*words, *also], before, older):
             args = parser.parse_args(["train", *line])
-            assert (args.recipes, args.set, args.limit) == ([Path("a.yaml"), Path("b.yaml")], [also[1]], 3)
+            assert (args.recipes, args.set, args.dry_run) == ([Path("a.yaml"), Path("b.yaml")], [also[1]], 3)
         again = parser.parse_args(words_of(args, args.recipes, args.set))
         assert vars(again) == vars(args)
 

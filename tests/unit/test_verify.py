@@ -196,7 +196,7 @@ def test_a_flipped_byte_in_a_picture_names_the_picture(folder):
     for place in (third.start + 712, third.end + 515):  # in the picture, in the JSON
         flip(folder / f"{FIRST}.tar", place)
         assert faults(folder) == [
-            f"{FIRST}.tar: has not the SHA-256 of the manifest",
+            f"{FIRST}.tar: does not have the SHA-256 of the manifest",
             f"{FIRST}.tar: train-00000002 has wrong bytes (crc32 differs)",
         ]
         flip(folder / f"{FIRST}.tar", place)

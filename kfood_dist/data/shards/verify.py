@@ -128,7 +128,7 @@ def _check_shard(manifest: Manifest, shard: ShardFile) -> tuple[list[Fault], np.
         if size != shard.bytes:
             faults.append(Fault(shard.path, f"has {size:,} bytes, not the {shard.bytes:,} of the manifest"))
         elif file_sha256(path) != shard.sha256:
-            faults.append(Fault(shard.path, "has not the SHA-256 of the manifest"))
+            faults.append(Fault(shard.path, "does not have the SHA-256 of the manifest"))
         if index is not None:
             faults += (Fault(shard.path, what) for what in _check_members(manifest, index, path))
     except OSError as error:
@@ -216,7 +216,7 @@ def _check_folder(manifest: Manifest) -> Iterator[Fault]:
     rejected = manifest.folder / REJECTED_NAME
     try:
         if file_sha256(rejected) != manifest.raw["rejected"]["sha256"]:
-            yield Fault(REJECTED_NAME, "has not the SHA-256 of the manifest")
+            yield Fault(REJECTED_NAME, "does not have the SHA-256 of the manifest")
     except OSError as error:
         yield Fault(REJECTED_NAME, f"cannot be read ({error.strerror})")
     known = {shard.path for shard in manifest.shards} | {shard.index_path for shard in manifest.shards}

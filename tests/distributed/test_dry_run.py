@@ -1,4 +1,4 @@
-"""`--limit` tries a recipe in minutes: it really runs, says what the whole would take, and leaves nothing."""
+"""`--dry-run` tries a recipe in minutes: it really runs, says what the whole would take, and leaves nothing."""
 
 import json
 import shutil
@@ -31,26 +31,26 @@ def test_a_dry_run_checks_steps_saves_measures_and_projects(
         train={"max_steps": 1000, "save_every_steps": 300},
         eval={"every_steps": 250, "max_samples": 6},
     )
-    status, said = run(recipe, "--processes", "2", "--limit")
+    status, said = run(recipe, "--processes", "2", "--dry-run")
     assert status == 0, said
     assert "train-000000.tar, val-000000.tar sound" in said
     assert "step 3/3 " in said and "step 3: checkpoint written" in said and "accuracy" in said
     assert " samples 8" in said
-    for line in ("memory ", "steps     1,000 × ", "saving    4 × ", "measuring 4 × 6 pictures × ", "in all "):
+    for line in ("memory ", "steps      1,000 × ", "saving     4 × ", "evaluating 4 × 6 samples × ", "in all "):
         assert f"\n  {line}" in said, said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 
-    said = train(recipe, 1, ["train.zero_stage=0"], ["--limit", "1"])
+    said = train(recipe, 1, ["train.zero_stage=0"], ["--dry-run", "1"])
     assert "step 1/1 " in said
-    assert launch.main(["train", str(recipe), "--limit", "0"]) == 2
-    assert capsys.readouterr().err == "launch train: --limit 0 → give a number of steps from 1\n"
+    assert launch.main(["train", str(recipe), "--dry-run", "0"]) == 2
+    assert capsys.readouterr().err == "launch train: --dry-run 0 → give a number of steps from 1\n"
 
 
 def test_what_a_killed_dry_run_left_is_gone_before_a_rank_looks(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or one rank could find a checkpoint there that another has just removed."""
-    left = tmp_path / ".run.limit" / "checkpoints" / "step-00000003"
+    left = tmp_path / ".run.dry-run" / "checkpoints" / "step-00000003"
     left.mkdir(parents=True)
     (left / "COMPLETE").touch()
     there: list[bool] = []
@@ -61,7 +61,7 @@ def test_what_a_killed_dry_run_left_is_gone_before_a_rank_looks(
 
     monkeypatch.setattr(Supervisor, "run", start)
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards)
-    assert launch.main(["train", str(recipe), "--processes", "2", "--limit"]) == 0
+    assert launch.main(["train", str(recipe), "--processes", "2", "--dry-run"]) == 0
     assert there == [False]
 
 
@@ -71,9 +71,9 @@ def test_a_dry_run_finds_a_damaged_shard(tmp_path: Path, tiny_model: Path, tiny_
     data[5000] ^= 1
     (shards / "train-000000.tar").write_bytes(data)
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, shards)
-    ended = try_train(recipe, 1, words=["--limit"])
+    ended = try_train(recipe, 1, words=["--dry-run"])
     assert ended.status == 2, ended.output
-    assert "is damaged: train-000000.tar: has not the SHA-256" in ended.output and "kfood verify" in ended.output
+    assert "is damaged: train-000000.tar: does not have the SHA-256" in ended.output and "kfood verify" in ended.output
 
 
 def test_one_process_needs_no_deepspeed_and_several_say_that_they_do(

@@ -1,4 +1,4 @@
-"""Staging: once per node, verified, cleaned; whatever is killed or broken."""
+"""A local copy: once per node, verified, cleaned; whatever is killed or broken."""
 
 import errno
 import fcntl
@@ -18,10 +18,10 @@ from faulty_server import FAULTS, serving
 from pictures import write_folder
 
 from kfood_dist.config.sections import Recipe
+from kfood_dist.data.shards.local_copy import local_copies, local_copy
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.sample import Sample
-from kfood_dist.data.shards.stage import stage, staged
 from kfood_dist.data.storage.remote import RemoteStorage
 from kfood_dist.errors import LaunchError, ShardError
 from kfood_dist.pack.options import PackOptions
@@ -50,7 +50,7 @@ def server(packed):
 
 @pytest.fixture
 def place(tmp_path):
-    return tmp_path / "nvme" / "stage"
+    return tmp_path / "nvme" / "copy"
 
 
 def quick(url, **options):
@@ -59,18 +59,18 @@ def quick(url, **options):
 
 def home(place):
     """Where this user's copies lie."""
-    return place / f"kfood-stage-{os.geteuid()}"
+    return place / f"kfood-copy-{os.geteuid()}"
 
 
 def copied(place):
-    """The files under their final names, of the one data set that is staged."""
+    """The files under their final names, of the one data set that is copied."""
     [folder] = [path for path in home(place).iterdir() if path.is_dir()]
     return sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".npy"))
 
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_a_split_is_copied_used_and_removed(packed, server, place, remote):
-    with stage(quick(server.url) if remote else packed, ["train"], place) as folder:
+    with local_copy(quick(server.url) if remote else packed, ["train"], place) as folder:
         assert folder.parent == home(place)
         assert home(place).stat().st_mode & 0o777 == 0o700
         assert sorted(p.name for p in folder.iterdir()) == sorted([".copying", ".in-use", "manifest.json", *FILES])
@@ -84,8 +84,8 @@ def test_a_split_is_copied_used_and_removed(packed, server, place, remote):
 
 
 def test_a_second_user_adds_its_split_and_the_last_one_out_removes(packed, server, place):
-    first = stage(quick(server.url), ["train"], place)
-    second = stage(quick(server.url), ["train", "test"], place)
+    first = local_copy(quick(server.url), ["train"], place)
+    second = local_copy(quick(server.url), ["train", "test"], place)
     folder = first.__enter__()
     assert second.__enter__() == folder
     assert {name: server.gets[name] for name in FILES} == dict.fromkeys(FILES, 1)
@@ -96,7 +96,7 @@ def test_a_second_user_adds_its_split_and_the_last_one_out_removes(packed, serve
 
 
 def use(url, place, barrier, results):
-    with stage(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
+    with local_copy(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
         pictures = open_split(folder, "train").read_many(range(18))
         results.put((str(folder), sum(isinstance(data, Sample) for data in pictures)))
         barrier.wait(60)
@@ -123,7 +123,7 @@ def test_who_waits_says_so(server, place, capsys):
     entered = threading.Event()
 
     def first():
-        with stage(quick(server.url, timeout_s=30), ["train"], place, show_progress=False):
+        with local_copy(quick(server.url, timeout_s=30), ["train"], place, show_progress=False):
             entered.wait(30)
 
     thread = threading.Thread(target=first)
@@ -142,12 +142,12 @@ def test_who_waits_says_so(server, place, capsys):
 
     releasing = threading.Thread(target=release)
     releasing.start()
-    with stage(quick(server.url), ["train"], place, show_progress=False):
+    with local_copy(quick(server.url), ["train"], place, show_progress=False):
         assert server.gets["train-000000.tar"] == 1
         entered.set()
     for waiting in (releasing, thread):
         waiting.join(30)
-    assert f"waiting for another process of this node, which copies {server.url} to {place}" in said()
+    assert f"waiting for another process of this node that copies {server.url} to {place}" in said()
 
 
 def wait_until(condition):
@@ -159,16 +159,16 @@ def wait_until(condition):
     raise AssertionError("it never came to be")
 
 
-def stage_only(url, place):
-    with stage(quick(url, timeout_s=60), ["train"], place, show_progress=False):
+def copy_only(url, place):
+    with local_copy(quick(url, timeout_s=60), ["train"], place, show_progress=False):
         pass
 
 
 def kill_while_copying(server, place, monkeypatch):
-    """Stage until the last shard does not answer, then kill -9; the small batches make the others be there by then."""
-    monkeypatch.setattr("kfood_dist.data.shards.stage._BATCH_PIECES", 1)
+    """Copy until the last shard does not answer, then kill -9; the small batches make the others be there by then."""
+    monkeypatch.setattr("kfood_dist.data.shards.local_copy._BATCH_PIECES", 1)
     server.break_next("stall", "train-000002.tar", 1)
-    process = FORK.Process(target=stage_only, args=(server.url, place))
+    process = FORK.Process(target=copy_only, args=(server.url, place))
     process.start()
     wait_until(lambda: server.gets["train-000002.tar"] == 1 and "train-000001.tar" in copied(place))
     os.kill(process.pid, signal.SIGKILL)
@@ -181,7 +181,7 @@ def test_what_a_killed_job_left_is_used_by_the_next(server, packed, place, monke
     (folder / "train-000002.tar.partial").write_bytes(b"half")
     (folder / "train-000000.tar").write_bytes(b"cut by a full disk")
     server.gets.clear()
-    with stage(quick(server.url), ["train"], place) as again:
+    with local_copy(quick(server.url), ["train"], place) as again:
         assert again == folder
         assert open_split(again, "train").read_many(range(18)) == open_split(packed, "train").read_many(range(18))
         assert not list(folder.glob("*.partial"))
@@ -198,10 +198,10 @@ def other(tmp_path):
 
 def test_what_a_killed_job_left_is_swept_when_another_set_comes(server, packed, place, other, monkeypatch):
     kill_while_copying(server, place, monkeypatch)
-    with stage(other, ["train"], place) as folder:
+    with local_copy(other, ["train"], place) as folder:
         assert list(home(place).iterdir()) == [folder]
         # What is in use stays.
-        with stage(packed, ["test"], place):
+        with local_copy(packed, ["test"], place):
             assert folder.exists()
             assert open_split(folder, "train").read(0)
     assert list(place.iterdir()) == []
@@ -211,9 +211,9 @@ def test_a_run_reads_each_of_its_data_sets_where_it_lies_or_from_a_copy(packed, 
     data = {"shards": str(packed), "mix": [{"shards": str(other)}]}
     sections = {"model": {"base": "m"}, "run": {"dir": "r"}, "eval": {"every_steps": 1, "split": "test"}}
     recipe = Recipe.model_validate({"data": data, **sections})
-    with staged(splits_read(recipe), None) as places:
+    with local_copies(splits_read(recipe), None) as places:
         assert reading_from(places, recipe) == recipe
-    with staged(splits_read(recipe), place) as places:
+    with local_copies(splits_read(recipe), place) as places:
         main, mixed = reading_from(places, recipe).data.shards, reading_from(places, recipe).data.mix[0].shards
         assert {Path(main).parent, Path(mixed).parent} == {home(place)}
         for copy, original, split in ((main, packed, "train"), (main, packed, "test"), (mixed, other, "train")):
@@ -237,17 +237,17 @@ def test_what_others_keep_beside_the_copies_stays(packed, place):
     write_foreign(place)
     write_foreign(home(place))
     before = everything(place)
-    with stage(packed, ["train"], place):
+    with local_copy(packed, ["train"], place):
         pass
     assert everything(place) == before
 
 
 def test_what_somebody_put_into_a_copy_stays_and_is_told(packed, place, capsys):
-    with stage(packed, ["train"], place) as folder:
+    with local_copy(packed, ["train"], place) as folder:
         (folder / "notes.txt").write_text("mine")
         (folder / "results.partial").touch()
         (folder / "results").mkdir()
-        with stage(packed, ["test"], place):
+        with local_copy(packed, ["test"], place):
             pass
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "results", "results.partial"]
     assert f"{folder} could not be removed (Directory not empty); remove it by hand" in capsys.readouterr().out
@@ -259,15 +259,15 @@ def test_a_copy_that_leads_elsewhere_is_not_followed(server, packed, place, othe
     folder.rename(tmp_path / "moved")
     folder.symlink_to(tmp_path / "moved")
     before = everything(tmp_path / "moved")
-    with stage(other, ["train"], place):
+    with local_copy(other, ["train"], place):
         pass
     assert everything(tmp_path / "moved") == before
 
 
-def stage_as(user, url, place, results):
+def copy_as(user, url, place, results):
     os.setgid(user)
     os.setuid(user)
-    with stage(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
+    with local_copy(quick(url, timeout_s=20), ["train"], place, show_progress=False) as folder:
         results.put(
             (folder, sum(isinstance(data, Sample) for data in open_split(folder, "train").read_many(range(18))))
         )
@@ -278,11 +278,11 @@ def test_users_who_share_a_place_do_not_meet(server, packed):
     with tempfile.TemporaryDirectory() as shared:
         place = Path(shared)
         place.chmod(0o1777)
-        with stage(packed, ["train"], place) as ours:
+        with local_copy(packed, ["train"], place) as ours:
             results = FORK.Queue()
-            process = FORK.Process(target=stage_as, args=(12345, server.url, place, results))
+            process = FORK.Process(target=copy_as, args=(12345, server.url, place, results))
             process.start()
-            assert results.get(timeout=60) == (place / "kfood-stage-12345" / theirs_name(server), 18)
+            assert results.get(timeout=60) == (place / "kfood-copy-12345" / theirs_name(server), 18)
             process.join(60)
             assert process.exitcode == 0
             assert len(open_split(ours, "train").read_many(range(18))) == 18
@@ -297,26 +297,26 @@ def theirs_name(server):
 def test_a_folder_that_another_user_made_in_our_name_is_refused(packed, place, tmp_path, monkeypatch):
     home(place).parent.mkdir(parents=True)
     home(place).symlink_to(tmp_path)
-    with pytest.raises(LaunchError, match=r"kfood-stage-\d+ is no folder of this user → name another --stage DIR"):
-        stage(packed, ["train"], place).__enter__()
+    with pytest.raises(LaunchError, match=r"kfood-copy-\d+ does not belong to this user → name another --copy-to DIR"):
+        local_copy(packed, ["train"], place).__enter__()
     home(place).unlink()
     home(place).mkdir()
     theirs = os.stat_result((0o40777, *[0] * 3, os.geteuid() + 1, *[0] * 5))
     monkeypatch.setattr("pathlib.Path.lstat", lambda path: theirs)
-    with pytest.raises(LaunchError, match=r"is no folder of this user"):
-        stage(packed, ["train"], place).__enter__()
+    with pytest.raises(LaunchError, match=r"does not belong to this user"):
+        local_copy(packed, ["train"], place).__enter__()
     assert list(home(place).iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_of_the_source_pass_or_are_told(server, packed, place, kind):
     server.break_next(kind, "train-000001.tar", 2)
-    with stage(quick(server.url), ["train"], place) as folder:
+    with local_copy(quick(server.url), ["train"], place) as folder:
         assert open_split(folder, "train").read_many(range(18)) == open_split(packed, "train").read_many(range(18))
     server.break_next(kind, "train-000001.tar", math.inf)
     with (
         pytest.raises(ShardError, match=r"train-000001.tar cannot be read, after 3 tries"),
-        stage(quick(server.url), ["train"], place),
+        local_copy(quick(server.url), ["train"], place),
     ):
         raise AssertionError("half a data set was given out")
     assert list(place.iterdir()) == []
@@ -329,14 +329,14 @@ def test_a_damaged_source_is_noticed(packed, place, tmp_path, damage):
     data = bytearray(tar.read_bytes())
     data[5] ^= 1  # in a tar header, where no sample's checksum would notice
     told = {
-        "flip": "has not the SHA-256 of the manifest",
+        "flip": "does not have the SHA-256 of the manifest",
         "cut": "has 700 bytes, not the",
         "missing": "cannot be opened",
     }
     {"flip": lambda: tar.write_bytes(data), "cut": lambda: os.truncate(tar, 700), "missing": tar.unlink}[damage]()
     with (
         pytest.raises(ShardError, match=rf"{tar} {told[damage]}"),
-        stage(copy, ["train"], place),
+        local_copy(copy, ["train"], place),
     ):
         raise AssertionError("half a data set was given out")
     assert list(place.iterdir()) == []
@@ -344,11 +344,11 @@ def test_a_damaged_source_is_noticed(packed, place, tmp_path, damage):
 
 def test_too_little_room_is_told_before_anything_is_copied(server, place, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("kfood_dist.data.shards.stage.shutil.disk_usage", lambda folder: usage(10, 10, 1000))
+    monkeypatch.setattr("kfood_dist.data.shards.local_copy.shutil.disk_usage", lambda folder: usage(10, 10, 1000))
     needed = sum(s.bytes + s.index_bytes for s in load_manifest(server.url).shards_of("train"))
     with (
         pytest.raises(LaunchError, match=rf"has 1,000 bytes free; .* needs {needed:,} more there → name another"),
-        stage(quick(server.url), ["train"], place),
+        local_copy(quick(server.url), ["train"], place),
     ):
         raise AssertionError
     assert set(server.gets) == {"manifest.json"}
@@ -358,8 +358,8 @@ def test_too_little_room_is_told_before_anything_is_copied(server, place, monkey
 def test_a_place_that_cannot_be_written_is_told(packed, tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(LaunchError, match=r"cannot stage into .*file/x \(Not a directory.*--stage DIR"),
-        stage(packed, ["train"], tmp_path / "file" / "x"),
+        pytest.raises(LaunchError, match=r"cannot copy to .*file/x \(Not a directory.*--copy-to DIR"),
+        local_copy(packed, ["train"], tmp_path / "file" / "x"),
     ):
         raise AssertionError
 
@@ -371,16 +371,16 @@ def test_a_place_without_locks_is_told(packed, place, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with (
         pytest.raises(
-            LaunchError, match=rf"cannot stage into {place} \(Function not implemented: {place}/.*--stage DIR"
+            LaunchError, match=rf"cannot copy to {place} \(Function not implemented: {place}/.*--copy-to DIR"
         ),
-        stage(packed, ["train"], place),
+        local_copy(packed, ["train"], place),
     ):
         raise AssertionError
 
 
 def test_a_child_that_lives_on_does_not_keep_the_copy(packed, place):
     """A forked process inherits the lock's descriptor; the copy is gone all the same when its users are."""
-    with stage(packed, ["train"], place):
+    with local_copy(packed, ["train"], place):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
@@ -388,14 +388,14 @@ def test_a_child_that_lives_on_does_not_keep_the_copy(packed, place):
             os.read(reading, 1)
             os._exit(0)
     assert list(place.iterdir()) == []
-    with stage(packed, ["train"], place):
+    with local_copy(packed, ["train"], place):
         pass
     os.close(writing)
     os.waitpid(child, 0)
 
 
 def test_one_who_fails_in_the_block_cleans_too(packed, place):
-    with pytest.raises(ZeroDivisionError), stage(packed, ["train"], place):
+    with pytest.raises(ZeroDivisionError), local_copy(packed, ["train"], place):
         raise ZeroDivisionError
     assert list(place.iterdir()) == []
 
@@ -403,7 +403,7 @@ def test_one_who_fails_in_the_block_cleans_too(packed, place):
 def come_and_go(sources, place, results):
     try:
         for number in range(40):
-            with stage(sources[number % 3 == 0], ["train"], place, show_progress=False) as folder:
+            with local_copy(sources[number % 3 == 0], ["train"], place, show_progress=False) as folder:
                 assert all(isinstance(data, Sample) for data in open_split(folder, "train").read_many(range(3)))
         results.put(None)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Training and evaluation from a URL, read in place and staged: the same numbers, each file fetched once, none left.
+"""Training and evaluation from a URL, read in place and copied: the same numbers, each file fetched once, none left.
 
 Here the base goes by its hub name, and lies in the hub's cache: no rank of any command asks the hub for it.
 """
@@ -64,9 +64,9 @@ def test_two_ranks_train_alike_from_a_url(tmp_path: Path, tiny_model: Path, tiny
 def test_two_ranks_train_alike_from_a_copy_of_a_url(
     tmp_path: Path, cached: Path, tiny_shards: Path, whole: Whole
 ) -> None:
-    stage_dir = tmp_path / "node"
+    copy_to = tmp_path / "node"
     with serving(tiny_shards) as server:
-        launch("train.sh", recipe(tmp_path, cached, server.url), "--processes", 2, "--stage", stage_dir)
+        launch("train.sh", recipe(tmp_path, cached, server.url), "--processes", 2, "--copy-to", copy_to)
         fetched = dict(server.sent)
     assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(whole(2, 0))]
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole(2, 0))
@@ -76,10 +76,10 @@ def test_two_ranks_train_alike_from_a_copy_of_a_url(
     for shard in load_manifest(tiny_shards).shards:
         expected = shard.bytes if shard.split in ("train", "val") else 0
         assert fetched.get(shard.path, 0) == expected, "fetched once for both ranks, and only what is read"
-    assert list(stage_dir.iterdir()) == []
+    assert list(copy_to.iterdir()) == []
 
 
-def test_an_evaluation_of_a_staged_split_says_the_same(
+def test_an_evaluation_of_a_copied_split_says_the_same(
     tmp_path: Path, cached: Path, tiny_model: Path, tiny_shards: Path, tiny_adapter: Path
 ) -> None:
     options = ["--split", "test", "--adapter", tiny_adapter]
@@ -87,9 +87,9 @@ def test_an_evaluation_of_a_staged_split_says_the_same(
     assert plainly.status == 0, plainly.output
     options += ["--model", cached]
     with serving(tiny_shards) as server:
-        words = ["--shards", server.url, *options, "--out", tmp_path / "staged", "--stage", tmp_path / "node"]
+        words = ["--shards", server.url, *options, "--out", tmp_path / "copied", "--copy-to", tmp_path / "node"]
         launch("eval.sh", "--processes", 2, *words)
-    plain, staged = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("plain", "staged"))
-    assert plain == staged
-    assert server.url in (tmp_path / "staged" / "report.json").read_text()
+    plain, copied = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("plain", "copied"))
+    assert plain == copied
+    assert server.url in (tmp_path / "copied" / "report.json").read_text()
     assert list((tmp_path / "node").iterdir()) == []
