@@ -90,17 +90,25 @@ def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         fault = "extends itself" if isinstance(extended, str) else f"has `extends: {extended}`"
         raise RecipeError(f"recipe {path} {fault}", "name one other recipe file there, relative to this one")
     lower = _read_yaml(path.parent / extended, (*below, path.resolve()))
-    return lower | {section: lower.get(section, {}) | keys for section, keys in tree.items()}
+    return _laid_over(lower, tree)
+
+
+def _laid_over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """`lower` with the keys of `upper` in place of its own; sections in both are merged key by key."""
+    return lower | {
+        key: _laid_over(lower[key], value) if isinstance(value, dict) and isinstance(lower.get(key), dict) else value
+        for key, value in upper.items()
+    }
 
 
 def _apply_override(tree: dict[str, Any], text: str) -> str | None:
     """Put one `section.key=value` into the tree; a fault's description if it has another form."""
     name, equals, value = text.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not (equals and dot and section and key):
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
         return f"--set {text}: write it as section.key=value, for example train.max_steps=20"
     value = value.strip() if name.endswith(" ") else value  # `key = value`
-    kinds = _kinds_of(section, key)
+    kinds = _kinds_of(keys)
     if not value.strip() and kinds and str not in kinds:
         remedy = "write null for none" if type(None) in kinds else "write one after ="
         return f"--set {text}: there is no value; {remedy}"
@@ -110,15 +118,23 @@ def _apply_override(tree: dict[str, Any], text: str) -> str | None:
         return f"--set {text}: {error}; leave it out, or put quotes around a text that has it"
     except (yaml.YAMLError, ValueError, RecursionError):
         return f"--set {text}: the value is not YAML; put quotes around each text in it"
-    tree.setdefault(section, {})[key] = parsed
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            return f"--set {text}: {key} is {tree!r} before, without keys of its own; set all of {key} at once"
+    tree[keys[-1]] = parsed
     return None
 
 
-def _kinds_of(section: str, key: str) -> set[Any]:
-    """The types that a recipe's `section.key` allows; none for an unknown key."""
-    field = Recipe.model_fields.get(section)
-    keys = field.annotation.model_fields if field else {}  # type: ignore[union-attr]
-    return kinds_of(keys[key].annotation) if key in keys else set()
+def _kinds_of(keys: Sequence[str]) -> set[Any]:
+    """The types that a recipe's key, such as `section.key`, allows; empty for an unknown key."""
+    kind: Any = Recipe
+    for key in keys:
+        fields = getattr(kind, "model_fields", {})
+        if key not in fields:
+            return set()
+        kind = fields[key].annotation
+    return kinds_of(kind)
 
 
 def _typed(value: str, kinds: set[Any]) -> Any:

@@ -45,7 +45,8 @@ def check(args: argparse.Namespace) -> Evaluation:
     """Everything that can be told wrong without the model's weights, told now. Raises KfoodError."""
     settings, recipe_eval = resolve_settings(args)
     shards = open_split(args.shards, args.split)
-    require_columns(settings.task, shards.manifest.columns, shards.manifest.where)
+    fixing = args.adapter if args.adapter and "task" in read_adapter_facts(args.adapter) else None
+    require_columns(settings.task, shards.manifest.columns, shards.manifest.where, fixing)
     require_same_pictures(shards.manifest, settings.image_size, settings.resize)
     if World.from_environment().is_main:
         shards.require_files()

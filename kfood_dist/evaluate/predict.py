@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     require_base(args.model)
     template = build_template(args.model, settings, args.adapter)
     task = build_task(settings.task, settings.system, settings.prompt)
-    columns = columns_asked(settings.task, args.question)
+    columns = columns_asked(settings.task, args.question, args.adapter)
     require_askable(template, task, columns, settings.image_size)
     pictures = [read_picture(path, settings) for path in args.images]
     answerer = None
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def columns_asked(task: str, question: str | None) -> dict[str, str]:
+def columns_asked(task: str, question: str | None, adapter: Path | None) -> dict[str, str]:
     """What a sample of the task says besides its picture. Raises RecipeError if the question is missing, or idle."""
     asks = "question" in TASKS[task].columns
     if asks and not (question or "").strip():
@@ -101,7 +101,7 @@ def columns_asked(task: str, question: str | None) -> dict[str, str]:
     if question and not asks:
         raise RecipeError(
             f"--question is given, and the task {task} has a question of its own",
-            "leave it out, or --set data.task=question",
+            "leave it out, or " + ("name an adapter of the task question" if adapter else "--set data.task=question"),
         )
     return {"question": question} if question else {}
 

@@ -18,6 +18,7 @@ from kfood_dist.config.sections import Lora, Parts, Recipe
 from kfood_dist.errors import ModelError, RecipeError
 from kfood_dist.model.base import load_config
 from kfood_dist.model.family import CONNECTOR, LANGUAGE_MODEL, TOWER, Family
+from kfood_dist.system.words import plural
 
 if TYPE_CHECKING:
     import torch
@@ -189,11 +190,15 @@ def _weight_names(folder: Path) -> list[str]:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Put a saved adapter's weights into a PeftModel's fresh ones. Raises ModelError if they are of another model."""
+    """Put a saved adapter's weights into a PeftModel's fresh ones.
+
+    Raises ModelError if they do not fit the model or are not finite.
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     weights = load_file(folder / WEIGHTS_FILE)
+    _require_finite(folder, weights)
     lora = {name: weight for name, weight in weights.items() if ".lora_" in name}
     whole = {name: weight for name, weight in weights.items() if ".lora_" not in name}
     asked = {name for name in _trained(model) if ".lora_" not in name}
@@ -243,19 +248,21 @@ def _trained(model: Any) -> dict[str, "torch.Tensor"]:
 def require_adapter_fits(base: str, adapter: Path) -> None:
     """Raise ModelError unless an adapter has every matrix its config asks for, no other, and all fit layers of `base`.
 
-    No weights are read. peft itself only warns of matrices that are missing, and goes on with a half-adapted model.
+    Also raises it for values that are not finite. The base's weights are not read. peft itself only warns of missing
+    matrices, and continues with a half-adapted model.
     """
     import torch
+    from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(load_config(base))
     try:
-        with safe_open(adapter / WEIGHTS_FILE, "np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        weights = load_file(adapter / WEIGHTS_FILE)
         json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"adapter {adapter} is damaged ({error})", "copy it from its run again") from None
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     modules = dict(model.named_modules())
     for name, shape in shapes.items():
         path, _, part = name.removeprefix(_PREFIX).partition(".lora_")
@@ -267,6 +274,16 @@ def require_adapter_fits(base: str, adapter: Path) -> None:
                 "name the base model that the adapter was trained on",
             )
     require_whole_adapter(model, adapter, shapes)
+    _require_finite(adapter, weights)
+
+
+def _require_finite(adapter: Path, weights: "dict[str, torch.Tensor]") -> None:
+    faulty = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if faulty:
+        raise ModelError(
+            f"adapter {adapter} has values that are not finite in {plural(len(faulty), 'tensor')}, such as {faulty[0]}",
+            "use the adapter of an earlier checkpoint, such as runs/NAME/checkpoints/step-00000100/adapter",
+        )
 
 
 def require_whole_adapter(model: Any, adapter: Path, shapes: dict[str, tuple[int, ...]]) -> None:

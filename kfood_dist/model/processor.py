@@ -7,7 +7,7 @@ manifest of packed pictures                  ──► require_same_pictures
 from pathlib import Path
 from typing import Any, Protocol
 
-from kfood_dist.data.batch.template import SampleRefused, SampleTooLong, Template
+from kfood_dist.data.batch.template import ReservedToken, SampleTooLong, Template
 from kfood_dist.data.shards.manifest import Manifest
 from kfood_dist.data.task.table import build_task
 from kfood_dist.errors import ModelError, RecipeError, first_line
@@ -66,9 +66,10 @@ def build_template(base: str, asked: Asked, adapter: Path | None = None) -> Temp
             f"data.max_length {asked.max_length} is too short for a picture of {asked.image_size} pixels",
             "raise data.max_length",
         ) from None
-    except SampleRefused as refused:
-        what = str(refused).replace("its text holds", "data.system or data.prompt holds")
-        raise RecipeError(what, "leave it out") from None
+    except ReservedToken as reserved:
+        raise RecipeError(
+            f"data.system or data.prompt holds {reserved.token}, which is a token of the chat template", "leave it out"
+        ) from None
     if adapter is not None:
         require_adapter_fits(base, adapter)
     return template

@@ -15,7 +15,7 @@ from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.task.table import build_task
 from kfood_dist.errors import CheckpointError, first_line
-from kfood_dist.model.adapters import load_adapter
+from kfood_dist.model.adapters import load_adapter, read_adapter_facts
 from kfood_dist.model.family import family_of
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
@@ -68,42 +68,43 @@ def build_trainer(
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
     watch = Watch(world, recipe.train.stall_timeout_s, recipe.run.dir)
     checkpoints = recipe.run.dir / "checkpoints"
+    validator = None
+    if recipe.eval.every_steps is not None:
+        validation = open_split(recipe.data.shards, recipe.eval.split)
+        validator = Validator(
+            recipe=recipe,
+            world=world,
+            device=accelerator.device,
+            collator=StreamingCollator(validation, template, task, unreadable="refuse"),
+            module=module,
+            engine=engine,
+            log=log,
+            watch=watch,
+            stop=stop,
+        )
+    saver = Saver(
+        folder=checkpoints,
+        every_steps=recipe.train.save_every_steps,
+        keep=recipe.train.keep_checkpoints,
+        world=world,
+        plan=plan,
+        module=module,
+        engine=engine,
+        log=log,
+        watch=watch,
+        adapter_facts=adapter_facts(recipe, samples.manifest.resize),
+        run_facts=how,
+        bad=dict(newest.record().bad) if newest else {},
+        best_score=best[1].score if best else -math.inf,
+    )
     trainer = Trainer(
         recipe=recipe,
         world=world,
         device=accelerator.device,
         plan=plan,
         collator=collator,
-        validator=None
-        if recipe.eval.every_steps is None
-        else Validator(
-            recipe=recipe,
-            world=world,
-            device=accelerator.device,
-            collator=StreamingCollator(
-                open_split(recipe.data.shards, recipe.eval.split), template, task, unreadable="refuse"
-            ),
-            module=module,
-            engine=engine,
-            log=log,
-            watch=watch,
-            stop=stop,
-        ),
-        saver=Saver(
-            folder=checkpoints,
-            every_steps=recipe.train.save_every_steps,
-            keep=recipe.train.keep_checkpoints,
-            world=world,
-            plan=plan,
-            module=module,
-            engine=engine,
-            log=log,
-            watch=watch,
-            adapter_facts=adapter_facts(recipe, collator.shards.manifest.resize),
-            run_facts=how,
-            bad=dict(newest.record().bad) if newest else {},
-            best_score=best[1].score if best else -math.inf,
-        ),
+        validator=validator,
+        saver=saver,
         module=module,
         engine=engine,
         log=log,
@@ -234,10 +235,14 @@ def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
 def _announce(trainer: Trainer, start: int) -> None:
     facts, plan = trainer.run_facts, trainer.plan
     trainer.log.say(
-        f"{plural(plan.order.num_samples, 'picture')}, {plural(trainer.max_steps, 'step')} of {plan.global_batch} "
+        f"{plural(plan.order.num_samples, 'sample')}, {plural(trainer.max_steps, 'step')} of {plan.global_batch} "
         f"({plural(plan.ranks, 'rank')} × {plan.micro_batch} × accumulation {plan.accumulation}), "
         f"{facts['distributed_type']} ZeRO {facts['zero_stage']}, {facts['quantization']}, "
         f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained, on {facts['device']}"
     )
     if start:
         trainer.log.say(f"resumed after step {start}")
+    elif adapter := trainer.recipe.model.adapter:
+        known = {key: value for key, value in read_adapter_facts(adapter).items() if key in ("task", "step")}
+        told = "".join(f", {key} {value}" for key, value in known.items())
+        trainer.log.say(f"starts from the adapter {adapter}{told}")

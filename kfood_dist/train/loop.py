@@ -8,11 +8,12 @@ however the batch is cut into ranks, micro-batches and accumulation; a step's ra
 rank) alone.
 """
 
+import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from kfood_dist.data.plan.plan import Plan
 from kfood_dist.errors import CheckpointError
 from kfood_dist.model.objective.base import Objective
 from kfood_dist.system.world import World
-from kfood_dist.train.engine.base import Engine
+from kfood_dist.train.engine.base import Engine, Update
 from kfood_dist.train.engine.optim import learning_rate_at
 from kfood_dist.train.run import checkpoint
 from kfood_dist.train.run.checkpoint import Validation
@@ -36,6 +37,18 @@ from kfood_dist.train.run.stop import StopRequest
 from kfood_dist.train.run.watchdog import Watch
 from kfood_dist.train.saving import Saver
 from kfood_dist.train.validate import Validator, log_skipped_samples
+
+
+class Learnt(NamedTuple):
+    """What came of a step's micro-batches on this rank."""
+
+    update: Update
+    loss_sum: torch.Tensor  # float64
+    losses: Sequence[torch.Tensor]  # of each sample, by micro-batch
+
+
+# Of a step none of whose samples has a label. Moments and weights stay as they are.
+_NOTHING_LEARNT = Learnt(Update(math.nan, applied=False, loss_scale=None), torch.zeros((), dtype=torch.float64), ())
 
 
 @dataclass
@@ -111,20 +124,10 @@ class Trainer:
         # After the batches: starting the loader, at a run's first step, draws a random number too.
         seed_step(self.recipe.train.seed, step, self.world.rank)
         here = torch.tensor(sum(map(self.module.weight, meter.batches)), device=self.device)
-        weight = max(1, int(self.world.all_sum(here)))
-        # The engine averages gradients over ranks; times the world size, they are summed.
-        scale = self.world.size / weight
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        losses = []  # of each sample, by micro-batch
-        for i, batch in enumerate(meter.batches):
-            self.watch.heartbeat(f"micro-step {i + 1} of step {step + 1}")
-            outcome = self.engine.micro_step(batch.to(self.device), scale, last=i == len(meter.batches) - 1)
-            loss_sum += outcome.loss
-            losses.append(outcome.each)
-        self.watch.heartbeat(f"the update of step {step + 1}")
+        weight = int(self.world.all_sum(here))
         optim = self.recipe.optim
         rates = {name: learning_rate_at(step, self.max_steps, optim, peak) for name, peak in self.peaks.items()}
-        update = self.engine.step(list(rates.values()))
+        learnt = self._learn(step, meter.batches, weight, list(rates.values())) if weight else _NOTHING_LEARNT
         here = torch.tensor([peak_memory_gib(), float(self.stop.asked())], device=self.device)
         peak, asked = self.world.all_max(here).tolist()
         self.stopping = bool(asked)
@@ -134,17 +137,31 @@ class Trainer:
             "samples": self.plan.samples_before(step + 1),
             "learning_rate": rates.get("", next(iter(rates.values()))),
             **{f"learning_rate/{name}": rate for name, rate in rates.items() if name},
-            "grad_norm": update.grad_norm,
-            "skipped": float(not update.applied),
-            **({} if update.loss_scale is None else {"loss_scale": update.loss_scale}),
+            "grad_norm": learnt.update.grad_norm,
+            "skipped": float(not learnt.update.applied),
+            **({} if learnt.update.loss_scale is None else {"loss_scale": learnt.update.loss_scale}),
             "peak_memory_gib": peak,
-            **meter.reduce(self.world, loss_sum, weight),
+            **meter.reduce(self.world, learnt.loss_sum.to(self.device), weight),
             "time": time.time(),
         }
         if metrics["refused"] or metrics["replaced"]:
             self._name_left_out(step, meter)
-        self.skips.look(step, update, meter.batches, losses)
+        self.skips.look(step, learnt.update, meter.batches, learnt.losses)
         return metrics
+
+    def _learn(self, step: int, batches: Sequence[Batch], weight: int, rates: Sequence[float]) -> "Learnt":
+        """Forward and backward of each micro-batch, then the update. `weight` is that of the global batch."""
+        # The engine averages gradients over ranks; times the world size, they are summed.
+        scale = self.world.size / weight
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = []
+        for i, batch in enumerate(batches):
+            self.watch.heartbeat(f"micro-step {i + 1} of step {step + 1}")
+            outcome = self.engine.micro_step(batch.to(self.device), scale, last=i == len(batches) - 1)
+            loss_sum += outcome.loss
+            losses.append(outcome.each)
+        self.watch.heartbeat(f"the update of step {step + 1}")
+        return Learnt(self.engine.step(rates), loss_sum, losses)
 
     def shut_down(self) -> None:
         """Leave the process group, when all went well; without it NCCL and gloo complain at exit.

@@ -5,6 +5,7 @@
 Always holds: every sample is measured once, on one rank; training mode stays, dropout rests.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -90,7 +91,7 @@ class Validator:
         if len(in_all) > _LEFT_OUT_LISTED:
             self.log.say(f"validation: {len(in_all) - _LEFT_OUT_LISTED} more left out")
         self.picture_s = (time.perf_counter() - began) / samples
-        return {"loss": loss_sum / max(1.0, weight), "accuracy": right / samples, "samples": samples}
+        return {"loss": loss_sum / weight if weight else math.nan, "accuracy": right / samples, "samples": samples}
 
 
 def log_skipped_samples(log: RunLog, when: str, samples: Iterable[SkippedSample]) -> None:

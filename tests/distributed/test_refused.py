@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from asking import asking_dishes
-from running import metrics, train, write_recipe
+from running import metrics, train, try_train, write_recipe
+from sweep import swept
 
 from kfood_dist.data.plan.plan import MicroBatch
 
@@ -29,3 +31,25 @@ def test_long_answers_are_refused_and_the_run_goes_on(tmp_path: Path, tiny_model
     assert sum(row["refused"] for row in metrics(tmp_path / "run")) == len(too_long)
     named = {line.split(": ")[1].split()[0] for line in output.splitlines() if "left out" in line}
     assert named == too_long
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), *swept([(2, 0), (2, 3)])])
+def test_a_run_without_any_usable_sample_ends_with_the_reason(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, ranks: int, stage: int
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tiny_model,
+        tiny_shards,
+        data={"max_length": IMAGE_TOKENS + 1},  # the end token alone fits
+        train={"zero_stage": stage, "max_skipped_steps": 1},
+        objective={"name": "answer_mean"},
+        eval={"every_steps": 1, "max_samples": 2},
+    )
+    ended = try_train(recipe, ranks)
+    assert ended.status == 1, ended.output
+    assert "step 2 skipped: none of its samples can be used, train-" in ended.output
+    assert "for example: answer and image alone exceed data.max_length" in ended.output
+    assert "val  loss nan  accuracy 0" in ended.output
+    assert [(row["loss"], row["skipped"]) for row in metrics(tmp_path / "run")] == [(None, 1.0)]
+    assert not (tmp_path / "run" / "adapter").exists()

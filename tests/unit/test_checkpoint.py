@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
@@ -127,6 +128,13 @@ def test_what_was_measured_later_counts(tmp_path: Path) -> None:
     later.require_whole()
     best = checkpoint.best(tmp_path)
     assert best is not None and (best[0].step, best[1].accuracy) == (2, 0.75)
+
+
+def test_a_loss_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
+    for step, loss in ((1, math.nan), (2, 3.0), (3, math.nan)):
+        checkpoint.add_validation(save(tmp_path, step, keep=3), Validation(accuracy=0.0, loss=loss, best_by="loss"))
+    best = checkpoint.best(tmp_path)
+    assert best is not None and best[0].step == 2
 
 
 def test_a_full_disk_frees_what_may_go_and_keeps_newest_and_best(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from kfood_dist.config.recipe import load_recipe, save_recipe
+from kfood_dist.config.sections import Part
 from kfood_dist.errors import RecipeError
 
 MINIMAL = "data: {shards: s}\nmodel: {base: m}\nrun: {dir: r}\n"
@@ -236,6 +237,21 @@ def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path) -> 
     recipe = load_recipe(upper, ["optim.beta1=0.5"])
     assert (recipe.optim.learning_rate, recipe.optim.eps, recipe.optim.beta1) == (0.25, 0.1, 0.5)
     assert (recipe.data.shards, recipe.run.dir) == ("s", Path("q"))
+
+
+def test_a_key_within_a_key_is_set_and_extended(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL + "parts: {connector: {train: full, learning_rate: 0.5}}\n")
+    (upper := tmp_path / "upper.yaml").write_text("extends: recipe.yaml\nparts: {connector: {learning_rate: 0.25}}\n")
+    assert load_recipe(upper).parts.connector == Part(train="full", learning_rate=0.25)
+    assert load_recipe(upper, ["parts.connector.learning_rate=1.0e-3"]).parts.connector.learning_rate == 1e-3
+    both = ["parts.tower.train=lora", "parts.tower.learning_rate=1.0e-3"]
+    assert load_recipe(upper, both).parts.tower == Part(train="lora", learning_rate=1e-3)
+    with pytest.raises(RecipeError, match="connector is 'full' before, without keys of its own; set all of connector"):
+        load_recipe(upper, ["parts.connector=full", "parts.connector.learning_rate=1.0e-3"])
+    with pytest.raises(RecipeError, match=r"parts.connector.rate: no such key"):
+        load_recipe(upper, ["parts.connector.rate=1"])
+    with pytest.raises(RecipeError, match="there is no value; write null for none"):
+        load_recipe(upper, ["parts.connector.learning_rate="])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.picture.images import decode_rgb, prepare_jpeg
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import ShardSplit, open_split
+from kfood_dist.data.task.table import require_columns
 from kfood_dist.errors import RecipeError
 from kfood_dist.evaluate import panel
 from kfood_dist.evaluate import rank as ask
@@ -260,6 +261,18 @@ def test_mistakes_are_told_before_torch_computes(words, tmp_path, capsys, extra,
 def test_pictures_that_are_not_the_adapters_are_refused(words, tiny_adapter, tmp_path, capsys, changes, told):
     assert main([*words, "--adapter", facts_of(tiny_adapter, tmp_path / "a", **changes)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_task_is_named_as_the_remedy(words, tiny_adapter, tmp_path, capsys):
+    """Not data.task, which the adapter fixes."""
+    assert (
+        main([*words, "--adapter", facts_of(tiny_adapter, tmp_path / "a", task="question", prompt="{question}")]) == 2
+    )
+    told = capsys.readouterr().err
+    assert "was trained on the task question, which needs the column question" in told
+    assert told.endswith("→ name an adapter of the task dish or name other shards\n")
+    with pytest.raises(RecipeError, match=r"^data.task question needs .* → set data.task=dish or name other shards$"):
+        require_columns("question", ("category", "label"), "shards")
 
 
 def test_damaged_facts_are_refused(words, tiny_adapter, tmp_path, capsys):

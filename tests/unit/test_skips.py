@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfood_dist.data.batch.collate import Batch
+from kfood_dist.data.batch.collate import Batch, SkippedSample
 from kfood_dist.errors import TrainingError
 from kfood_dist.system.world import World
 from kfood_dist.train.engine.base import Update
@@ -47,16 +47,21 @@ def test_only_the_samples_whose_loss_is_not_finite_are_named(watch: SkipWatch, t
 
 def test_a_gradient_alone_names_the_whole_step_up_to_fifty() -> None:
     losses = [Loss(f"train-{i}", 1.0) for i in range(60)]
-    told = reason(SKIPPED, losses)
+    told = reason(SKIPPED, losses, [])
     assert told.startswith("a gradient is not finite, though each sample's loss is")
     assert "train-49" in told and "train-50" not in told and told.endswith("and 10 more")
 
 
+def test_a_step_without_a_usable_sample_names_one_with_its_reason() -> None:
+    told = reason(SKIPPED, [], [SkippedSample("train-3", "too long"), SkippedSample("train-4", "too long")])
+    assert told == "none of its samples can be used, train-3 for example: too long"
+
+
 def test_an_overflow_of_the_loss_scale_names_nobody_until_there_is_no_scale_left() -> None:
     losses = [Loss("train-0", 1.0)]
-    assert reason(Update(math.inf, False, 65536.0), losses).endswith("at loss scale 65536, which is halved")
-    assert "train-0" in reason(Update(math.inf, False, 1.0), losses)
-    assert "train-0 (nan)" in reason(Update(math.nan, False, 65536.0), [Loss("train-0", math.nan)])
+    assert reason(Update(math.inf, False, 65536.0), losses, []).endswith("at loss scale 65536, which is halved")
+    assert "train-0" in reason(Update(math.inf, False, 1.0), losses, [])
+    assert "train-0 (nan)" in reason(Update(math.nan, False, 65536.0), [Loss("train-0", math.nan)], [])
 
 
 def test_the_run_ends_after_too_many_in_a_row_and_an_update_starts_the_count_anew(watch, tmp_path: Path) -> None:

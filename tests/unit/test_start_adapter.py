@@ -1,6 +1,7 @@
 """A recipe that starts from an adapter: its weights are taken over, another form is refused with the difference."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from kfood_dist.config.recipe import build_recipe
 from kfood_dist.errors import ModelError
-from kfood_dist.model.adapters import load_adapter, require_adapter
+from kfood_dist.model.adapters import load_adapter, require_adapter, require_adapter_fits
 
 
 def recipe(adapter: Path, **lora):
@@ -57,6 +58,24 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, tiny_adapter: Path) -> No
     (damaged / "adapter_config.json").write_text(json.dumps([1]))
     with pytest.raises(ModelError, match="cannot be read"):
         require_adapter(recipe(damaged))
+
+
+def test_an_adapter_with_a_value_that_is_not_finite_is_refused(
+    tmp_path: Path, tiny_model: Path, tiny_adapter: Path
+) -> None:
+    """In evaluation and prediction, which ask `require_adapter_fits`, and as the start of a run."""
+    from safetensors.torch import save_file
+
+    other = shutil.copytree(tiny_adapter, tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    name = next(name for name in weights if "layers.3" in name)
+    weights[name][0, 0] = torch.nan
+    save_file(weights, other / "adapter_model.safetensors")
+    complaint = f"values that are not finite in 1 tensor, such as {re.escape(name)} → use the adapter of an earlier"
+    with pytest.raises(ModelError, match=complaint):
+        load_adapter(adapted(tiny_model), other)
+    with pytest.raises(ModelError, match=complaint):
+        require_adapter_fits(str(tiny_model), other)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_model: Path, tiny_adapter: Path) -> None:

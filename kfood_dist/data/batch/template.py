@@ -30,10 +30,18 @@ class SampleRefused(Exception):
 
 
 class SampleTooLong(SampleRefused):
-    """The answer and the image alone exceed the limit; nothing that may be dropped would make it fit."""
+    """A sample whose answer and pictures exceed the limit by themselves, so that no truncation makes it fit."""
 
     def __init__(self) -> None:
         super().__init__("answer and image alone exceed data.max_length")
+
+
+class ReservedToken(SampleRefused):
+    """A sample whose text contains `token`, which has a meaning of its own in the chat template."""
+
+    def __init__(self, token: str):
+        super().__init__(f"its text holds {token}, which is a token of the chat template")
+        self.token = token
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ class Template:
         """Raise SampleRefused for a text that would be read as a token of the template, such as a picture's."""
         for token in self.tokenizer.all_special_tokens:
             if token in text:
-                raise SampleRefused(f"its text holds {token}, which is a token of the chat template")
+                raise ReservedToken(token)
 
     def _tokenise(self, text: str, special: bool = False) -> np.ndarray:
         return np.array(self.tokenizer(text, add_special_tokens=special)["input_ids"], dtype=np.int64)

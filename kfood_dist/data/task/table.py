@@ -1,6 +1,7 @@
 """Every task by its name in a recipe. One row makes a task known."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from kfood_dist.data.task.base import Task
 from kfood_dist.data.task.dish import DishClass, DishTask
@@ -15,11 +16,18 @@ def build_task(name: str, system: str, prompt: str, classes: Sequence[DishClass]
     return TASKS[name](system, prompt, classes)
 
 
-def require_columns(name: str, columns: Sequence[str], where: str) -> None:
-    """Raise RecipeError unless the samples of a data set have the columns that a task needs."""
-    if missing := [column for column in TASKS[name].columns if column not in columns]:
-        fitting = [task for task, made in TASKS.items() if set(made.columns) <= set(columns)]
-        raise RecipeError(
-            f"data.task {name} needs the column {missing[0]}, and the samples in {where} have {', '.join(columns)}",
-            " or ".join([*(f"set data.task={task}" for task in fitting), "name other shards"]),
-        )
+def require_columns(name: str, columns: Sequence[str], where: str, adapter: Path | None = None) -> None:
+    """Raise RecipeError unless the samples of a data set have the columns that a task needs.
+
+    `adapter` is the one that fixes the task, if any: another task then needs another adapter.
+    """
+    missing = [column for column in TASKS[name].columns if column not in columns]
+    if not missing:
+        return
+    fitting = [task for task, made in TASKS.items() if set(made.columns) <= set(columns)]
+    remedies = [f"name an adapter of the task {task}" if adapter else f"set data.task={task}" for task in fitting]
+    who = f"adapter {adapter} was trained on the task {name}, which" if adapter else f"data.task {name}"
+    raise RecipeError(
+        f"{who} needs the column {missing[0]}, and the samples in {where} have {', '.join(columns)}",
+        " or ".join([*remedies, "name other shards"]),
+    )

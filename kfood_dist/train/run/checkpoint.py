@@ -9,6 +9,7 @@ are never pruned. Resuming needs no random state: the loop seeds each step from 
 
 import errno
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -43,8 +44,9 @@ class Validation(BaseModel):
 
     @property
     def score(self) -> float:
-        """How good it is: the higher, the better."""
-        return self.accuracy if self.best_by == "accuracy" else -self.loss
+        """How good it is: higher is better. A loss that is not finite is the worst."""
+        score = self.accuracy if self.best_by == "accuracy" else -self.loss
+        return score if math.isfinite(score) else -math.inf
 
     def __str__(self) -> str:
         return f"accuracy {self.accuracy:.4g}" if self.best_by == "accuracy" else f"loss {self.loss:.4g}"

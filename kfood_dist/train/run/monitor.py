@@ -77,7 +77,7 @@ class StepMeter:
         loss, labels, samples, tokens, slots, refused, replaced, waited, elapsed = world.all_sum(totals).tolist()
         step_s = elapsed / world.size
         return {
-            "loss": loss / weight,
+            "loss": loss / weight if weight else math.nan,
             "samples_per_second": samples / step_s,
             "label_tokens_per_second": labels / step_s,
             "data_wait_share": waited / elapsed,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from kfood_dist.data.batch.collate import Batch
+from kfood_dist.data.batch.collate import Batch, SkippedSample
 from kfood_dist.errors import TrainingError
 from kfood_dist.system.world import World
 from kfood_dist.train.engine.base import Update
@@ -54,22 +54,31 @@ class SkipWatch:
         self.in_a_row += 1
         mine = [
             Loss(self.key(i), value)
-            for batch, each in zip(batches, losses, strict=True)
+            for batch, each in zip(batches, losses, strict=False)  # none if the whole step had no label
             for i, value in zip(batch.ids, each.tolist(), strict=False)  # a filler has a loss and no id
         ]
-        why = reason(update, [loss for of_rank in self.world.share(mine) for loss in of_rank])
+        refused = [sample for batch in batches for sample in batch.refused]
+        shared = self.world.share((mine, refused))
+        why = reason(
+            update,
+            [loss for losses, _ in shared for loss in losses],
+            [sample for _, refused in shared for sample in refused],
+        )
         self.log.say(f"step {step + 1} skipped: {why}")
         if self.in_a_row > self.limit:
             raise TrainingError(
                 f"steps skipped in a row: {self.in_a_row}, more than train.max_skipped_steps {self.limit}; "
                 f"step {step + 1}: {why}; {last_good(self.checkpoints, self.last_applied)}",
-                "lower optim.learning_rate, or mend the samples named; the same command goes on from the newest "
+                "lower optim.learning_rate, or correct what is named; the same command resumes from the newest "
                 "checkpoint",
             )
 
 
-def reason(update: Update, losses: Sequence[Loss]) -> str:
+def reason(update: Update, losses: Sequence[Loss], refused: Sequence[SkippedSample]) -> str:
     """Why an update was left out: the samples whose loss is not finite, or all of the step's if no loss is at fault."""
+    if not losses and refused:
+        key, cause = refused[0]
+        return f"none of its samples can be used, {key} for example: {cause}"
     faulty = [f"{loss.key} ({loss.value})" for loss in losses if not math.isfinite(loss.value)]
     if faulty:
         return f"the loss is not finite for {_listed(faulty)}"
