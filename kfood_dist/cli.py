@@ -1,7 +1,7 @@
 """`kfood VERB …`: finds the verb's module, runs it, and turns a user's mistake into one clear message.
 
-A verb's module has `add_arguments(parser)` and `run(args) -> exit status`; it is imported only when asked for, so
-`kfood --help` and packing on a login node stay light.
+A verb's module has `add_arguments(parser)` and `run(args) -> exit status`. It is imported only when the verb is used,
+so `kfood --help` and packing on a login node stay light.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from kfood_dist import __version__
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.system import console
-from kfood_dist.system.utf8 import settle_names
+from kfood_dist.system.utf8 import ensure_utf8
 from kfood_dist.system.world import World
 
 VERBS = {
@@ -21,21 +21,21 @@ VERBS = {
     ),
     "pack": ("kfood_dist.pack.pack", "pack a folder or a CSV of pictures into WebDataset shards"),
     "verify": ("kfood_dist.data.shards.verify", "check packed shards byte by byte"),
-    "order": ("kfood_dist.data.order", "print who reads which sample at which step"),
+    "order": ("kfood_dist.data.order", "print which rank reads which sample at which step"),
     "train": (
         "kfood_dist.launch.train",
-        "train by a recipe; resumes by itself (start it with launch/train.sh)",
+        "train with a recipe; resumes by itself (start it with launch/train.sh)",
     ),
-    "eval": ("kfood_dist.evaluate.main", "measure a model on held-out pictures"),
+    "eval": ("kfood_dist.evaluate.main", "evaluate a model on held-out pictures"),
     "compare": ("kfood_dist.evaluate.compare", "put reports side by side, such as base and tuned"),
     "predict": ("kfood_dist.evaluate.predict", "name the dish on single pictures"),
-    "doctor": ("kfood_dist.doctor.checks", "tell what this machine has, what is missing, and what mends it"),
+    "doctor": ("kfood_dist.doctor.checks", "print what this machine has, what is missing, and how to fix it"),
 }
 RESULTS = ("order", "predict")  # verbs whose standard output is their result
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """The parser of all verbs; only `verb` gets its own arguments."""
+    """Return the parser of all verbs. Only `verb` gets its own arguments."""
     parser = argparse.ArgumentParser(prog="kfood", description="From a folder of dish photos to a tuned Qwen2.5-VL.")
     parser.add_argument("--version", action="version", version=f"kfood_dist {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -47,12 +47,13 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns its exit status: 0 done, 1 the verb found faults, 2 a mistake to mend, 130 interrupted.
+    """Run one verb, and return its exit status.
 
-    Without `argv` this is the whole program: it takes its own command line, and may start itself anew in UTF-8 mode.
+    0: done. 1: the verb found faults. 2: the user has to correct a mistake. 130: interrupted. Without `argv` this is
+    the complete program: it reads its own command line, and may restart itself in Python's UTF-8 mode.
     """
     try:
-        settle_names(argv)
+        ensure_utf8(argv)
     except LaunchError as error:
         print(f"kfood: {error}", file=sys.stderr)
         return error.exit_status
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     except console.ReaderLeft:
         return 0
     except KfoodError as error:
-        if World.from_environment().is_main:  # each rank finds the same mistake; one says it
+        if World.from_environment().is_main:  # each rank finds the same mistake; one prints it
             print(f"kfood {args.verb}: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:

@@ -1,18 +1,18 @@
-"""The project's own family of errors: a user's mistake, said once, with its remedy.
+"""The project's own errors. Each one names a user's mistake, once, and its remedy.
 
-Everything a user can get wrong raises one of these; `cli.main` prints it and exits with status 2, or with 1 where a
-run was under way and may do better the next time.
-Anything else that escapes is a bug of ours and keeps its traceback.
+Everything that a user can do wrong raises one of these. `cli.main` prints it and exits with status 2. The status is 1
+if a run was under way and may succeed the next time. Any other error that escapes is a bug of ours and keeps its
+traceback.
 """
 
 import os
 
-# Exit statuses. A run that stopped as it was asked to can be started again.
+# Exit statuses. STOPPED: the run stopped on request and can be started again.
 FINISHED, FAILED, MISTAKE, STOPPED, INTERRUPTED = 0, 1, 2, os.EX_TEMPFAIL, 130
 
 
 class KfoodError(Exception):
-    """A fault the user can mend: `what` is wrong, and `remedy` mends it."""
+    """A fault that the user can correct: `what` is wrong, and `remedy` says what to do."""
 
     exit_status = 2
 
@@ -30,7 +30,7 @@ class RecipeError(KfoodError):
 
 
 class SourceError(KfoodError):
-    """The pictures to pack are missing, empty, or too many of them are unusable."""
+    """The pictures to pack are missing or empty, or too many of them are unusable."""
 
 
 class ShardError(KfoodError):
@@ -46,13 +46,13 @@ class CheckpointError(KfoodError):
 
 
 class TrainingError(KfoodError):
-    """Training cannot go on: the loss or a gradient is no longer finite."""
+    """Training cannot continue: the loss or a gradient is no longer finite."""
 
 
 class LaunchError(KfoodError):
-    """What was asked for does not fit what this machine or job has."""
+    """The request does not fit what this machine or job has."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error, at most 200 characters long; its type if it says nothing."""
+    """Return the first line of a library's error, at most 200 characters, or its type if it has no message."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

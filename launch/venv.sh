@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # bash launch/venv.sh
-# Makes the checkout's .venv with the tested pins, or does nothing if it is up to date. PYTHON names the Python to use.
+# Makes the checkout's .venv with the tested versions. Does nothing if it is up to date. PYTHON names the Python to use.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
-[ $# -eq 0 ] || { echo "venv: it takes no words, and got $* → see bash launch/venv.sh --help" >&2; exit 2; }
+[ $# -eq 0 ] || { echo "venv: it takes no arguments, but got $* → see bash launch/venv.sh --help" >&2; exit 2; }
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
@@ -19,6 +19,6 @@ done
   || { echo "venv: $python has no ensurepip; run: apt-get install python3-venv" >&2; exit 2; }
 
 echo "venv: installing into .venv with $("$python" --version) (a few minutes the first time)" || true
-.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv  # anew if it was cut off halfway
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv  # made again if incomplete
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[test]'
 echo "$wanted" > .venv/kfood-stamp

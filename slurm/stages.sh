@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# bash slurm/stages.sh [--nodes=N and what else sbatch takes] [-- RECIPE RECIPE …]
-# Queues training by each recipe in order, launch/recipes/stages/*.yaml by default: each starts when the one before has
-# finished, and is measured when it has finished itself. Without Slurm, trains here in that order.
+# bash slurm/stages.sh [--nodes=N and other options of sbatch] [-- RECIPE RECIPE …]
+# Queues a training for each recipe in order. The default recipes are launch/recipes/stages/*.yaml. Each training starts
+# when the previous one has finished, and its model is evaluated when it has finished itself. Without Slurm, trains on
+# this machine in the same order, and evaluates nothing.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +14,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
 command -v sbatch >/dev/null || exec bash launch/train.sh "$@"
 
 source slurm/site.sh
-# Shards, base model and run of each, one to a line; all of them before the first is queued.
+# Shards, base model and run directory of each recipe, one per line. All recipes are read before the first is queued.
 found="$($KFOOD_CONTAINER bash launch/python.sh -X utf8 - "$@" <<'PY'
 import sys
 from pathlib import Path
@@ -45,5 +46,5 @@ for recipe in "$@"; do
   measured=$(queue --nodes=1 slurm/evaluate.sbatch --shards "${at[0]}" --model "${at[1]}" --adapter "${at[2]}/adapter" \
     --out "${at[2]}/tuned" --tensorboard "${at[2]}/tensorboard")
   queued+=("$measured") at=("${at[@]:3}")
-  echo "$recipe: training is job $trained, measuring job $measured"
+  echo "$recipe: training is job $trained, evaluation is job $measured"
 done

@@ -1,4 +1,4 @@
-"""Collators and plain model inputs for tests, as a recipe of the dish task would have them."""
+"""Collators and plain model inputs for tests, as a recipe of the dish task makes them."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ PROMPT = "이 음식의 이름은?"
 
 
 def pictures_of(model: Path, image_size: int = 224) -> Any:
-    """How a model takes pictures."""
+    """Return the object that prepares pictures for this model."""
     return load_pictures(str(model), load_config(str(model)), image_size)
 
 
@@ -33,7 +33,7 @@ def asking_dishes(
     prompt: str = PROMPT,
     **options: Any,
 ) -> StreamingCollator:
-    """A collator that asks for dishes without a system text."""
+    """Return a collator of the dish task without a system text."""
     samples = open_split(shards, split) if isinstance(shards, Path) else shards
     pictures = pictures_of(model, samples.manifest.image_size)
     template = Template(load_tokenizer(str(model)), pictures, max_length)
@@ -41,13 +41,13 @@ def asking_dishes(
 
 
 def adapted(model: Path, quantization: str = "none", precision: str = "fp32", **lora: Any) -> Any:
-    """The base with fresh LoRA on its language model."""
+    """Return the base model with fresh LoRA on its language model."""
     base = load_base(str(model), quantization, precision, "sdpa", torch.device("cpu"))
     return apply_parts(base, Parts(), Lora(**lora))
 
 
 def model_inputs(batch: Batch, pictures: Pictures) -> dict[str, Any]:
-    """A batch as the model's own forward takes it."""
+    """Return the keyword arguments of the model's own forward for a batch."""
     return {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -56,5 +56,5 @@ def model_inputs(batch: Batch, pictures: Pictures) -> dict[str, Any]:
 
 
 def labels_of(samples: ShardSplit) -> list[str]:
-    """The dish of every sample."""
+    """Return the dish of every sample."""
     return [samples.read(i).columns["label"] for i in range(len(samples))]

@@ -1,4 +1,4 @@
-"""Base models in the forms that people have them in: published, cut into shards, in the hub's cache, other families."""
+"""Base models in the forms that users have: as published, split into shards, in the hub's cache, of other families."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None takes a key away."""
+    """Change keys of a JSON file. The value None removes a key."""
     tree = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
 
 
 def cut(folder: Path) -> list[Path]:
-    """Put a folder's weights into two shards with an index, as larger models are published; returns the shards."""
+    """Split a folder's weights into two shards with an index, as larger models are published. Returns the shards."""
     whole = folder / "model.safetensors"
     tensors = load_file(whole)
     whole.unlink()
@@ -33,7 +33,7 @@ def cut(folder: Path) -> list[Path]:
 
 
 def publish(folder: Path) -> None:
-    """Turn a saved model into the layout of the hub: old parameter names, flat config, rope_scaling of type mrope."""
+    """Change a saved model to the layout of the hub: old parameter names, flat config, rope_scaling of type mrope."""
     weights = folder / "model.safetensors"
     old = {name.removeprefix("model.") if ".visual." in name else name.replace("language_model.", ""): tensor
            for name, tensor in load_file(weights).items()}  # fmt: skip
@@ -49,7 +49,7 @@ def publish(folder: Path) -> None:
 
 
 def put_into_cache(folder: Path, cache: Path, name: str) -> Path:
-    """Put a model's files into a hub cache under `name`, as the hub's client lays them out; returns the snapshot."""
+    """Put a model's files into a hub cache under `name`, in the layout of the hub's client. Returns the snapshot."""
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
     for part in (snapshot, repository / "blobs", repository / "refs"):
@@ -63,7 +63,7 @@ def put_into_cache(folder: Path, cache: Path, name: str) -> Path:
 
 
 def write_qwen2_vl(folder: Path) -> None:
-    """A tiny random Qwen2-VL of the real class, beside the tokenizer and picture settings of the practice model."""
+    """Write a tiny random Qwen2-VL of the real class, with the tokenizer and picture settings of the practice model."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     tokenizer = train_tokenizer()
@@ -98,7 +98,7 @@ LLAVA_TEMPLATE = """\
 
 
 def write_llava(folder: Path, seed: int = 0) -> None:
-    """A tiny, untrained LLaVA-1.5: the real classes and its own processor, which shows a picture in 16 tokens."""
+    """Write a tiny, untrained LLaVA-1.5 of the real classes. Its own processor turns a picture into 16 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import (
         CLIPImageProcessorPil,

@@ -1,4 +1,4 @@
-"""What many tests share: a tiny real Qwen2.5-VL, a few drawn pictures packed, whole runs; and how the suite runs."""
+"""Fixtures of many tests (a tiny real Qwen2.5-VL, packed pictures, uninterrupted runs), and settings of the suite."""
 
 import os
 import shutil
@@ -29,15 +29,15 @@ from kfood_dist.model.processor import build_template
 from kfood_dist.practice.pictures import DISHES, write_pictures
 from kfood_dist.practice.tiny_model import write_model
 
-# A busy machine is no fault of an example; pytest's own time limit ends what hangs.
-# By default the same examples every time, so that what fails is the change's fault.
+# No deadline: an example may be slow because the machine is busy. pytest's own time limit ends a test that hangs.
+# By default the examples are the same every time, so that a new failure is caused by the change.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("sweep", deadline=None, max_examples=1000)
 
-# A suite that was started in the background may have been told to ignore Ctrl-C, and with it all that it starts.
+# A suite started in the background may ignore Ctrl-C, and all processes that it starts inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# As the ranks that tests fork: threads that wait for each other on a busy machine cost minutes.
+# One thread, like the ranks that tests fork: threads that wait for each other on a busy machine cost minutes.
 torch.set_num_threads(1)
 
 NUM_DISHES = 4
@@ -45,20 +45,20 @@ PER_DISH = 12
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sweep", action="store_true", help="also run all cases of which the default has one of a kind")
+    parser.addoption("--sweep", action="store_true", help="run all cases; the default runs one of each kind")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("sweep" if config.getoption("--sweep") else "default")
 
 
-# What takes longest begins first, so that at the end no worker waits for another for long.
+# The slowest tests begin first, so that at the end no worker waits long for another.
 FIRST = ("tests/slurm/", "tests/distributed/test_quickstart.py", "tests/distributed/", "tests/parity/", "")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the sweep out unless it is asked for; with -n, keep on one worker what shares a fixture or a Slurm."""
+    """Drop the sweep unless --sweep is given. With -n, keep tests that share a fixture or a Slurm on one worker."""
     if not config.getoption("--sweep"):
         left_out = [item for item in items if item.get_closest_marker("sweep")]
         items[:] = [item for item in items if not item.get_closest_marker("sweep")]
@@ -74,7 +74,7 @@ def _folder(nodeid: str) -> str:
 
 
 def _group(item: pytest.Item) -> str:
-    """The tests of one group run one after the other, in one process; without a name a test is on its own."""
+    """Return the group of a test, or "" for none. The tests of one group run one after the other in one process."""
     if _folder(item.nodeid) == "slurm":
         return "slurm"
     fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def _group(item: pytest.Item) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Where the time went: the ten slowest tests with their fixtures, and the sum of each folder."""
+    """Print where the time went: the ten slowest tests with their fixtures, and the sum of each folder."""
     tests: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -101,7 +101,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder that `make` fills, once for all processes of the suite; nobody changes it afterwards."""
+    """Return the folder that `make` fills once for all processes of the suite. No test may change it afterwards."""
     root = factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared" / name
     folder.parent.mkdir(exist_ok=True)
@@ -118,20 +118,20 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], No
 
 @pytest.fixture
 def one_in(request: pytest.FixtureRequest) -> Callable[[int], int]:
-    """The stride through many cases of a kind: `one_in(13)` is 13, and in a sweep 1."""
+    """Return the stride through many cases of a kind: `one_in(13)` is 13, or 1 in a sweep."""
     sweep = request.config.getoption("--sweep")
     return lambda stride: 1 if sweep else stride
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Qwen2.5-VL of some 4 million parameters, its tokenizer and image processor."""
+    """Return a folder with a random Qwen2.5-VL of about 4 million parameters, its tokenizer and image processor."""
     return shared(tmp_path_factory, "model", partial(write_model, seed=0))
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 drawn pictures of 4 dishes in the AI-Hub layout."""
+    """Return a folder with 48 drawn pictures of 4 dishes in the AI-Hub layout."""
 
     def draw(folder: Path) -> None:
         list(write_pictures(folder, DISHES[-NUM_DISHES:], PER_DISH, seed=0))
@@ -141,7 +141,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """The pictures packed: 24 to train, 8 to validate, 16 to test, or nearly so."""
+    """Return the packed pictures: about 24 to train, 8 to validate and 16 to test."""
 
     def pack(folder: Path) -> None:
         assert main(["pack", str(pictures), str(folder / "shards"), "--split", "0.5,0.2,0.3"]) == 0
@@ -151,7 +151,10 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Pat
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Whole:
-    """One uninterrupted run of each kind, which what was stopped, killed, staged or hindered is held against."""
+    """Return a function that gives the uninterrupted run of a rank count and a ZeRO stage.
+
+    Tests compare runs that were stopped, killed, trained on copied shards or hindered with it.
+    """
 
     def get(ranks: int, zero_stage: int) -> Path:
         def run(folder: Path) -> None:
@@ -165,7 +168,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shard
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
-    """An adapter of the tiny model that has learned to answer with dish names, if not always the right ones."""
+    """Return an adapter of the tiny model that answers with dish names, not always with the right ones."""
     return shared(tmp_path_factory, "adapter", partial(_tune, tiny_model, tiny_shards))
 
 

@@ -1,4 +1,4 @@
-"""Copies of the tiny model with weights made to fail: not finite, or beyond the range of fp16."""
+"""Copies of the tiny model with weights that cause faults: not finite, or beyond the range of fp16."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ EMBEDDING = "model.embed_tokens.weight"  # the names of the published files
 
 
 def craft(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """A copy of a model in `folder` whose weights `change` has edited; its head no longer shares the embedding."""
+    """Copy a model to `folder` and edit its weights with `change`. The copy's head does not share the embedding."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights[EMBEDDING].clone()
@@ -29,14 +29,14 @@ def craft(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]],
 
 
 def unique_token(model: Path, shards: ShardSplit) -> tuple[str, int]:
-    """A dish, and a token that its answer has and no other dish's."""
+    """Return a dish and a token that is in its answer and in no other dish's answer."""
     tokenizer, names = load_tokenizer(str(model)), sorted(set(labels_of(shards)))
     tokens = [set(tokenizer(name, add_special_tokens=False)["input_ids"]) for name in names]
     return names[0], min(tokens[0].difference(*tokens[1:]))
 
 
 def swell_tower(weights: dict[str, torch.Tensor]) -> None:
-    """Make what lies between two matrices of the vision tower 2^20 times as large; what comes out stays as it was."""
+    """Make the values between two matrices of the vision tower 2^20 times as large. The tower's output is unchanged."""
     mlp = "visual.blocks.1.mlp"
     for name in ("up_proj.weight", "up_proj.bias"):
         weights[f"{mlp}.{name}"] *= 2.0**20
@@ -44,6 +44,6 @@ def swell_tower(weights: dict[str, torch.Tensor]) -> None:
 
 
 def steepen_head(weights: dict[str, torch.Tensor]) -> None:
-    """Make gradients behind the head 2^10 times as large; the logits stay as they were."""
+    """Make the gradients behind the head 2^10 times as large. The logits are unchanged."""
     weights["model.norm.weight"] *= 2.0**-10
     weights["lm_head.weight"] *= 2.0**10

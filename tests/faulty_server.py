@@ -13,9 +13,9 @@ FAULTS = ("reset", "500", "truncated", "stall")
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves `folder`; `break_next(kind, name, times)` spoils the next answers for one file.
+    """An HTTP server of `folder`. `break_next(kind, name, times)` makes the next `times` answers for one file faulty.
 
-    `gets` counts the GET requests for each file, and `sent` the bytes.
+    `gets` counts the GET requests for each file, and `sent` counts the bytes of its complete answers.
     """
 
     daemon_threads = True
@@ -39,7 +39,7 @@ class FaultyServer(ThreadingHTTPServer):
         self._faults[name] = (kind, times)
 
     def take_fault(self, name: str) -> str | None:
-        """The fault of this answer, if one is left for the file."""
+        """Return the fault of this answer, or None if the file has no fault left."""
         with self._lock:
             kind, times = self._faults.get(name, (None, 0))
             if times <= 0:
@@ -48,7 +48,7 @@ class FaultyServer(ThreadingHTTPServer):
             return kind
 
     def handle_error(self, request, client_address) -> None:
-        """A client that gave up is no news here."""
+        """Print nothing: a client may give up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(206)
         else:
             self.send_response(200)
-        if fault == "truncated":  # says so itself, as a cache does that kept half a file
+        if fault == "truncated":  # with the Content-Length of the half, like a cache that kept half a file
             data = data[: len(data) // 2]
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path) -> Iterator[FaultyServer]:
-    """The server, in a thread of its own until the end of the block."""
+    """Run the server in its own thread until the end of the block."""
     server = FaultyServer(folder)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

@@ -1,12 +1,13 @@
-"""Ranks without a new interpreter: a server has torch and the package imported, and forks each rank from itself.
+"""Ranks without a new interpreter: a server that has imported torch and the package forks each rank.
 
     start_ranks ──► fork server, started once ──► Ranks over gloo ──► Ended: exit status and output of each
 
-A rank takes its first step after two seconds in place of ten.
+A rank takes its first step after two seconds instead of ten.
 
-Always holds: each rank has an environment, a working folder, a session and a port of its own; no rank outlives the
-block, the server or the suite; a rank that fails ends the others, as under torchrun. What must be a real launch
-(signals to the launcher, exit statuses, accelerate's own behaviour) uses `running.start` or `running.launch`.
+Always holds: each rank has its own environment, working folder and session, and each start has its own port. No rank
+outlives the block, the server or the suite. A rank that fails ends the others, as under torchrun. Tests that need a
+real launch (signals to the launcher, exit statuses, accelerate's own behaviour) use `running.start` or
+`running.launch`.
 """
 
 import atexit
@@ -27,14 +28,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-# What a rank imports before its first step. The server must not start a thread or a parallel region: a fork has none.
+# The imports of a rank before its first step. The server must not start threads or parallel regions: a fork loses them.
 _PRELOADED = "forked_preload"
-_GRACE_S = 5  # what torchrun gives the other ranks when one has failed, as supervise.py sets it
+_GRACE_S = 5  # the time that torchrun gives the other ranks when one has failed, as supervise.py sets it
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How ranks ended: one exit status each, negative for a signal, and what each printed."""
+    """The end of all ranks: the exit status of each (negative for a signal) and the output of each."""
 
     statuses: tuple[int, ...]
     outputs: tuple[str, ...]
@@ -45,45 +46,45 @@ class Ended:
 
     @property
     def status(self) -> int:
-        """The status that the launcher would give: 0, 2 if a rank found a mistake, else 1."""
+        """The status that the launcher would return: 0, or 2 if a rank ended with 2, else 1."""
         if not any(self.statuses):
             return 0
         return 2 if 2 in self.statuses else 1
 
 
 class Ranks:
-    """Ranks under way, each of which leads a session of its own. `start_ranks` gives them."""
+    """Running ranks, each the leader of its own session. `start_ranks` makes them."""
 
     def __init__(self, processes: "list[multiprocessing.process.BaseProcess]", logs: Path):
         self._processes, self._logs = processes, logs
 
     @property
     def are_alive(self) -> bool:
-        """Whether all of them are."""
+        """Whether all ranks are alive."""
         return all(process.is_alive() for process in self._processes)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What each has printed so far."""
+        """The output of each rank so far."""
         return tuple(path.read_text(encoding="utf-8", errors="replace") for path in sorted(self._logs.iterdir()))
 
     def send(self, rank: int, number: signal.Signals) -> None:
-        """Signal one rank."""
+        """Send a signal to one rank."""
         pid = self._processes[rank].pid
         assert pid
         os.kill(pid, number)
 
     def kill(self) -> None:
-        """End all that are left, at once."""
+        """Kill all ranks that still run."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.join()
 
     def wait(self, timeout_s: float, grace_s: float = _GRACE_S) -> Ended:
-        """Wait until all have ended. When one has failed, the others are killed after `grace_s`.
+        """Wait until all ranks have ended. When one has failed, kill the others after `grace_s`.
 
-        Raises AssertionError with what they printed if they do not end within `timeout_s`; all are gone then.
+        Kills all ranks and raises AssertionError with their output if they do not end within `timeout_s`.
         """
         deadline, failed = time.monotonic() + timeout_s, False
         while alive := [process for process in self._processes if process.exitcode is None]:
@@ -104,9 +105,9 @@ def start_ranks(
     folder: Path,
     deepspeed: bool = False,
 ) -> Iterator[Ranks]:
-    """Call `work(*words)`, a function of a module, as `ranks` ranks in `folder`; what it returns is a rank's status.
+    """Call `work(*words)`, a function of a module, as `ranks` ranks in `folder`. It returns a rank's exit status.
 
-    Each has one thread, whatever share of the cores the suite has at the moment. None is left after the block.
+    Each rank has one thread, however many cores the suite has at the moment. No rank is left after the block.
     """
     settled = {**environment, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if ranks > 1 or deepspeed:
@@ -131,21 +132,21 @@ def start_ranks(
 def run_ranks(
     work: Callable[..., int | None], *words: Any, timeout_s: float = 300, grace_s: float = _GRACE_S, **how: Any
 ) -> Ended:
-    """`start_ranks` with the same words, to the end. Raises AssertionError as `Ranks.wait` does."""
+    """Run `start_ranks` with the same arguments to the end. Raises AssertionError as `Ranks.wait` does."""
     with start_ranks(work, *words, **how) as ranks:
         return ranks.wait(timeout_s, grace_s)
 
 
 @cache
 def _server() -> "multiprocessing.context.ForkServerContext":
-    """The context whose server has everything imported; it ends with this process."""
+    """Return the context whose server has imported everything. The server ends with this process."""
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PRELOADED])
     here = str(Path(__file__).parent)
     before = dict(os.environ)
-    # The server imports by its own path, and DeepSpeed looks for GPUs as it is imported.
+    # The server imports by its own path, and DeepSpeed looks for GPUs when it is imported.
     os.environ |= {
         "PYTHONPATH": os.pathsep.join(filter(None, (here, before.get("PYTHONPATH")))),
         "DS_ACCELERATOR": "cpu",
@@ -162,7 +163,7 @@ def _server() -> "multiprocessing.context.ForkServerContext":
 def _become_rank(
     work: Callable[..., int | None], words: tuple[Any, ...], environment: dict[str, str], folder: str, log: str
 ) -> None:
-    """In a process forked from the server: take over what a launched process would have, and work."""
+    """Set up this process, forked from the server, like a launched one, then call `work` and exit with its status."""
     import torch
 
     from kfood_dist.system.processes import end_with_parent
@@ -180,7 +181,7 @@ def _become_rank(
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # with what a launched process does at its end, and nothing of pytest's
+    os._exit(status)  # after what a launched process does at its end, and without pytest's own exit handlers
 
 
 def _status_of(work: Callable[..., int | None], words: tuple[Any, ...]) -> int:
@@ -194,7 +195,7 @@ def _status_of(work: Callable[..., int | None], words: tuple[Any, ...]) -> int:
 
 
 def run_verb(words: list[str]) -> int:
-    """`kfood WORDS` in this rank."""
+    """Run `kfood WORDS` in this rank."""
     from kfood_dist.cli import main
 
     sys.argv = ["kfood", *words]
@@ -202,7 +203,7 @@ def run_verb(words: list[str]) -> int:
 
 
 def _free_port() -> int:
-    """A port that nothing listens on, below those that the kernel gives to outgoing connections (32768 and more)."""
+    """Return a free port below those that the kernel gives to outgoing connections (32768 and more)."""
     while True:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", 10_000 + secrets.randbelow(6_000)))

@@ -1,12 +1,12 @@
-"""Imported by the fork server alone: what a rank needs before its first step."""
+"""The imports that a rank needs before its first step. Only the fork server imports this module."""
 
 import io
 from contextlib import redirect_stdout
 
-with redirect_stdout(io.StringIO()):  # DeepSpeed greets on standard output
+with redirect_stdout(io.StringIO()):  # DeepSpeed prints to standard output when it is imported
     import bitsandbytes  # noqa: F401
     import deepspeed  # noqa: F401
-    import pytest  # noqa: F401  # which multiprocessing imports again in each child, as it was this program's main module
+    import pytest  # noqa: F401  # it was this program's main module, so multiprocessing imports it again in each child
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Runs training the way a user does, or in ranks forked from a server, and reads what it wrote."""
+"""Run training as a user does, or in ranks forked from a server, and read what it wrote."""
 
 import json
 import os
@@ -22,14 +22,14 @@ TIMEOUT_S = 420
 
 
 def environment(gpu: bool = False) -> dict[str, str]:
-    """This process's environment without rank variables and thread counts; the GPUs are hidden unless asked for."""
+    """Return this process's environment without rank variables and thread counts. Hides the GPUs unless `gpu`."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept if gpu else {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def write_recipe(path: Path, model: Path, shards: Path, /, **sections: dict[str, Any]) -> Path:
-    """A recipe for the tiny model and shards; `sections` add to or replace what stands here."""
+    """Write a recipe for the tiny model and shards. `sections` adds keys to these sections or replaces them."""
     tree: dict[str, dict[str, Any]] = {
         "data": {"shards": str(shards), "num_workers": 1},
         "model": {"base": str(model)},
@@ -51,9 +51,9 @@ def start(
     gpu: bool = False,
     also: Sequence[Path] = (),
 ) -> "subprocess.Popen[str]":
-    """Start `launch/train.sh` in a process group of its own; `also` are recipes to train after the first.
+    """Start `launch/train.sh` in its own process group. `also` are recipes to train after the first.
 
-    Each process has one thread, as the forked ranks it is compared with.
+    Each process has one thread, like the forked ranks that it is compared with.
     """
     words = [word for text in overrides for word in ("--set", text)]
     return subprocess.Popen(
@@ -68,7 +68,7 @@ def start(
 
 
 def launch(recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False) -> str:
-    """Run `launch/train.sh` to its end; returns what it printed, and fails with it if the status is not 0."""
+    """Run `launch/train.sh` to its end and return its output. Fails with that output if the status is not 0."""
     process = start(recipe, processes, overrides, gpu)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
@@ -76,14 +76,14 @@ def launch(recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: boo
 
 
 def train(recipe: Path, ranks: int, overrides: Sequence[str] = (), words: Sequence[str] = ()) -> str:
-    """Train in forked ranks to the end; returns what they printed, and fails with it if the status is not 0."""
+    """Train in forked ranks to the end and return their output. Fails with that output if the status is not 0."""
     ended = try_train(recipe, ranks, overrides, words)
     assert ended.status == 0, ended.output
     return ended.output
 
 
 def try_train(recipe: Path, ranks: int, overrides: Sequence[str] = (), words: Sequence[str] = ()) -> Ended:
-    """Train in forked ranks to the end, whatever it is."""
+    """Train in forked ranks to the end, and return their statuses and output without a check."""
     with training(recipe, ranks, overrides, words) as under_way:
         return under_way.wait(TIMEOUT_S)
 
@@ -96,9 +96,9 @@ def training(
     words: Sequence[str] = (),
     work: Callable[[list[str]], int] = run_verb,
 ) -> Iterator[Ranks]:
-    """What `launch/train.sh` would start, in forked ranks: a fifth of the time, and the same losses to the bit.
+    """Start in forked ranks what `launch/train.sh` would start: a fifth of the time, and bit-identical losses.
 
-    `words` are further options of `kfood train`; `work` takes the place of `run_verb`.
+    `words` are further options of `kfood train`. `work` replaces `run_verb`.
     """
     machine = Machine(num_gpus=0, num_cores=len(os.sched_getaffinity(0)), has_deepspeed=True)
     way = choose_launch(machine, load_recipe(recipe, overrides).train.zero_stage, ranks)
@@ -115,7 +115,7 @@ def training(
 
 
 def wait_until(under_way: "subprocess.Popen[str] | Ranks", there: Callable[[], bool], timeout_s: float = 240) -> None:
-    """Wait until `there` says so; fails with what was printed if the training ends before, or in all that time."""
+    """Wait until `there` returns True. Fails with the output if the training ends before that or the time is over."""
     deadline = time.monotonic() + timeout_s
     while not there():
         alive = under_way.are_alive if isinstance(under_way, Ranks) else under_way.poll() is None
@@ -134,20 +134,20 @@ def _said(under_way: "subprocess.Popen[str] | Ranks") -> str:
 
 
 def num_steps(run: Path) -> int:
-    """The optimiser steps on record so far."""
+    """Return the number of optimiser steps in metrics.jsonl so far."""
     path = run / "metrics.jsonl"
     return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
 
 def evaluate(*words: str | Path, ranks: int) -> Ended:
-    """`kfood eval WORDS` in forked ranks of one thread each: how many share a sum is no business of a test."""
+    """Run `kfood eval WORDS` in forked ranks with one thread each: thread counts must not change the sums of a test."""
     return run_ranks(
         run_verb, ["eval", *map(str, words)], ranks=ranks, environment=environment(), folder=ROOT, timeout_s=TIMEOUT_S
     )
 
 
 def kfood(*words: str, timeout_s: float = 120) -> "subprocess.CompletedProcess[str]":
-    """Run `python -m kfood_dist …` to its end."""
+    """Run `python -m kfood_dist WORDS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "kfood_dist", *words],
         capture_output=True,
@@ -160,10 +160,10 @@ def kfood(*words: str, timeout_s: float = 120) -> "subprocess.CompletedProcess[s
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl."""
+    """Return all lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def adapter_bytes(run: Path) -> bytes:
-    """The published adapter's weights as they lie on disk."""
+    """Return the published adapter's weight file as bytes."""
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()

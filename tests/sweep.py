@@ -1,4 +1,4 @@
-"""What only `bash launch/test.sh --sweep` runs: of each kind, the cases that the default leaves out."""
+"""The cases that only `bash launch/test.sh --sweep` runs. The default runs one case of each kind."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,5 +7,5 @@ import pytest
 
 
 def swept(cases: Iterable[Any]) -> list[Any]:
-    """The cases as parameters of a test, each a tuple or one value, marked for the sweep."""
+    """Return the cases as parameters of a test, marked for the sweep. Each case is a tuple or one value."""
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.sweep) for case in cases]

@@ -1,7 +1,7 @@
-"""What a recipe may say: its sections, their keys with type, limits and default, and what does not go together.
+"""What a recipe may contain: its sections, the type, limits and default of each key, and which keys conflict.
 
-Frozen, without unknown keys; nothing below holds a number of its own: image size, lengths, prompt and model name all
-come from here. `recipe.py` reads a recipe from its file.
+Sections are frozen and refuse unknown keys. No module that uses a recipe defines such values itself: image size,
+lengths, prompt and model name all come from here. `recipe.py` reads a recipe from its file.
 """
 
 import os
@@ -32,13 +32,14 @@ def _named(folder: Any) -> Any:
     return folder
 
 
-# With a leading `~` expanded, which a shell does not do after `=`; one of an unknown user stays, as in a shell.
+# A leading `~` is expanded, because a shell does not expand it after `=`. The `~name` of an unknown user stays as it
+# is, as in a shell.
 Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 FolderOrName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
-    """A recipe section: no unknown keys, no changes after loading."""
+    """A recipe section. It refuses unknown keys, and cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -55,7 +56,7 @@ class Section(BaseModel):
 
 
 def kinds_of(annotation: Any) -> set[Any]:
-    """The types that an annotation allows; of a Literal the types of its values, of a tuple `tuple`."""
+    """Return the types that an annotation allows. A Literal gives the types of its values, a tuple gives `tuple`."""
     origin = get_origin(annotation)
     if origin is None:
         return {annotation}
@@ -69,7 +70,7 @@ def kinds_of(annotation: Any) -> set[Any]:
 class MixedIn(Section):
     shards: FolderOrName = Field(description="folder or URL of a further packed data set")
     weight: float = Field(
-        1.0, gt=0, le=1000, description="how often its pictures are drawn for each time one of data.shards is"
+        1.0, gt=0, le=1000, description="how often each of its pictures is drawn, relative to one of data.shards"
     )
 
 
@@ -77,15 +78,17 @@ class Data(Section):
     shards: FolderOrName = Field(description="folder or URL that `kfood pack` wrote")
     mix: tuple[MixedIn, ...] = Field((), description="further data sets to train on: `- {shards: DIR, weight: 0.5}`")
     class_balance: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="0 draws every picture alike, 1 every class; between, a class of n in proportion to n^(1 - it)"
+        0.0,
+        description="0 draws every picture equally often, 1 every class; between them, a class of n pictures is drawn "
+        "in proportion to n^(1 - class_balance)",
     )
     shuffle_window: Count | None = Field(
         None,
-        description="pictures shuffled together, read as 64 long runs; for file systems that dislike single reads "
-        "(default: all, up to a million)",
+        description="how many pictures are shuffled together; they are read in 64 long runs, for file systems that "
+        "are slow at single reads (default: all, up to a million)",
     )
-    image_size: Count = Field(224, description="side of the packed pictures in pixels; must be the shards' own")
-    max_length: Count = Field(1536, description="most tokens in one sample; longer ones lose text from the front")
+    image_size: Count = Field(224, description="side of the packed pictures in pixels; must equal that of the shards")
+    max_length: Count = Field(1536, description="most tokens in one sample; a longer sample loses text from the front")
     task: Literal["dish", "question"] = Field(
         "dish", description="dish: name the picture's class; question: answer the sample's own question"
     )
@@ -93,15 +96,15 @@ class Data(Section):
     prompt: str = Field(
         "이 음식의 이름은 무엇인가요? 음식 이름만 답하세요.",
         min_length=1,
-        description="question put after the pictures; {question} stands for the sample's own, and is the default of "
-        "task question",
+        description="question that follows the pictures; {question} stands for the sample's own question, and is the "
+        "default prompt of the task question",
     )
-    num_workers: int = Field(1, ge=0, description="loader processes per rank; 0 reads in the training process")
+    num_workers: int = Field(1, ge=0, description="loader processes per rank; 0: the training process reads the data")
     worker_start: Literal["fork", "spawn"] = Field(
-        "fork", description="how loader processes start; spawn where a network driver does not survive a fork"
+        "fork", description="how loader processes start; use spawn if a network driver does not work after a fork"
     )
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="share of the training split that may turn out unreadable before the run stops"
+        0.01, description="the run stops if more than this share of the training split cannot be read"
     )
 
     @model_validator(mode="before")
@@ -114,7 +117,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _prompt_asks(self) -> "Data":
         if self.task == "question" and "{question}" not in self.prompt:
-            raise ValueError("data.prompt has no {question}, without which every sample is asked the same")
+            raise ValueError("data.prompt has no {question}, so every sample would be asked the same")
         if self.task == "dish" and "{question}" in self.prompt:
             raise ValueError("data.prompt has {question}, which the task dish does not fill; set data.task=question")
         return self
@@ -125,8 +128,8 @@ class Model(Section):
     quantization: Literal["nf4", "none"] = Field("nf4", description="4-bit NF4 with double quantisation, or none")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16",
-        description="compute type of everything not quantised; fp16, for cards without bf16, scales the loss and "
-        "keeps the vision tower in float32",
+        description="compute type of everything that is not quantised; fp16 is for cards without bf16: it scales the "
+        "loss and keeps the vision tower in float32",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
     adapter: Folder | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
@@ -136,7 +139,7 @@ class Model(Section):
         if self.attention == "flash_attention_2" and self.precision != "bf16":
             why = {"fp16": "fp16 keeps the vision tower in float32", "fp32": "fp32 computes in float32"}
             raise ValueError(
-                f"flash_attention_2 has no float32, and {why[self.precision]}; set model.precision=bf16, or "
+                f"flash_attention_2 does not support float32, and {why[self.precision]}; set model.precision=bf16, or "
                 "model.attention=sdpa"
             )
         return self
@@ -151,14 +154,16 @@ class Lora(Section):
     )
 
 
-def _spelled_out(part: Any) -> Any:
+def _expand_short_form(part: Any) -> Any:
     return {"train": part} if isinstance(part, str) else part
 
 
 class Part(Section):
-    """How one part of the model trains; `connector: full` is short for `connector: {train: full}`."""
+    """How one part of the model trains. `connector: full` is short for `connector: {train: full}`."""
 
-    train: Literal["frozen", "lora", "full"] = Field("frozen", description="not at all, by LoRA, or all its weights")
+    train: Literal["frozen", "lora", "full"] = Field(
+        "frozen", description="frozen trains nothing, lora trains a LoRA adapter, full trains all weights"
+    )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the part's own peak learning rate (default: optim.learning_rate)"
     )
@@ -166,31 +171,33 @@ class Part(Section):
     @model_validator(mode="after")
     def _rate_of_what_trains(self) -> "Part":
         if self.train == "frozen" and self.learning_rate is not None:
-            raise ValueError("is frozen and has a learning_rate; leave it out, or set train to lora or full")
+            raise ValueError("is frozen but has a learning_rate; remove it, or set train to lora or full")
         return self
 
 
-PartField = Annotated[Part, BeforeValidator(_spelled_out)]
+PartField = Annotated[Part, BeforeValidator(_expand_short_form)]
 
 
 class Parts(Section):
-    language_model: PartField = Field(Part(train="lora"), description="frozen, lora, or full without quantisation")
-    connector: PartField = Field(Part(), description="what turns the tower's features into the language model's")
+    language_model: PartField = Field(
+        Part(train="lora"), description="frozen, lora or full; full needs model.quantization=none"
+    )
+    connector: PartField = Field(Part(), description="maps the tower's features to those of the language model")
     tower: PartField = Field(Part(), description="the vision tower")
 
     @model_validator(mode="after")
     def _something_trains(self) -> "Parts":
-        if all(way == "frozen" for way in self.ways().values()):
+        if all(way == "frozen" for way in self.train_modes().values()):
             raise ValueError("every part is frozen; set one of them to lora or full")
         return self
 
-    def ways(self) -> dict[str, str]:
-        """How each part trains, by its name."""
+    def train_modes(self) -> dict[str, str]:
+        """Return how each part trains, by its name."""
         return {name: getattr(self, name).train for name in type(self).model_fields}
 
-    def trained_whole(self) -> list[str]:
-        """The parts that train in full."""
-        return [name for name, way in self.ways().items() if way == "full"]
+    def parts_in_full(self) -> list[str]:
+        """Return the parts that train in full."""
+        return [name for name, way in self.train_modes().items() if way == "full"]
 
 
 class Optim(Section):
@@ -211,8 +218,9 @@ class Optim(Section):
 class Objective(Section):
     name: Literal["answer", "answer_mean"] = Field(
         "answer",
-        description="what is minimised: the mean loss per token of the answers, or per answer, each counting alike; "
-        "with answer_mean the lowest loss makes the best checkpoint, with answer the highest accuracy",
+        description="what is minimised: answer is the mean loss per answer token; answer_mean is the mean loss per "
+        "answer, in which every answer counts the same; the best checkpoint has the highest accuracy with answer, and "
+        "the lowest loss with answer_mean",
     )
 
 
@@ -221,36 +229,38 @@ class Train(Section):
     gradient_accumulation_steps: Count = Field(8, le=2**16, description="micro-steps per optimiser step")
     global_batch_size: Count | None = Field(
         None,
-        description="samples per optimiser step; if given, accumulation follows from it and the rank count",
+        description="samples per optimiser step; if given, the accumulation follows from it and the number of ranks",
     )
-    max_steps: Count | None = Field(None, description="optimiser steps in all; overrides epochs")
+    max_steps: Count | None = Field(None, description="total optimiser steps; overrides epochs")
     epochs: Count = Field(1, description="passes over the training split")
-    save_every_steps: Count = Field(100, description="steps between checkpoints; the last step always saves")
+    save_every_steps: Count = Field(100, description="steps between checkpoints; the last step always saves one")
     keep_checkpoints: Count = Field(2, description="newest complete checkpoints to keep")
     publish: Literal["best", "last"] = Field(
         "best",
-        description="whose adapter a finished run publishes: the best checkpoint's by validation accuracy (the last "
-        "one's if nothing was measured), or the last one's",
+        description="which adapter a finished run publishes: that of the best checkpoint by validation (the last one "
+        "if there was no validation), or that of the last checkpoint",
     )
     seed: int = Field(0, ge=0, lt=2**32)
     stall_timeout_s: Annotated[float, Field(ge=10, le=86400)] = Field(
-        600.0, description="a rank that makes no progress for so long ends the run and is named"
+        600.0, description="if a rank makes no progress for this long, the run ends and names the rank"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage; 0 trains without DeepSpeed")
-    deepspeed_config: Folder | None = Field(None, description="memory strategy; default ds_configs/zero<stage>.json")
+    deepspeed_config: Folder | None = Field(
+        None, description="DeepSpeed JSON with the memory strategy (default: ds_configs/zero<stage>.json)"
+    )
     max_skipped_steps: int = Field(
-        10, ge=0, description="steps in a row whose loss or gradient may fail to be finite before the run stops"
+        10, ge=0, description="most steps in a row that may be skipped because their loss or gradient is not finite"
     )
     gradient_checkpointing: bool = Field(True, description="recompute activations instead of keeping them")
 
 
 class Eval(Section):
-    split: Literal["val", "test", "train"] = Field("val", description="split measured while training")
+    split: Literal["val", "test", "train"] = Field("val", description="split to evaluate during training")
     every_steps: Count | None = Field(
-        None, description="steps between measurements, also after the last step; none unless given"
+        None, description="steps between evaluations; one also follows the last step (default: no evaluation)"
     )
-    max_samples: Count | None = Field(None, description="measure on the first so many of a fixed shuffle")
-    batch_size: Count = Field(16, description="pictures per rank and generation batch")
+    max_samples: Count | None = Field(None, description="evaluate only this many samples, the first of a fixed shuffle")
+    batch_size: Count = Field(16, description="pictures per rank and evaluation batch")
     max_new_tokens: Count = Field(32, description="longest answer in tokens")
 
 
@@ -260,7 +270,7 @@ class Run(Section):
 
 
 class Recipe(Section):
-    """The whole recipe; `Recipe.model_fields` and `docs` of each section are the reference."""
+    """The complete recipe. `Recipe.model_fields` and the field descriptions of each section are the reference."""
 
     data: Data
     model: Model
@@ -281,7 +291,7 @@ class Recipe(Section):
             )
         if self.parts.language_model.train == "full" and self.model.quantization != "none":
             raise ValueError(
-                "parts.language_model is full, and 4-bit weights do not train; set model.quantization=none, or "
+                "parts.language_model is full, but 4-bit weights cannot train; set model.quantization=none, or "
                 "parts.language_model=lora"
             )
         return self

@@ -1,10 +1,10 @@
-"""YAML as recipes use it: no text turns into a number, a date, a truth value or a comment by surprise.
+"""YAML as recipes use it: no text becomes a number, a date, a truth value or a comment by accident.
 
-    a file's text ──► read_file_text ──► tree ──► write_tree ──► text that every YAML reader reads alike
+    a file's text ──► read_file_text ──► tree ──► write_tree ──► text that every YAML reader reads the same way
     `--set`: a text key ──► read_text ──► what was typed;   any other key ──► read_value ──► number, list, …
 
-YAML 1.1 reads 010 as 8, 1:30 as 90, yes as true and 2024-01-01 as a date. Here they stay text, and the recipe's types
-decide. Null, true, false and decimal numbers keep their meaning.
+YAML 1.1 reads 010 as 8, 1:30 as 90, yes as true and 2024-01-01 as a date. Here they stay text, and the types of
+the recipe decide what they mean. Null, true, false and decimal numbers keep their meaning.
 """
 
 import re
@@ -21,13 +21,13 @@ _FLOAT = re.compile(
 )
 _STR_TAG, _FLOAT_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:float"
 
-# A whole YAML scalar in quotes, and nothing else.
+# Matches a text that is one YAML scalar in quotes and nothing else.
 _QUOTED = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*\Z""", re.DOTALL)
-_ORDINARY_COMMENT = " \t\r\n\0#"  # what follows the # of a comment that is meant as one
+_ORDINARY_COMMENT = " \t\r\n\0#"  # may follow the # of an intended comment
 
 
 class UnclearText(yaml.YAMLError):
-    """A text that YAML would silently cut short; str() says where and why."""
+    """A text that YAML would cut short without a warning. str() says where and why."""
 
 
 class _FileLoader(yaml.SafeLoader):
@@ -36,12 +36,12 @@ class _FileLoader(yaml.SafeLoader):
         follows = self.peek() == "#" and self.line == token.end_mark.line and self.peek(1) not in _ORDINARY_COMMENT
         if follows and self.resolve(yaml.ScalarNode, token.value, (True, False)) == _STR_TAG:
             raise UnclearText(
-                f"line {self.line + 1}: YAML ends the text at `{token.value}`, since ` #` begins a comment"
+                f"line {self.line + 1}: YAML ends the text at `{token.value}`, because ` #` begins a comment"
             )
         return token
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Of a key that is given twice YAML takes the last, and drops the first without a word."""
+        """Raise MarkedYAMLError if a key is given twice: YAML would drop the first one without a warning."""
         node = super().compose_mapping_node(anchor)
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for i, key in enumerate(keys):
@@ -51,7 +51,7 @@ class _FileLoader(yaml.SafeLoader):
 
 
 class _ValueLoader(_FileLoader):
-    """For one value on a command line, where nobody writes comments."""
+    """A loader for one value on a command line, where nobody writes comments."""
 
     def scan_to_next_token(self) -> None:
         while self.peek() in " \t":
@@ -62,7 +62,7 @@ class _ValueLoader(_FileLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 would take for something else, and what this module would."""
+    """A dumper that quotes each text that YAML 1.1 or this module would read as another type."""
 
 
 _FileLoader.yaml_implicit_resolvers = {}
@@ -76,17 +76,17 @@ _Dumper.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))
 
 
 def read_file_text(text: str) -> Any:
-    """The tree of a recipe file. Raises yaml.YAMLError, ValueError or RecursionError."""
+    """Return the tree of a recipe file. Raises yaml.YAMLError, ValueError or RecursionError."""
     return yaml.load(text, _FileLoader)
 
 
 def read_value(text: str) -> Any:
-    """A number, truth value, list or the like as typed after `--set KEY=`. Raises as `read_file_text` does."""
+    """Return a number, truth value, list or similar, as typed after `--set KEY=`. Raises as `read_file_text` does."""
     return yaml.load(text, _ValueLoader)
 
 
 def read_text(text: str) -> str:
-    """A text key's value as typed; quotes around the whole of it are YAML's, and removed. Raises yaml.YAMLError."""
+    """Return the value of a text key as typed. Removes YAML quotes around the complete value. Raises yaml.YAMLError."""
     if not _QUOTED.match(text):
         return text
     quoted = text.strip()
@@ -96,5 +96,5 @@ def read_text(text: str) -> str:
 
 
 def write_tree(tree: dict[str, Any]) -> str:
-    """YAML from which `read_file_text` makes the same tree."""
+    """Return YAML from which `read_file_text` makes the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, allow_unicode=True, sort_keys=False)

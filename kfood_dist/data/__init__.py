@@ -1,1 +1,1 @@
-"""From packed shards to batches; imports neither the packer nor the model."""
+"""From packed shards to batches. This package imports neither the packer nor the model."""

@@ -1,11 +1,12 @@
-"""Which encoding Korean text has: UTF-8, CP949 (Korean Windows) or UTF-16, by evidence from all of it.
+"""Find the encoding of Korean text: UTF-8, CP949 (Korean Windows) or UTF-16, by evidence from all of the text.
 
-    bytes ──► pieces between separators ──► what each says ──► all say one ──► text
-                                                         ├──► some say another: a fault with line and byte
-                                                         └──► none says: what fits the files that are there
+    bytes ──► pieces between separators ──► evidence of each ──► all agree ──► text
+                                                            ├──► some differ: an error with line and byte
+                                                            └──► no evidence: what fits the files that exist
 
-"It decodes" is little evidence. `회` in CP949 is valid UTF-8 for `ȸ`, and much UTF-8 is valid CP949 for other letters.
-But CP949 of Hangul never reads as Hangul in UTF-8, nor does UTF-8 of Hangul read as Hangul alone in CP949.
+That bytes decode without an error is little evidence. `회` in CP949 is valid UTF-8 for `ȸ`, and much UTF-8 text is
+valid CP949 for other letters. But Hangul in CP949 never decodes to Hangul as UTF-8. And Hangul in UTF-8 never decodes
+to only Hangul as CP949.
 """
 
 import codecs
@@ -19,16 +20,16 @@ from kfood_dist.errors import SourceError
 UTF8, CP949 = "utf-8", "cp949"
 
 _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-# Bytes that end a name or a cell, and are never the second byte of a letter in CP949.
+# A piece has none of the bytes that end a name or a cell. These are never the second byte of a letter in CP949.
 _PIECE = re.compile(rb"[^\x00-\x1f\"',./:;<=>|\\_-]+")
-# 가 and 힝 in CP949: the 2,350 syllables that are in use lie between, with a second byte from that of 가.
+# 가 and 힝 in CP949. The 2,350 syllables in use are between them, and their second byte is at least that of 가.
 _FIRST, _LAST = "가힝".encode(CP949)[:2], "가힝".encode(CP949)[2:]
-# A letter of Western or Central Europe inside a word, as in `crème`.
+# A Western or Central European letter inside a word, as in `crème`.
 _INSIDE_A_WORD = re.compile("[a-z][À-ſ]|[À-ſ][a-z]")
 
 
 class _Undecided(Exception):
-    """Text whose encoding is not known: `why`, and the byte where that shows, from the start of the text."""
+    """Text of unknown encoding: `why`, and `at`, the byte from the start of the text that shows it."""
 
     def __init__(self, why: str, at: int):
         super().__init__(why, at)
@@ -37,7 +38,10 @@ class _Undecided(Exception):
 
 
 def name_text(data: bytes, side: str = UTF8) -> str:
-    """One name as text; `side` is the encoding of the names beside it. What is in no encoding shows as U+FFFD."""
+    """Return one name as text. Bytes that fit no encoding become U+FFFD.
+
+    `side` is the encoding of the names beside it, which decides if the name itself does not.
+    """
     encoding = _sure(data) or _all_likely(_PIECE.findall(data)) or side
     if encoding == UTF8 and _read(data, UTF8) is None:
         encoding = CP949
@@ -45,17 +49,18 @@ def name_text(data: bytes, side: str = UTF8) -> str:
 
 
 def side_of(names: Iterable[bytes]) -> str:
-    """The encoding of names that one program wrote, for those among them that might have either."""
+    """Return the encoding of names that one program wrote. It applies to those names that could be in either."""
     return CP949 if {_sure(name) for name in names} - {None} == {CP949} else UTF8
 
 
 def read_text(
     data: bytes, path: object, encoding: str | None = None, fits: Callable[[str], int] = lambda text: 0
 ) -> str:
-    """All of a file's text, its line breaks as they are, without a mark (BOM).
+    """Return all of a file's text, with its line breaks unchanged and without a byte order mark (BOM).
 
-    Without `encoding` the text tells it. `fits` says how much of a text is known, such as names of files that are
-    there; it decides where every letter might be of either encoding. Raises SourceError with line and byte.
+    Without `encoding`, the encoding is found from the text. `fits` returns how much of a text is known, such as names
+    of existing files. It decides if every letter could be in either encoding. Raises SourceError with line and byte
+    if parts of the text are in different encodings, or if it does not fit one.
     """
     try:
         return _decode(data, encoding or _encoding_of(data, fits))
@@ -63,12 +68,12 @@ def read_text(
         line = len(re.findall(rb"\r\n|\r|\n", data[: fault.at])) + 1
         raise SourceError(
             f"{path} {fault.why}: line {line}, byte {fault.at} of the file",
-            "save all of it as UTF-8; for a CSV, --encoding NAME decides",
+            "save all of it as UTF-8; for a CSV, --encoding NAME sets the encoding",
         ) from None
 
 
 def require_encoding(name: str) -> None:
-    """Raise SourceError unless Python knows an encoding of text by this name."""
+    """Raise SourceError unless Python knows a text encoding of this name."""
     try:
         "".encode(name)
     except (LookupError, ValueError):
@@ -78,12 +83,15 @@ def require_encoding(name: str) -> None:
 
 
 def wide_encoding(data: bytes) -> str | None:
-    """UTF-16 or UTF-32 by its mark, or UTF-16 by its NULs, which are the other halves of ASCII letters; else None."""
+    """Return UTF-16 or UTF-32 if the data has its byte order mark, or UTF-16 if its NULs show it; otherwise None.
+
+    The NULs are the other halves of ASCII letters.
+    """
     num_even, num_odd = data[::2].count(0), data[1::2].count(0)
     found = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
     if found is None and max(num_even, num_odd) > max(len(data) // 8, 4 * min(num_even, num_odd)):
         found = "utf-16-be" if num_even > num_odd else "utf-16-le"
-    # Every such text has ASCII in it, at least its line breaks, and so NULs.
+    # Every such text contains ASCII, at least its line breaks, and therefore NULs.
     return found if found and num_even + num_odd and _fault(data, found) is None else None
 
 
@@ -111,7 +119,10 @@ def _require_one(data: bytes, likely: Mapping[bytes, str | None], main: str, oth
 
 
 def _by_fit(data: bytes, likely: Mapping[bytes, str | None], fits: Callable[[str], int]) -> str:
-    """The encoding of a text in which no letter is surely of one."""
+    """Return the encoding of a text in which no piece is surely in one encoding.
+
+    Raises _Undecided if the text fits neither.
+    """
     sound = [encoding for encoding in (UTF8, CP949) if _fault(data, encoding) is None]
     if not sound:
         raise _Undecided("is neither UTF-8 nor CP949 nor UTF-16 text", _fault(data, UTF8) or 0)
@@ -120,7 +131,7 @@ def _by_fit(data: bytes, likely: Mapping[bytes, str | None], fits: Callable[[str
     if UTF8 not in sound:
         if fits(_decode(data, CP949)):
             return CP949
-        raise _Undecided("is not UTF-8, and no Hangul as CP949", _fault(data, UTF8) or 0)
+        raise _Undecided("is not UTF-8, and has no Hangul as CP949", _fault(data, UTF8) or 0)
     utf8, cp949 = (fits(_decode(data, encoding)) for encoding in sound)
     if utf8 != cp949:
         return UTF8 if utf8 > cp949 else CP949
@@ -141,7 +152,7 @@ def _decode(data: bytes, encoding: str) -> str:
 
 
 def _sure(piece: bytes) -> str | None:
-    """The encoding in which a piece has Hangul and which it alone can have, damaged or not; None if it is not sure."""
+    """Return the only encoding in which a piece can be Hangul, damaged or not. Returns None if that is not sure."""
     if piece.isascii():
         return None
     utf8, cp949 = piece.decode(UTF8, errors="replace"), _read(piece, CP949)
@@ -150,7 +161,7 @@ def _sure(piece: bytes) -> str | None:
     in_use = [letter for letter in letters if _FIRST <= letter <= _LAST and letter[1] >= _FIRST[1]]
     if num_damaged and letters and len(in_use) == len(letters):
         return CP949
-    # Hangul in UTF-8 begins with one of these bytes, which lead Chinese letters in CP949.
+    # In UTF-8, Hangul begins with one of these bytes. In CP949, Chinese letters begin with them.
     is_misread = any(0xEA <= letter[0] <= 0xED for letter in letters)
     if _num_hangul(utf8) and (is_misread or _num_hangul(utf8) >= num_damaged):
         return UTF8
@@ -163,10 +174,11 @@ def _all_likely(pieces: Iterable[bytes]) -> str | None:
 
 
 def _likely(piece: bytes, is_name: bool = False) -> str | None:
-    """The likelier encoding of a piece that is valid UTF-8 without Hangul; None where it says nothing.
+    """Return the likelier encoding of a piece that is valid UTF-8 without Hangul, or None if it gives no evidence.
 
-    CP949 if that makes it Hangul, of the 2,350 syllables in use, and UTF-8 makes it what no language writes so. A cell
-    such as `½` or `±5` says nothing; as a file's name it would.
+    It is CP949 if the piece is Hangul in CP949, of the 2,350 syllables in use, and in UTF-8 is text that no language
+    writes in this way. A cell with other signs than letters, such as `½` or `±5`, gives no evidence. A name that has
+    no letter or digit in UTF-8, such as `±`, is CP949 (`is_name`).
     """
     utf8, cp949 = _read(piece, UTF8), _read(piece, CP949)
     if piece.isascii() or utf8 is None:
@@ -194,7 +206,7 @@ def _read(data: bytes, encoding: str) -> str | None:
 
 
 def _fault(data: bytes, encoding: str) -> int | None:
-    """The first byte that does not fit an encoding; None if all do."""
+    """Return the place of the first byte that does not fit an encoding, or None if all bytes fit."""
     try:
         data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -203,6 +215,6 @@ def _fault(data: bytes, encoding: str) -> int | None:
 
 
 def _find(data: bytes, pieces: Set[bytes]) -> int:
-    """The first byte that is not ASCII in the first of these pieces."""
+    """Return the place of the first non-ASCII byte in the first of these pieces."""
     at, piece = next((found.start(), found[0]) for found in _PIECE.finditer(data) if found[0] in pieces)
     return at + next(i for i, byte in enumerate(piece) if byte >= 0x80)

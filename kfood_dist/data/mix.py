@@ -1,9 +1,9 @@
-"""One or several packed folders behind one row of sample ids: the first folder's ids, then the next one's.
+"""One or several packed folders with one range of sample ids: first the ids of the first folder, then of the next one.
 
-    recipe's data section ──► open_mixture ──► Mixture: read as a ShardSplit is, and the order its draws come in
+    recipe's data section ──► open_mixture ──► Mixture: read like a ShardSplit ──► build_data_order ──► Order of draws
 
-Classes are one by name, whatever their number in each folder. All folders must hold pictures of one size, resized in
-one way: the prompt and the picture are the same in training, evaluation and prediction.
+Classes with the same name are one class, whatever their number in each folder. All folders must have pictures of one
+size, resized in one way, because the prompt and the picture are the same in training, evaluation and prediction.
 """
 
 from collections import Counter
@@ -25,18 +25,18 @@ from kfood_dist.errors import RecipeError, ShardError
 def open_mixture(data: Data, split: str) -> "Mixture":
     """Open one split of `data.shards` and of every folder in `data.mix`.
 
-    Raises ShardError as `open_split` does, when the folders' pictures differ in size or resizing, and when two folders
-    hold the same samples.
+    Raises ShardError as `open_split` does, if the folders' pictures differ in size or resizing, or if two folders have
+    the same samples.
     """
     parts = [open_split(where, split) for where in (data.shards, *(source.shards for source in data.mix))]
-    _require_alike(parts)
+    _require_compatible(parts)
     return Mixture(parts, [1.0, *(source.weight for source in data.mix)])
 
 
 def build_data_order(mixture: "Mixture", data: Data) -> Order:
-    """The order in which a recipe draws from its folders.
+    """Return the order in which a recipe draws samples from its folders.
 
-    Raises RecipeError if classes are to be balanced and there are none.
+    Raises RecipeError if classes are to be balanced and a folder has none.
     """
     if data.class_balance and not all(part.classes for part in mixture.parts):
         raise RecipeError("data.class_balance is set, and the samples have no classes", "leave it out")
@@ -53,12 +53,12 @@ def build_data_order(mixture: "Mixture", data: Data) -> Order:
 def read_ahead(
     micro_batches: Iterator[MicroBatch], plan: Plan, start: int, stop: int, will_need: Callable[[np.ndarray], None]
 ) -> Iterator[MicroBatch]:
-    """Hand on the micro-batches of the steps start … stop - 1, and have the windows ahead of them read in long runs.
+    """Yield the micro-batches of the steps `start` to `stop` - 1, and have the windows ahead of them read in long runs.
 
-    The kernel reads them into its page cache, which all processes of a node share: one rank of each asks. Where an
-    epoch is a single window, nothing is asked for.
+    The kernel reads them into its page cache, which all processes of a node share, so one rank of each node asks. If
+    an epoch is a single window, asks for nothing.
     """
-    coarse = plan.coarse_reads(start, stop)
+    coarse = plan.windows_to_prefetch(start, stop)
     step, ids = next(coarse, (stop, np.empty(0, np.int64)))
     for micro_batch in micro_batches:
         while step <= micro_batch.step:
@@ -68,7 +68,7 @@ def read_ahead(
 
 
 class Mixture:
-    """Random access to the samples of several ShardSplits; see ShardSplit for what each method does and raises."""
+    """Random access to the samples of several ShardSplits. See ShardSplit for what each method does and raises."""
 
     def __init__(self, parts: Sequence[ShardSplit], weights: Sequence[float]):
         self.parts = list(parts)
@@ -84,7 +84,7 @@ class Mixture:
 
     @cached_property
     def classes(self) -> tuple[DishClass, ...]:
-        """The classes of all folders; of one that several have, the first folder's entry counts."""
+        """The classes of all folders. If several folders have a class, the first folder's entry counts."""
         by_name: dict[str, DishClass] = {}
         for part in self.parts:
             for dish in part.classes:
@@ -92,14 +92,14 @@ class Mixture:
         return tuple(by_name.values())
 
     def labels(self) -> np.ndarray:
-        """The class id of every sample, a place in `classes`, unsigned (samples,)."""
+        """Return the class id of every sample, a place in `classes`, unsigned (samples,)."""
         place = {dish.name: i for i, dish in enumerate(self.classes)}
         smallest = np.min_scalar_type(len(place))
         tables = [np.array([place[dish.name] for dish in part.classes], dtype=smallest) for part in self.parts]
         return np.concatenate([table[part.labels()] for table, part in zip(tables, self.parts, strict=True)])
 
     def key(self, i: int) -> str:
-        """The sample's key; where there are several folders, with its folder's name before it."""
+        """Return the sample's key. If there are several folders, its folder's name is before it."""
         number, local = self._locate(i)
         return self._before[number] + self.parts[number].key(local)
 
@@ -127,26 +127,26 @@ class Mixture:
             part.close()
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """The number of the folder that sample i lies in, and its id there."""
+        """Return the number of the folder that contains sample i, and the sample's id there."""
         number = int(np.searchsorted(self._first, i, side="right")) - 1
         return number, i - int(self._first[number])
 
     def _by_part(self, ids: np.ndarray) -> list[tuple[ShardSplit, np.ndarray, np.ndarray]]:
-        """For each folder that some of `ids` lie in: the folder, their places among `ids`, their ids in it."""
+        """Return, for each folder that contains some of `ids`: the folder, their places in `ids`, their ids there."""
         numbers = np.searchsorted(self._first, ids, side="right") - 1
         places = [(n, np.flatnonzero(numbers == n)) for n in np.unique(numbers)]
         return [(self.parts[n], here, ids[here] - self._first[n]) for n, here in places]
 
 
 def _prefixes(manifests: Sequence[Manifest]) -> list[str]:
-    """What stands before each folder's keys: the last part of its path, or all of it where two are called alike."""
+    """Return the text before each folder's keys: the folder's name, or all of its path if two have the same name."""
     if len(manifests) == 1:
         return [""]
     called = Counter(m.name for m in manifests)
     return [f"{m.name if called[m.name] == 1 else m.where}/" for m in manifests]
 
 
-def _require_alike(parts: Sequence[ShardSplit]) -> None:
+def _require_compatible(parts: Sequence[ShardSplit]) -> None:
     main = parts[0].manifest
     for other in (part.manifest for part in parts[1:]):
         for name in ("image_size", "resize"):

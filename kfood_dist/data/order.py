@@ -1,4 +1,4 @@
-"""`kfood order`: who reads what, and what a resumed run will read."""
+"""`kfood order`: print which rank reads which sample in which step, also in a resumed run."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from kfood_dist.data.plan.plan import EMPTY, Plan
 from kfood_dist.errors import RecipeError
 from kfood_dist.system.words import plural
 
-# What a micro-step of all ranks may hold: as an array, 128 MiB.
+# The most samples that a micro-step of all ranks may hold: their array takes 128 MiB.
 _MAX_SLOTS = 2**24
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, default=1, help="samples per rank and micro-step (default: 1)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-steps per optimiser step (default: 1)")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="begin at step N of the epoch (default: 0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="print N steps at most (default: to the epoch's end)")
+    parser.add_argument("--steps", type=int, metavar="N", help="print at most N steps (default: to the epoch's end)")
     parser.add_argument("--window", type=int, metavar="N", help="data.shuffle_window of the recipe")
     parser.add_argument(
         "--class-balance", type=float, default=0.0, metavar="X", help="data.class_balance of the recipe"
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.start >= plan.steps_per_epoch:
         raise RecipeError(
             f"--start {args.start} is beyond the epoch, which has {plural(plan.steps_per_epoch, 'step')}",
-            f"begin at 0 … {plan.steps_per_epoch - 1}, or raise --epoch",
+            f"begin at 0 to {plan.steps_per_epoch - 1}, or raise --epoch",
         )
     stop = plan.steps_per_epoch if args.steps is None else min(args.start + args.steps, plan.steps_per_epoch)
     _print_steps(plan, mixture, args.epoch * plan.steps_per_epoch, args.start, stop)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_steps(plan: Plan, mixture: Mixture, first: int, start: int, stop: int) -> None:
-    """Print the steps start … stop - 1 of the epoch that begins with step `first`."""
+    """Print the steps `start` to `stop` - 1 of the epoch that begins with step `first`."""
     write = sys.stdout.write
     write("step, micro_step, rank, key\n")
     for step, slots in plan.slots(first + start, first + stop):
@@ -66,13 +66,13 @@ def _require_numbers(args: argparse.Namespace) -> None:
     steps = 0 if args.steps is None else args.steps
     if min(args.ranks, args.micro_batch, args.accumulation) < 1 or min(args.epoch, args.start, steps) < 0:
         raise RecipeError(
-            "--ranks, --micro-batch and --accumulation must be at least 1, --epoch, --start and --steps at least 0",
-            "mend the arguments",
+            "--ranks, --micro-batch and --accumulation must be at least 1; --epoch, --start, --steps at least 0",
+            "correct the arguments",
         )
     if args.ranks * args.micro_batch > _MAX_SLOTS:
-        raise RecipeError(f"--ranks × --micro-batch may be at most {_MAX_SLOTS:,}", "mend the arguments")
+        raise RecipeError(f"--ranks × --micro-batch may be at most {_MAX_SLOTS:,}", "correct the arguments")
     if not 0 <= args.seed < 2**32 or args.epoch >= 2**32:
-        raise RecipeError("--seed must be 0 … 4,294,967,295, as train.seed, and --epoch as well", "mend the arguments")
+        raise RecipeError("--seed and --epoch must be 0 to 4,294,967,295, like train.seed", "correct the arguments")
 
 
 def _mixed_in(text: str) -> dict[str, str]:

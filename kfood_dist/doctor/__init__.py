@@ -1,1 +1,1 @@
-"""What this machine has, what is missing, and what mends it."""
+"""`kfood doctor`: what this machine has, what is missing, and how to fix it."""

@@ -1,9 +1,9 @@
-"""`kfood doctor`: what this machine has, what is missing, and the command that mends it.
+"""`kfood doctor`: what this machine has, what is missing, and the command that fixes it.
 
     each check ──► Findings (OK, WARN or FAULT, what was found, the remedy) ──► one line each ──► 1 if any fault
 
-Always holds: a check says what it saw by doing the thing where that takes seconds; a check that crashes is a fault of
-its own and stops no other; nothing is fetched and nothing is left behind.
+Always holds: a check tries the operation itself if that takes only seconds, and reports what happened. If a check
+crashes, that is a fault, and the other checks still run. Nothing is downloaded, and no file stays behind.
 """
 
 import argparse
@@ -34,20 +34,21 @@ from kfood_dist.system.words import plural
 OK, WARN, FAULT = "OK", "WARN", "FAULT"
 DISTRIBUTION = "kfood_dist"
 
-PYTHONS = ((3, 11), (3, 12))  # python_requires in setup.cfg, and what is tested
+PYTHONS = ((3, 11), (3, 12))  # python_requires in setup.cfg, and the versions that are tested
 _GIB = 2**30
 _NEEDED_GIB, _WANTED_GIB = 2.0, 20.0  # a run of the tiny model; a 3B model in bf16 with room for shards and runs
-# What NVIDIA names for NCCL, which puts its buffers between GPUs there; Docker gives 64 MiB unless told otherwise
+# NVIDIA's value for NCCL, which puts the buffers between GPUs into shared memory. Docker gives 64 MiB by default
 # (docs.nvidia.com/deeplearning/nccl, "Troubleshooting", shared memory).
 _NCCL_SHM_GIB = 1.0
 
-# QLoRA (arXiv 2305.14314): NF4 of normally distributed weights errs by some 9% of their size, and so does a product.
+# QLoRA (arXiv 2305.14314): the NF4 error of normally distributed weights is about 9% of their size, and so is the error
+# of a product.
 _NF4_ERROR = (0.02, 0.2)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found: its level, what it is, and what to do about it unless it is fine."""
+    """One result of a check: its level, what was found, and the remedy unless all is well."""
 
     level: str
     what: str
@@ -63,15 +64,15 @@ Check = Callable[[], Iterable[Finding]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kfood doctor`."""
     parser.description = (
-        "Check what training needs on this machine by trying it, and name the remedy for each fault. Exit status 1 "
-        "if there is a fault. Nothing is downloaded."
+        "Try what training needs on this machine, and print the remedy for each fault. The exit status is 1 if there "
+        "is a fault. Nothing is downloaded."
     )
     parser.add_argument("--shards", type=Path, metavar="DIR", help="also check that this shard folder can be read")
     parser.add_argument("--model", metavar="BASE", help="also check that this base model is there and fits")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make every check, print each finding as it comes; 1 if any is a fault."""
+    """Run every check and print each finding at once. Returns 1 if any finding is a fault."""
     quiet_loggers()
     faults = 0
     for name, check in checks(args.shards, args.model).items():
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checks(shards: Path | None, model: str | None) -> dict[str, Check]:
-    """Every check by name, cheap ones first."""
+    """Return every check by name, in the order in which they run."""
     found: dict[str, Check] = {
         "python": check_python,
         "packages": check_packages,
@@ -106,7 +107,7 @@ def checks(shards: Path | None, model: str | None) -> dict[str, Check]:
 
 
 def examine(name: str, check: Check) -> Iterator[Finding]:
-    """The findings of one check; its own crash is one, and a KfoodError carries its remedy along."""
+    """Yield the findings of one check. A crash of the check is a finding too; for a KfoodError with its remedy."""
     try:
         yield from check()
     except KfoodError as error:
@@ -119,22 +120,22 @@ _REINSTALL = "install the tested versions: pip install -c launch/constraints.txt
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Iterator[Finding]:
-    """Python is one of the versions that are tested."""
-    told = f"Python {version[0]}.{version[1]} ({sys.executable})"
+    """Check that Python is one of the tested versions."""
+    what = f"Python {version[0]}.{version[1]} ({sys.executable})"
     if version in PYTHONS:
-        yield Finding(OK, told)
+        yield Finding(OK, what)
     else:
-        yield Finding(FAULT, f"{told} is not 3.11 or 3.12", "make the environment anew with python3.11 or python3.12")
+        yield Finding(FAULT, f"{what} is not 3.11 or 3.12", "make a new environment with python3.11 or python3.12")
 
 
 def check_packages(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
-    """Every dependency is installed in a version between its floor and its ceiling, as setup.cfg states them."""
+    """Check that every dependency is installed in a version between the floor and the ceiling of setup.cfg."""
     from packaging.requirements import Requirement
 
     try:
         wanted = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(WARN, f"{distribution} runs from its source folder, not installed", "pip install -e .")
+        yield Finding(WARN, f"{distribution} runs from its source folder and is not installed", "pip install -e .")
         return
     requirements = [Requirement(text) for text in wanted]
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -158,12 +159,12 @@ def _package_fault(requirement: Any) -> str | None:
 
 
 def check_torch(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
-    """torch computes, sees the GPU if the machine has one, and has kernels for it."""
+    """Check that torch computes, sees the GPU if the machine has one, and has kernels for it."""
     import torch
 
     found = probe()
     build = f"CUDA {found.cuda}" if found.cuda else "CPU only"
-    assert float(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum()) == 8.0, "2×2 ones multiply wrongly"
+    assert float(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum()) == 8.0, "the product of 2×2 ones is wrong"
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     if fault := gpus.trouble(replace(found, shown=found.shown or int(has_driver and gpus.are_wanted()))):
         yield Finding(FAULT, *fault)
@@ -172,7 +173,7 @@ def check_torch(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
 
 
 def check_gpus(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
-    """Each GPU, its memory, and whether it computes in bf16."""
+    """Report each GPU, its memory, and whether it computes in bf16."""
     import torch
 
     found = probe()
@@ -180,15 +181,15 @@ def check_gpus(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
         yield Finding(WARN, "no GPU: training runs on the CPU", "fine for the practice set; a 3B model needs a GPU")
     for i, gpu in enumerate(found.usable):
         free, total = (n / _GIB for n in torch.cuda.mem_get_info(i))
-        told = f"GPU {i}: {gpu}, {total:.0f} GiB ({free:.0f} free)"
+        what = f"GPU {i}: {gpu}, {total:.0f} GiB ({free:.0f} free)"
         if gpu.has_bf16:
-            yield Finding(OK, f"{told}, bf16")
+            yield Finding(OK, f"{what}, bf16")
         else:
-            yield Finding(WARN, f"{told}, bf16 is emulated and slow", "set model.precision=fp16")
+            yield Finding(WARN, f"{what}, bf16 is emulated and slow", "set model.precision=fp16")
 
 
 def check_torchvision() -> Iterator[Finding]:
-    """torchvision is not needed; but one that does not fit torch breaks transformers."""
+    """Check that torchvision loads if it is installed. It is not needed, but a wrong build breaks transformers."""
     if (found := version("torchvision")) is None:
         yield Finding(OK, "torchvision is not installed, and not needed")
         return
@@ -198,16 +199,16 @@ def check_torchvision() -> Iterator[Finding]:
     except Exception as error:
         yield Finding(
             FAULT,
-            f"torchvision {found} does not load ({type(error).__name__}), and transformers will trip over it",
+            f"torchvision {found} does not load ({type(error).__name__}), and that breaks transformers",
             "pip uninstall torchvision, or install the one made for this torch",
         )
 
 
 def check_bitsandbytes(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Finding]:
-    """bitsandbytes multiplies in 4-bit, and takes an 8-bit AdamW step, on the device training would use."""
+    """Check that bitsandbytes multiplies in 4-bit and does an 8-bit AdamW step, on the device that training uses."""
     import torch
 
-    if fault := gpus.bitsandbytes_trouble(probe()):
+    if fault := gpus.find_bitsandbytes_fault(probe()):
         yield Finding(FAULT, *fault)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,7 +222,7 @@ def check_bitsandbytes(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Findi
         )
     dtype, moved = adamw8bit_step(device)
     if dtype == torch.uint8 and 0.9 < moved < 1.1:
-        yield Finding(OK, f"bitsandbytes takes an AdamW step with 8-bit states on {device}")
+        yield Finding(OK, f"bitsandbytes does an AdamW step with 8-bit states on {device}")
     else:
         yield Finding(
             FAULT,
@@ -231,16 +232,17 @@ def check_bitsandbytes(probe: Callable[[], Gpus] = gpus.probe) -> Iterator[Findi
 
 
 def check_deepspeed() -> Iterator[Finding]:
-    """DeepSpeed can be imported."""
-    with redirect_stdout(io.StringIO()):  # it greets on standard output
+    """Check that DeepSpeed can be imported."""
+    with redirect_stdout(io.StringIO()):  # it prints a greeting on standard output
         deepspeed = importlib.import_module("deepspeed")
     yield Finding(OK, f"deepspeed {deepspeed.__version__} can be imported")
 
 
 def check_compiler(programs: Path = Path(sys.executable).parent) -> Iterator[Finding]:
-    """What DeepSpeed builds optional ops with, such as AdamW on the CPU for offloading: C++, Python's headers, ninja.
+    """Check the tools with which DeepSpeed builds optional ops: a C++ compiler, Python's headers, ninja.
 
-    No shipped recipe needs one of them. `programs` is the environment's own folder of programs.
+    One of these ops is AdamW on the CPU, for offloading. No shipped recipe needs any. `programs` is the folder of
+    programs of this environment.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -257,38 +259,38 @@ def check_compiler(programs: Path = Path(sys.executable).parent) -> Iterator[Fin
 
 
 def check_disk(folder: Path, needed_gib: float = _NEEDED_GIB, wanted_gib: float = _WANTED_GIB) -> Iterator[Finding]:
-    """Free space where the command was given, as runs and shards land below it by default."""
+    """Check the free space in the current folder, because runs and shards are written below it by default."""
     free = shutil.disk_usage(folder).free / _GIB
-    told = f"{free:.1f} GiB free in {folder}"
+    what = f"{free:.1f} GiB free in {folder}"
     remedy = "make room, or put shards and run.dir on another disk"
     if free < needed_gib:
-        yield Finding(FAULT, f"{told}, less than {needed_gib:g}", remedy)
+        yield Finding(FAULT, f"{what}, less than {needed_gib:g}", remedy)
     elif free < wanted_gib:
-        yield Finding(WARN, f"{told}; a 3B model and its runs want {wanted_gib:g}", remedy)
+        yield Finding(WARN, f"{what}; a 3B model and its runs need {wanted_gib:g}", remedy)
     else:
-        yield Finding(OK, told)
+        yield Finding(OK, what)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm"), num_gpus: int | None = None) -> Iterator[Finding]:
-    """NCCL has room between GPUs. Loader processes need none.
+    """Check that NCCL has room in shared memory for its buffers between GPUs. Loader processes need none.
 
-    `num_gpus` is how many of this machine one run uses, all of them unless given.
+    `num_gpus` is how many GPUs of this machine one run uses. The default is all of them.
     """
     if num_gpus is None:
         import torch
 
         num_gpus = torch.cuda.device_count()
     free = shutil.disk_usage(folder).free / _GIB if folder.is_dir() else 0.0
-    told = f"{free * 1024:,.0f} MiB of shared memory free in {folder}"
+    what = f"{free * 1024:,.0f} MiB of shared memory free in {folder}"
     if num_gpus > 1 and free < _NCCL_SHM_GIB:
         remedy = "start the container with --shm-size=1g"
-        yield Finding(WARN, f"{told}; NCCL may need {_NCCL_SHM_GIB:g} GiB between {num_gpus} GPUs", remedy)
+        yield Finding(WARN, f"{what}; NCCL may need {_NCCL_SHM_GIB:g} GiB between {num_gpus} GPUs", remedy)
     else:
-        yield Finding(OK, told)
+        yield Finding(OK, what)
 
 
 def check_semaphores() -> Iterator[Finding]:
-    """Semaphores can be made, which lie in /dev/shm: packing in several processes needs some."""
+    """Check that semaphores can be made. They are files in /dev/shm, and packing in several processes needs some."""
     try:
         multiprocessing.get_context("fork").Lock()
         yield Finding(OK, "semaphores can be made")
@@ -298,7 +300,10 @@ def check_semaphores() -> Iterator[Finding]:
 
 
 def check_temporary_files() -> Iterator[Finding]:
-    """The folder for temporary files, TMPDIR or another, takes a file and a socket as multiprocessing names it."""
+    """Check that a file and a socket can be made in the folder for temporary files, TMPDIR or another.
+
+    The socket has a name of the length that multiprocessing uses.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix="pymp-") as folder, socket.socket(socket.AF_UNIX) as listener:
             (Path(folder) / "file").write_bytes(b"some bytes")
@@ -314,17 +319,21 @@ def check_temporary_files() -> Iterator[Finding]:
     if wanted and os.path.realpath(wanted) != os.path.realpath(used):
         yield Finding(WARN, f"TMPDIR is {wanted}, which cannot be written to; {used} is used", _TMPDIR_REMEDY)
     elif too_long:
-        what = f"no socket can be made in the temporary folder {used} ({too_long}); training needs none, libraries may"
+        what = f"no socket works in the temporary folder {used} ({too_long}); training needs none, but a library may"
         yield Finding(WARN, what, _TMPDIR_REMEDY)
     else:
         yield Finding(OK, f"temporary files and sockets in {used}")
 
 
-_TMPDIR_REMEDY = "set TMPDIR to a folder of this machine with a short path and room, such as /tmp"
+_TMPDIR_REMEDY = "set TMPDIR to a local folder with a short path and free space, such as /tmp"
 
 
 def check_shards(folder: Path) -> Iterator[Finding]:
-    """The manifest of a shard folder reads, its files are there and of their sizes, each split's ends are pictures."""
+    """Check that a shard folder can be read.
+
+    Reads the manifest, checks that all files are there with their sizes, and decodes the first and the last sample of
+    each split.
+    """
     from kfood_dist.data.picture.images import decode_rgb
     from kfood_dist.data.shards.manifest import load_manifest
     from kfood_dist.data.shards.reader import open_split
@@ -348,7 +357,10 @@ def check_shards(folder: Path) -> Iterator[Finding]:
 
 
 def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
-    """The base model's files are whole, and the template is built of them as training does; no weights are read."""
+    """Check that the base model's files are complete, and build the template from them as training does.
+
+    Reads no weights.
+    """
     from kfood_dist.config.sections import Data
     from kfood_dist.data.shards.manifest import load_manifest
     from kfood_dist.model.base import load_config
@@ -358,10 +370,10 @@ def check_model(base: str, shards: Path | None) -> Iterator[Finding]:
 
     require_base(base)
     if base_folder(base) is None:
-        yield Finding(WARN, f"{base} is on the hub, not here", f"hf download {base}, or let training fetch it")
+        yield Finding(WARN, f"{base} is on the hub, not here", f"hf download {base}, or let training download it")
         return
     image_size = Data.model_fields["image_size"].default if shards is None else load_manifest(shards).image_size
-    # How long a sample may be is the recipe's to say.
-    asked = Data(shards=str(shards or "."), image_size=image_size, max_length=sys.maxsize)
-    num_tokens = len(build_template(base, asked).pictures.encode(blank(image_size)).ids)
+    # The recipe sets the largest length of a sample, and there is no recipe here.
+    settings = Data(shards=str(shards or "."), image_size=image_size, max_length=sys.maxsize)
+    num_tokens = len(build_template(base, settings).pictures.encode(blank(image_size)).ids)
     yield Finding(OK, f"{base}: {load_config(base).model_type}, {num_tokens} tokens for a picture")

@@ -1,4 +1,4 @@
-"""What `kfood doctor` tries out: a 4-bit product, an 8-bit optimiser step, a compiler. Each returns what it saw."""
+"""The trials of `kfood doctor`: a 4-bit product, an 8-bit optimiser step, a compiler. Each returns its result."""
 
 import subprocess
 import sysconfig
@@ -13,7 +13,7 @@ _PROGRAM = "#include <Python.h>\n#include <vector>\nint main() { return std::vec
 
 
 def nf4_error(device: "torch.device") -> float:
-    """Relative error of a 4-bit linear layer (NF4, double quantisation, bf16) against the same one in float32."""
+    """Return the relative error of a 4-bit linear layer (NF4, double quantisation, bf16) to the same one in float32."""
     import bitsandbytes as bnb
     import torch
     from torch import nn
@@ -34,11 +34,11 @@ def nf4_error(device: "torch.device") -> float:
 
 
 def adamw8bit_step(device: "torch.device") -> tuple["torch.dtype", float]:
-    """The dtype of AdamW8bit's first moment, and its first step in units of the learning rate (Adam's is 1)."""
+    """Return the dtype of AdamW8bit's first moment, and its first step in units of the learning rate (Adam's is 1)."""
     import bitsandbytes as bnb
     import torch
 
-    weight = torch.nn.Parameter(torch.zeros(64, 128, device=device))  # from 4,096 numbers up states are 8-bit
+    weight = torch.nn.Parameter(torch.zeros(64, 128, device=device))  # states are 8-bit from 4,096 numbers on
     weight.grad = torch.ones_like(weight)
     optimizer = bnb.optim.AdamW8bit([weight], lr=0.5, weight_decay=0.0)
     optimizer.step()
@@ -46,7 +46,7 @@ def adamw8bit_step(device: "torch.device") -> tuple["torch.dtype", float]:
 
 
 def compile_complaint(compiler: str) -> str | None:
-    """The first complaint of a C++ compiler about a program that includes Python.h; None if it builds."""
+    """Compile a C++ program that includes Python.h. Returns the compiler's first complaint, or None if it builds."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "trial.cpp"
         source.write_text(_PROGRAM, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""How many answers of a model are right."""
+"""The evaluation of a model: how many of its answers are right."""

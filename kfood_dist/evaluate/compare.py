@@ -1,10 +1,10 @@
-"""`kfood compare`: reports over the same pictures side by side, such as the base and the tuned model.
+"""`kfood compare`: reports on the same pictures side by side, such as those of the base and of the tuned model.
 
-    REPORT … ──► load, refuse what cannot be compared ──► base, tuned ──► difference, by dish, McNemar's test
+    REPORT … ──► load, refuse reports that cannot be compared ──► base, tuned ──► difference, by dish, McNemar's test
              ──► a table on the console, comparison.html, comparison.json
 
-Always holds: all reports are about the same pictures; the first is the base and the last the tuned one, unless names
-say otherwise.
+Always holds: all reports are about the same pictures. The first is the base and the last is the tuned model, unless
+names say otherwise.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from kfood_dist.evaluate.metrics import mcnemar_exact
 from kfood_dist.evaluate.page import Column, interval, page, percent, table
 from kfood_dist.evaluate.report import PREDICTIONS, Report, ReportError, load_report
-from kfood_dist.system.files import require_folder_possible, write_whole
+from kfood_dist.system.files import require_writable_folder, write_atomically
 from kfood_dist.system.words import plural
 
 FORMAT, VERSION = "kfood-comparison", 1
@@ -27,7 +27,7 @@ BASE, TUNED = "base", "tuned"
 
 @dataclass(frozen=True)
 class Named:
-    """A report under the name it is shown by."""
+    """A report and the name under which it is shown."""
 
     name: str
     report: Report
@@ -36,8 +36,8 @@ class Named:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kfood compare`."""
     parser.description = (
-        "Put reports of `kfood eval` over the same pictures side by side. The first is the base and the last the "
-        "tuned model, or say so by name: base=DIR tuned=DIR. Writes comparison.json and comparison.html."
+        "Put reports of `kfood eval` on the same pictures side by side. The first is the base and the last is the "
+        "tuned model, unless names say otherwise: base=DIR tuned=DIR. Writes comparison.json and comparison.html."
     )
     parser.add_argument(
         "reports", nargs="+", metavar="REPORT", help="a report.json or its folder; NAME=REPORT to give it a name"
@@ -46,23 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, write, print. Raises ReportError for reports that cannot be read or compared."""
-    require_folder_possible(args.out, "--out")
+    """Compare reports, write the files and print a table. Raises ReportError if they cannot be read or compared."""
+    require_writable_folder(args.out, "--out")
     if len(args.reports) < 2:
         raise ReportError(f"{args.reports[0]} has nothing to be compared with", "name two reports or more")
     all_named = in_order([parse_name(text) for text in args.reports])
     require_comparable(all_named)
     comparison = compare(all_named)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / COMPARISON_PAGE, comparison_page(comparison))
-    write_whole(args.out / COMPARISON, json.dumps(comparison, ensure_ascii=False, indent=2) + "\n")
+    write_atomically(args.out / COMPARISON_PAGE, comparison_page(comparison))
+    write_atomically(args.out / COMPARISON, json.dumps(comparison, ensure_ascii=False, indent=2) + "\n")
     print(describe(comparison))
     print(f"page: {args.out / COMPARISON_PAGE}")
     return 0
 
 
 def parse_name(text: str) -> Named:
-    """`REPORT`, or `NAME=REPORT` where no such path exists; a report without a name is shown by an empty one."""
+    """Read `REPORT`, or `NAME=REPORT` if no such path exists. A report without a name gets an empty one."""
     name, equals, path = text.partition("=")
     if equals and name and not Path(text).exists():
         return Named(name, load_report(Path(path)))
@@ -70,7 +70,7 @@ def parse_name(text: str) -> Named:
 
 
 def in_order(all_named: Sequence[Named]) -> list[Named]:
-    """The base first and the tuned last, each report with a name of its own. Raises ReportError."""
+    """Return the base first and the tuned model last, each with its own name. Raises ReportError if names repeat."""
     roles = {BASE: 0, TUNED: 2}
     ranked = sorted(all_named, key=lambda named: roles.get(named.name, 1))
     last = len(ranked) - 1
@@ -80,7 +80,7 @@ def in_order(all_named: Sequence[Named]) -> list[Named]:
     ]
     names = [named.name for named in filled]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ReportError(f"several reports have the name {twice[0]}", "give each its own: NAME=REPORT")
+        raise ReportError(f"several reports have the name {twice[0]}", "give each its own name: NAME=REPORT")
     return filled
 
 
@@ -106,7 +106,7 @@ def require_comparable(all_named: Sequence[Named]) -> None:
 
 
 def compare(all_named: Sequence[Named]) -> dict[str, Any]:
-    """The whole comparison.json of reports in order: what came out first, then each report and each dish."""
+    """Return the content of comparison.json for reports in order: first the result, then each report and each dish."""
     base, tuned = all_named[0].report, all_named[-1].report
     dishes = _by_dish(base, tuned)
     return {
@@ -159,7 +159,7 @@ def _by_dish(base: Report, tuned: Report) -> dict[str, dict[str, Any]]:
 
 
 def _mcnemar(base: Report, tuned: Report) -> dict[str, Any] | None:
-    """McNemar's exact test on the paired pictures; None where one report has no predictions beside it."""
+    """Return McNemar's exact test on the paired pictures, or None if a report has no predictions beside it."""
     if base.predictions is None or tuned.predictions is None:
         return None
     before = {record.key: record.correct for record in base.predictions}
@@ -181,7 +181,7 @@ def _differing_settings(reports: Sequence[Report]) -> list[str]:
 
 
 def describe(comparison: dict[str, Any]) -> str:
-    """The aligned table for the console, and what else a reader should know."""
+    """Return the aligned table for the console, followed by remarks."""
     head = ("", "accuracy", "right", "pictures", "95% interval")
     rows = [head] + [
         (r["name"], percent(r["accuracy"]), str(r["correct"]), str(r["images"]), interval(r["wilson_95"]))
@@ -206,12 +206,12 @@ def _remarks(comparison: dict[str, Any]) -> list[str]:
             f"McNemar's exact p = {test['p_value']:.2g}"
         )
     if keys := comparison["settings_that_differ"]:
-        lines.append(f"note: the models were asked differently in {', '.join(keys)}")
+        lines.append(f"note: these settings differ between the reports: {', '.join(keys)}")
     return lines
 
 
 def comparison_page(comparison: dict[str, Any]) -> str:
-    """The page of a comparison."""
+    """Return the page of a comparison."""
     columns = [Column("")] + [Column(h, True) for h in ("accuracy", "right", "pictures", "95% interval")]
     rows = [
         (r["name"], percent(r["accuracy"]), r["correct"], r["images"], interval(r["wilson_95"]))
@@ -226,6 +226,6 @@ def comparison_page(comparison: dict[str, Any]) -> str:
         f'<p class="headline">{percent(comparison["base_accuracy"])} → {percent(comparison["tuned_accuracy"])}</p>',
         table(columns, rows),
         table([Column("")], [(line,) for line in _remarks(comparison)]),
-        "<h2>By dish, most gained first</h2>" + table(heads, dishes),
+        "<h2>By dish, largest gain first</h2>" + table(heads, dishes),
     ]
     return page(f"Comparison: {comparison['test_images']} {comparison['split']} pictures", sections)

@@ -1,4 +1,4 @@
-"""One evaluation, checked: everything that can be told wrong is told here, in seconds, before weights are loaded.
+"""One evaluation, checked: every mistake that can be found without the weights is reported here, in seconds.
 
 arguments ──► settings, shards, fingerprints ──► check ──► Evaluation ──► find_earlier ──► a report or None
 """
@@ -17,13 +17,13 @@ from kfood_dist.model.adapters import read_adapter_facts
 from kfood_dist.model.files import require_base
 from kfood_dist.model.identity import adapter_fingerprint, base_fingerprint
 from kfood_dist.model.processor import require_same_pictures
-from kfood_dist.system.files import require_folder_possible
+from kfood_dist.system.files import require_writable_folder
 from kfood_dist.system.world import World
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation, checked: what is asked of which model, and `inputs`, which decide the answers."""
+    """One checked evaluation: what to ask which model. `inputs` are all facts that decide the answers."""
 
     shards: ShardSplit
     task: Task
@@ -42,7 +42,7 @@ class Evaluation:
 
 
 def check(args: argparse.Namespace) -> Evaluation:
-    """Everything that can be told wrong without the model's weights, told now. Raises KfoodError."""
+    """Check all that can be checked without the model's weights, and return the evaluation. Raises KfoodError."""
     settings, recipe_eval = resolve_settings(args)
     shards = open_split(args.shards, args.split)
     fixing = args.adapter if args.adapter and "task" in read_adapter_facts(args.adapter) else None
@@ -51,7 +51,7 @@ def check(args: argparse.Namespace) -> Evaluation:
     if World.from_environment().is_main:
         shards.require_files()
     for folder, option in ((args.out, "--out"), (args.tensorboard, "--tensorboard")):
-        require_folder_possible(folder, option)
+        require_writable_folder(folder, option)
     settings = replace(settings, resize=shards.manifest.resize)
     batch_size = args.batch_size or recipe_eval.batch_size
     max_new_tokens = args.max_new_tokens or recipe_eval.max_new_tokens
@@ -85,12 +85,12 @@ def check(args: argparse.Namespace) -> Evaluation:
 
 
 def _trained_steps(adapter: Path | None) -> int:
-    """How many steps an adapter was trained for, so that its accuracy lands at its place in TensorBoard."""
+    """Return how many steps an adapter was trained for. TensorBoard shows its accuracy at this step."""
     step = read_adapter_facts(adapter).get("step", 0) if adapter else 0
     return step if isinstance(step, int) else 0
 
 
-def find_earlier(asked: Evaluation) -> Report | None:
-    """The report in the output folder, if it answers just what is asked."""
-    # Without a fingerprint the model is not on this machine yet: nothing says it is the same.
-    return reusable(asked.out, asked.inputs) if asked.inputs["model_fingerprint"] else None
+def find_earlier(evaluation: Evaluation) -> Report | None:
+    """Return the report in the output folder if it has exactly the inputs of this evaluation."""
+    # Without a fingerprint the model is not on this machine yet, so nothing shows that it is the same.
+    return reusable(evaluation.out, evaluation.inputs) if evaluation.inputs["model_fingerprint"] else None

@@ -1,9 +1,9 @@
-"""Asking a model: batches of pictures in, greedy answers with their probabilities out.
+"""Asking a model: from batches of pictures to greedy answers with their probabilities.
 
     base + adapter ──► load_answerer ──► Answerer ──► answers of a batch; alternatives for one picture
 
-This process never trains, so the model is put into evaluation mode. (On a CPU with AVX512-BF16 the first forward
-pass in that mode repacks 4-bit weights for good, after which training here would be wrong.)
+This process never trains, so the model is put into evaluation mode. (On a CPU with AVX512-BF16, the first forward pass
+in that mode repacks 4-bit weights permanently. Training in this process would be wrong after that.)
 """
 
 import math
@@ -25,14 +25,17 @@ from kfood_dist.system.world import World
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote, and the probability it gave to exactly that text and its end, 0 to 1."""
+    """What the model wrote, and the probability that it gave to exactly that text and its end, 0 to 1."""
 
     text: str
     confidence: float
 
 
 def pick_device(world: World) -> torch.device:
-    """The device of this rank: its own GPU, or the CPU where there is none. Raises LaunchError."""
+    """Return the device of this rank: its own GPU, or the CPU if the machine has no GPU.
+
+    Raises LaunchError if torch cannot use the GPUs, or if there are more processes than GPUs.
+    """
     gpus.require_usable()
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -55,7 +58,7 @@ def load_answerer(
     device: torch.device,
     max_new_tokens: int,
 ) -> "Answerer":
-    """Load a base, and an adapter if given, for answering. They are known to fit (`processor.build_template`)."""
+    """Load a base, and an adapter if given, to answer. `processor.build_template` has checked that they fit."""
     model = load_base(base, settings.quantization, settings.precision, settings.attention, device)
     if adapter is not None:
         from peft import PeftModel
@@ -65,7 +68,7 @@ def load_answerer(
 
 
 class Answerer:
-    """A loaded model with its template. No sampling, no penalties: it writes whatever token is likeliest."""
+    """A loaded model with its template. It uses no sampling and no penalties: it writes the likeliest token."""
 
     def __init__(self, model: Any, template: Template, max_new_tokens: int, device: torch.device):
         from transformers import GenerationConfig
@@ -76,28 +79,28 @@ class Answerer:
         tokenizer = template.tokenizer
         self.end_tokens = sorted({tokenizer.eos_token_id, *_end_tokens(model.generation_config)})
         self._pictures = template.pictures
-        self._frame = {
+        self._generation_options = {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
             "eos_token_id": self.end_tokens,
             "pad_token_id": tokenizer.pad_token_id,
             "return_dict_in_generate": True,
         }
-        # A base may ship sampling and penalties (Qwen2.5-VL does: repetition_penalty 1.05); generate() would
-        # take from there whatever is not said here.
+        # A base may come with sampling and penalties (Qwen2.5-VL does: repetition_penalty 1.05). generate() would
+        # use them for every setting that is not given here.
         model.generation_config = GenerationConfig()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.generation_config = GenerationConfig()
 
     @torch.inference_mode()
     def answer(self, batch: Batch) -> list[Answer]:
-        """The greedy answer to each picture of a batch collated for generation, in row order."""
+        """Return the greedy answer to each picture of a batch collated for generation, in row order."""
         from transformers import GenerationConfig
 
         length = batch.input_ids.shape[1]
         out = self.model.generate(
             **self._inputs(batch),
-            generation_config=GenerationConfig(**self._frame, num_beams=1, output_logits=True),
+            generation_config=GenerationConfig(**self._generation_options, num_beams=1, output_logits=True),
         )
         written = out.sequences[:, length:]
         log_probability = torch.zeros(len(written), device=written.device)
@@ -112,14 +115,14 @@ class Answerer:
 
     @torch.inference_mode()
     def alternatives(self, batch: Batch, num_beams: int) -> list[Answer]:
-        """The `num_beams` likeliest texts a beam search finds for the one picture of a batch, likeliest first."""
+        """Return the `num_beams` likeliest texts of a beam search for the one picture of a batch, likeliest first."""
         from transformers import GenerationConfig
 
         length = batch.input_ids.shape[1]
         out = self.model.generate(
             **self._inputs(batch),
             generation_config=GenerationConfig(
-                **self._frame,
+                **self._generation_options,
                 num_beams=num_beams,
                 num_return_sequences=num_beams,
                 length_penalty=0.0,  # the score stays the sum of log-probabilities
@@ -145,4 +148,4 @@ def _end_tokens(generation_config: Any) -> list[int]:
 
 
 def _probability(log_probability: float) -> float:
-    return float(f"{min(1.0, math.exp(log_probability)):.6g}")  # more digits would be noise of the sum
+    return float(f"{min(1.0, math.exp(log_probability)):.6g}")  # more digits would be rounding noise of the sum

@@ -1,8 +1,8 @@
-"""Pages for people: self-contained HTML, no script, no network, readable on a phone, light and dark.
+"""HTML pages for people, each in one file: no script, no network, readable on a phone, in light and dark mode.
 
     title, sections ──► page ──► one HTML file        report, pictures ──► report_page
 
-Everything that came from data goes through `escape`; pictures are embedded as they were packed.
+All text from data goes through `escape`. Pictures are embedded as they were packed.
 """
 
 import base64
@@ -40,7 +40,7 @@ class Column:
 
 
 def page(title: str, sections: Iterable[str]) -> str:
-    """A whole HTML document; `sections` are HTML already, `title` is text."""
+    """Return a complete HTML document. `sections` are HTML already, `title` is text."""
     return (
         '<!DOCTYPE html>\n<html lang="ko">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -51,7 +51,7 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table; every cell is text and is escaped."""
+    """Return an HTML table. Every cell is text, and is escaped."""
 
     def cells(tag: str, values: Iterable[object]) -> str:
         return "".join(
@@ -65,17 +65,17 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with one decimal: 0.943 → 94.3%."""
+    """Format a share as a percentage with one decimal: 0.943 → 94.3%."""
     return f"{100 * share:.1f}%"
 
 
 def interval(bounds: Sequence[float]) -> str:
-    """Two shares as a range: (0.891, 0.971) → 89.1–97.1%."""
+    """Format two shares as a range: (0.891, 0.971) → 89.1–97.1%."""
     return f"{100 * bounds[0]:.1f}–{100 * bounds[1]:.1f}%"
 
 
 def report_page(report: Mapping[str, Any], samples: Sequence[tuple[Prediction, bytes]]) -> str:
-    """The page of one evaluation; `samples` are pictures to show, with their JPEG bytes."""
+    """Return the page of one evaluation. `samples` are pictures to show, with their JPEG bytes."""
     sections = [_headline(report), _settings(report), _dishes(report), _confusions(report)]
     sections.append("<h2>Some of the pictures</h2>" + _grid(samples))
     if report["refused"]:
@@ -87,8 +87,8 @@ def report_page(report: Mapping[str, Any], samples: Sequence[tuple[Prediction, b
 def _headline(report: Mapping[str, Any]) -> str:
     return (
         f'<p class="headline">{percent(report["accuracy"])}</p>\n'
-        f"<p>{report['correct']} of {plural(report['images'], 'picture')} named right; "
-        f"95% interval {interval(report['wilson_95'])}. Strict exact match after one normalisation.</p>"
+        f"<p>{report['correct']} of {plural(report['images'], 'picture')} named correctly; "
+        f"95% interval {interval(report['wilson_95'])}. An answer must match exactly after one normalisation.</p>"
     )
 
 
@@ -105,7 +105,7 @@ def _settings(report: Mapping[str, Any]) -> str:
             f"{report['samples_per_second']} pictures/s, {report['world_size']} × {report['device']}",
         ),
     ]
-    return "<h2>What was asked</h2>" + table([Column(""), Column("")], rows)
+    return "<h2>Settings</h2>" + table([Column(""), Column("")], rows)
 
 
 def _dishes(report: Mapping[str, Any]) -> str:

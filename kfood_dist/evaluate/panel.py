@@ -1,12 +1,12 @@
 """Evaluation in TensorBoard: the accuracy, and a panel of pictures with the expected and the predicted name.
 
-    records, pictures ──► grid of captioned cells ──► one event file, moved whole into the log folder
+    records, pictures ──► grid of captioned cells ──► one event file, moved into the log folder by a rename
 
-Pillow's own font has no Hangul. If fontconfig finds a font that has it, the names stand under the pictures; if not,
-the cells are numbered. In both cases a table of number, expected and predicted name stands under TEXT, where the
-browser draws the letters.
+Pillow's own font has no Hangul. If fontconfig finds a font that has it, the names are written under the pictures. If
+not, the cells are numbered. In both cases, the tab TEXT has a table of number, expected and predicted name. The browser
+draws the letters there.
 
-Always holds: one event file per split and step, named so; written again, it replaces the earlier one.
+Always holds: there is one event file per split and step, and its name contains both. A new one replaces the old one.
 """
 
 import io
@@ -23,19 +23,19 @@ from kfood_dist.evaluate.metrics import Prediction
 
 NUM_PICTURES = 16
 _COLUMNS = 4
-_CELL_PX, _CAPTION_PX, _EDGE_PX, _FONT_PX = 200, 44, 4, 14  # a name of 12 syllables fits a cell, a longer one is cut
+_CELL_PX, _CAPTION_PX, _EDGE_PX, _FONT_PX = 200, 44, 4, 14  # a name of 12 syllables fits, a longer one is cut
 _GOOD, _BAD, _INK, _PAPER = (26, 127, 55), (196, 48, 43), (20, 20, 20), (255, 255, 255)
 
 Sample = tuple[Prediction, bytes]
 
 
 def spread(count: int, total: int) -> list[int]:
-    """`count` positions spread evenly over `total`, fewer if there are fewer; the same for every model."""
+    """Return `count` positions spread evenly over `total`, or all if there are fewer. Every model gets the same."""
     return [i * total // min(count, total) for i in range(min(count, total))]
 
 
 def is_logged(folder: Path, split: str, step: int) -> bool:
-    """Whether `log` has written this split and step into `folder`."""
+    """Return whether `log` has written this split and step into `folder`."""
     return any(folder.glob(f"events.out.tfevents.*{_suffix(split, step)}"))
 
 
@@ -61,7 +61,7 @@ def _suffix(split: str, step: int) -> str:
 
 
 def caption_table(records: Iterable[Prediction]) -> str:
-    """The panel's captions as a Markdown table, numbered as the pictures are: row by row from 1."""
+    """Return the panel's captions as a Markdown table, numbered like the pictures: row by row from 1."""
     rows = [
         f"| {i} | {_plain(r.label)} | {_plain(r.prediction) or '(nothing)'} | {'✓' if r.correct else '✗'} |"
         for i, r in enumerate(records, start=1)
@@ -70,12 +70,12 @@ def caption_table(records: Iterable[Prediction]) -> str:
 
 
 def _plain(name: str) -> str:
-    # What Markdown or HTML would take for markup; a model may write anything.
+    # Replaces characters with a meaning in Markdown or HTML, because a model may write anything.
     return "".join("·" if c in "|<>&`*[]\\" else c for c in name)
 
 
 def draw(samples: Sequence[Sample], font_path: str | None) -> np.ndarray:
-    """The panel as RGB, uint8 (height, width, 3): rows of captioned pictures, edged green (right) or red."""
+    """Return the panel, RGB uint8 (height, width, 3): rows of captioned pictures, edged green (right) or red."""
     font = ImageFont.truetype(font_path, _FONT_PX) if font_path else ImageFont.load_default(_FONT_PX)
     rows = -(-len(samples) // _COLUMNS)
     panel = Image.new("RGB", (_COLUMNS * _CELL_PX, rows * (_CELL_PX + _CAPTION_PX)), _PAPER)
@@ -103,18 +103,18 @@ def _picture(record: Prediction, jpeg: bytes) -> Image.Image:
 
 
 def hangul_font() -> str | None:
-    """The path of the font that fontconfig has for Korean, or None."""
+    """Return the path of the font that fontconfig has for Korean, or None."""
     command = ["fc-match", "--format=%{file}", ":lang=ko"]
     try:
         found = subprocess.run(command, capture_output=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # not installed; or it makes its cache, on a slow disk
+    except (OSError, subprocess.TimeoutExpired):  # not installed, or still building its cache on a slow disk
         return None
     path = os.fsdecode(found.stdout)
-    return path if has_hangul(path) else None  # fontconfig always names a font, the nearest one
+    return path if has_hangul(path) else None  # fontconfig always names the nearest font
 
 
 def has_hangul(path: str) -> bool:
-    """Whether a font file draws 가 and 힣 as two things, neither of them its sign for a missing letter."""
+    """Return whether a font file draws 가 and 힣 differently, and neither as its sign for a missing letter."""
     try:
         font = ImageFont.truetype(path, _FONT_PX)
     except OSError:

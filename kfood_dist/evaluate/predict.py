@@ -1,10 +1,10 @@
-"""`kfood predict`: the dish on single pictures, one JSON line each.
+"""`kfood predict`: the dish on single pictures, as one JSON line each.
 
     IMAGE … ──► the packer's own resizing ──► the training prompt ──► greedy answer + beam search ──► JSON lines
 
-Always holds: a picture is seen as training saw it, through the same functions and the adapter's settings; no name is
-less likely than one of its alternatives; a picture that cannot be read is told of in its line and stops no other.
-Without alternatives the name is the one that `kfood eval` would score.
+Always holds: a picture is shown to the model as in training, by the same functions and with the adapter's settings. No
+name is less likely than one of its alternatives. A picture that cannot be read is reported in its line, and does not
+stop the others. Without alternatives, the name is the one that `kfood eval` would score.
 """
 
 import argparse
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from kfood_dist.data.batch.collate import StreamingCollator
     from kfood_dist.evaluate.generate import Answer, Answerer
 
-DEFAULT_RESIZE = "squash"  # the packer's default, where neither an adapter nor shards say
+DEFAULT_RESIZE = "squash"  # the packer's default, for adapters that do not define it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kfood predict`."""
     parser.description = (
         "Name the dish on each picture, as one JSON line: image, the likeliest name found, its confidence (the "
-        "probability of the answers that say it) and the alternatives, likeliest first. A picture that cannot be read "
-        "gets a line with an error, and exit status 1."
+        "probability of all answers with that name) and the alternatives, likeliest first. A picture that cannot be "
+        "read gets a line with an error. The exit status is then 1."
     )
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="picture files: JPEG, PNG, GIF, BMP, WebP"
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--question", metavar="TEXT", help="what to ask of each picture by itself, where the task is question"
+        "--question", metavar="TEXT", help="the question to ask about each picture by itself, if the task is question"
     )
     parser.add_argument(
         "--alternatives", type=_count, default=3, metavar="N", help="how many other names to give (default: 3)"
@@ -63,7 +63,7 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer every picture that can be read; 1 if one cannot."""
+    """Answer every picture that can be read. Returns 1 if one cannot be read."""
     settings, recipe_eval = resolve_settings(args)
     from kfood_dist.data.batch.collate import StreamingCollator
     from kfood_dist.evaluate.generate import load_answerer, pick_device
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     require_base(args.model)
     template = build_template(args.model, settings, args.adapter)
     task = build_task(settings.task, settings.system, settings.prompt)
-    columns = columns_asked(settings.task, args.question, args.adapter)
-    require_askable(template, task, columns, settings.image_size)
+    columns = sample_columns(settings.task, args.question, args.adapter)
+    require_question_fits(template, task, columns, settings.image_size)
     pictures = [read_picture(path, settings) for path in args.images]
     answerer = None
     if any(isinstance(picture, bytes) for picture in pictures):
@@ -93,29 +93,29 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def columns_asked(task: str, question: str | None, adapter: Path | None) -> dict[str, str]:
-    """What a sample of the task says besides its picture. Raises RecipeError if the question is missing, or idle."""
+def sample_columns(task: str, question: str | None, adapter: Path | None) -> dict[str, str]:
+    """Return what a sample has besides its picture. Raises RecipeError if the question is missing, or is not used."""
     asks = "question" in TASKS[task].columns
     if asks and not (question or "").strip():
-        raise RecipeError(f"the task is {task}, and no question is asked", "ask one with --question TEXT")
+        raise RecipeError(f"the task is {task}, but no question is given", "ask one with --question TEXT")
     if question and not asks:
         raise RecipeError(
-            f"--question is given, and the task {task} has a question of its own",
-            "leave it out, or " + ("name an adapter of the task question" if adapter else "--set data.task=question"),
+            f"--question is given, but the task {task} has its own question",
+            "remove it, or " + ("name an adapter of the task question" if adapter else "--set data.task=question"),
         )
     return {"question": question} if question else {}
 
 
-def require_askable(template: Template, task: Task, columns: dict[str, str], image_size: int) -> None:
-    """Raise RecipeError if the question cannot be put to the model, as training would refuse its sample."""
+def require_question_fits(template: Template, task: Task, columns: dict[str, str], image_size: int) -> None:
+    """Raise RecipeError if the model cannot be asked the question. Training would skip a sample with it."""
     try:
         template.encode(task.messages(columns, 1), [template.pictures.encode(blank(image_size)).ids], None)
     except SampleRefused as refused:
-        raise RecipeError(f"the question cannot be asked ({refused})", "word it otherwise") from None
+        raise RecipeError(f"the question cannot be asked ({refused})", "use other words") from None
 
 
 def json_line(value: dict[str, Any], encoding: str | None) -> str:
-    """One line of JSON, with JSON's own escapes if `encoding` lacks a character of it."""
+    """Return one line of JSON, with JSON's own escapes if `encoding` lacks one of its characters."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(encoding or "utf-8")
@@ -125,7 +125,7 @@ def json_line(value: dict[str, Any], encoding: str | None) -> str:
 
 
 def read_picture(path: Path, settings: Settings) -> bytes | str:
-    """The picture as the packer would store it, as JPEG bytes; or, as text, why it cannot be used."""
+    """Return the picture as the packer would store it, as JPEG bytes, or as text why it cannot be used."""
     try:
         return prepare_jpeg(path.read_bytes(), settings.image_size, settings.resize or DEFAULT_RESIZE)
     except OSError as error:
@@ -135,7 +135,7 @@ def read_picture(path: Path, settings: Settings) -> bytes | str:
 
 
 class OnePicture:
-    """A picture in place of a shard, so that it goes through the collator that training uses."""
+    """A picture in place of the shards, so that it goes through the collator that training uses."""
 
     def __init__(self, jpeg: bytes, columns: dict[str, str]):
         self.jpeg = jpeg
@@ -148,12 +148,12 @@ class OnePicture:
         return "picture"
 
     def read_many(self, ids: Sequence[int]) -> list[Sample | ShardError]:
-        """The picture, for each id."""
+        """Return the picture once for each id."""
         return [Sample((self.jpeg,), self.columns) for _ in ids]
 
 
 def name_dish(answerer: "Answerer", collator: "StreamingCollator", num_alternatives: int) -> dict[str, Any]:
-    """`name`, `confidence` and `alternatives` of one collated picture."""
+    """Return `name`, `confidence` and `alternatives` of one collated picture."""
     batch = collator[MicroBatch(step=0, micro_step=0, ids=(0,), filler=0)]
     greedy = answerer.answer(batch)[0]
     found = answerer.alternatives(batch, num_alternatives + 1) if num_alternatives else []
@@ -162,10 +162,10 @@ def name_dish(answerer: "Answerer", collator: "StreamingCollator", num_alternati
 
 
 def rank_names(greedy: "Answer", found: Sequence["Answer"]) -> list[dict[str, Any]]:
-    """Each name once with its `confidence`, likeliest first: of the greedy answer and of those a beam search `found`.
+    """Return each name once with its `confidence`, likeliest first: of `greedy`, and of those a beam search `found`.
 
-    Texts that say one name add up their probabilities. The greedy answer may be among those found: it counts once.
-    An answer that says nothing is told only where it is the likeliest.
+    The probabilities of texts with the same name are added. If the greedy answer is among those found, it counts once.
+    An empty name is returned only if it is the likeliest.
     """
     of_text: dict[str, float] = {}
     for answer in found:
@@ -175,5 +175,5 @@ def rank_names(greedy: "Answer", found: Sequence["Answer"]) -> list[dict[str, An
     for text, probability in of_text.items():
         total[clean(text)] = total.get(clean(text), 0.0) + probability
     first, *others = sorted(total.items(), key=lambda item: (-item[1], item[0]))
-    told = [first, *((name, probability) for name, probability in others if name)]
-    return [{"name": name, "confidence": float(f"{min(1.0, probability):.6g}")} for name, probability in told]
+    named = [first, *((name, probability) for name, probability in others if name)]
+    return [{"name": name, "confidence": float(f"{min(1.0, probability):.6g}")} for name, probability in named]

@@ -1,9 +1,9 @@
-"""This rank's share of an evaluation: its batches, answered.
+"""This rank's share of an evaluation: its batches and their answers.
 
-    positions ──► batches by position ──► dealt to ranks whole ──► greedy answers ──► Part, to be gathered
+    positions ──► batches by position ──► each assigned to one rank ──► greedy answers ──► Part, to be gathered
 
-Always holds: which pictures share a batch does not depend on the number of ranks; a picture is among the records or
-among those refused as too long.
+Always holds: which pictures share a batch does not depend on the number of ranks. Each picture is either among the
+records or among those refused as too long.
 """
 
 import time
@@ -19,22 +19,23 @@ from tqdm import tqdm
 
 from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.batch.template import Template
-from kfood_dist.data.plan.plan import EMPTY, MicroBatch, deal
+from kfood_dist.data.plan.plan import EMPTY, MicroBatch, assign_slots
 from kfood_dist.data.task.base import Columns, Task
 from kfood_dist.evaluate.evaluation import Evaluation
 from kfood_dist.evaluate.generate import Answerer, load_answerer
 from kfood_dist.evaluate.metrics import Prediction
 from kfood_dist.system.world import World
 
-# Ranks meet only at the end; the first may have to wait for one that loads its weights from a slow disk.
+# Ranks meet only at the end. The first one may have to wait for one that loads its weights from a slow disk.
 _TIMEOUT = timedelta(hours=1)
 
 
 @contextmanager
 def process_group(world: World, device: torch.device) -> Iterator[None]:
-    """The ranks connected, if there are several: over NCCL where each has its GPU, else over gloo.
+    """Connect the ranks, if there are several: over NCCL if they use GPUs, otherwise over gloo.
 
-    They part only if all went well: NCCL's parting waits for the other ranks, which wait for the one that failed.
+    They disconnect only if there was no error: in NCCL, a rank that disconnects waits for the other ranks, and these
+    wait for the rank that failed.
     """
     if world.size == 1:
         yield
@@ -45,13 +46,13 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
 
 
 def any_rank(world: World, flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; every rank asks."""
+    """Return whether the flag is set on any rank. Every rank must call this."""
     return bool(world.all_sum(torch.tensor([int(flag)], device=device)).item())
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank found out: records by position in the index, refused positions, and the time it took."""
+    """The result of one rank: records by position in the index, refused positions, and the time that it took."""
 
     records: dict[int, Prediction]
     refused: list[int]
@@ -59,22 +60,24 @@ class Part:
 
 
 def my_batches(num_samples: int, batch_size: int, world: World) -> list[tuple[int, ...]]:
-    """The batches of this rank: batch b of the split goes to rank b modulo the world size, whole.
+    """Return the batches of this rank: batch b of the split goes to rank b modulo the world size.
 
-    Every rank gets as many; where a rank has nothing left, its last one is empty.
+    Every rank gets the same number of batches. If there are too few batches, a rank's last one is empty.
     """
-    slots = deal(np.arange(num_samples), world.size, batch_size)[:, world.rank]
+    slots = assign_slots(np.arange(num_samples), world.size, batch_size)[:, world.rank]
     return [tuple(int(i) for i in ids if i != EMPTY) for ids in slots]
 
 
-def answer_part(asked: Evaluation, template: Template, world: World, device: torch.device) -> Part:
+def answer_part(evaluation: Evaluation, template: Template, world: World, device: torch.device) -> Part:
     """Answer this rank's batches."""
-    collator = StreamingCollator(asked.shards, template, asked.task, for_generation=True)
-    answerer = load_answerer(asked.settings, template, asked.model, asked.adapter, device, asked.max_new_tokens)
+    collator = StreamingCollator(evaluation.shards, template, evaluation.task, for_generation=True)
+    answerer = load_answerer(
+        evaluation.settings, template, evaluation.model, evaluation.adapter, device, evaluation.max_new_tokens
+    )
     started = time.perf_counter()
     records: dict[int, Prediction] = {}
     refused: list[int] = []
-    batches = my_batches(asked.num_samples, asked.batch_size, world)
+    batches = my_batches(evaluation.num_samples, evaluation.batch_size, world)
     for ids in tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True):
         answered = answer_batch(collator, answerer, ids)
         records |= answered
@@ -83,9 +86,9 @@ def answer_part(asked: Evaluation, template: Template, world: World, device: tor
 
 
 def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int, ...]) -> dict[int, Prediction]:
-    """The records of one batch by position in the index; a picture refused as too long has none."""
+    """Return the records of one batch by position in the index. A picture refused as too long has none."""
     batch = collator[MicroBatch(step=0, micro_step=0, ids=ids, filler=0)]
-    answers = answerer.answer(batch) if batch.ids else []  # otherwise it holds the filler alone
+    answers = answerer.answer(batch) if batch.ids else []  # otherwise it holds only the filler
     return {
         i: make_record(collator.shards.key(i), columns, collator.task, answer.text, answer.confidence)
         for i, columns, answer in zip(batch.ids, batch.columns, answers, strict=True)
@@ -93,7 +96,7 @@ def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int
 
 
 def make_record(key: str, columns: Columns, task: Task, text: str, confidence: float) -> Prediction:
-    """What becomes of a sample answered with `text`; no text, and so wrong, where it was refused."""
+    """Return the record of a sample answered with `text`. A refused sample has an empty text, and so is wrong."""
     return Prediction(
         key=key,
         source=columns["sources"][0],

@@ -1,9 +1,9 @@
-"""The files an evaluation leaves, written whole and read back with suspicion.
+"""The files of an evaluation, written by atomic renames and checked when they are read back.
 
-    records + facts ──► predictions.jsonl, report.html, then report.json, each by a temporary name
+    records + facts ──► predictions.jsonl, report.html, then report.json, each under a temporary name first
     report.json (or its folder) ──► load_report ──► Report ──► compare, re-use
 
-Always holds: where report.json is, the other files are whole and belong to it.
+Always holds: if report.json exists, the other files are complete and belong to it.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any
 
 from kfood_dist.errors import KfoodError
 from kfood_dist.evaluate.metrics import Prediction, by_class, confusions, summarise
-from kfood_dist.system.files import file_sha256, write_whole
+from kfood_dist.system.files import file_sha256, write_atomically
 
-FORMAT, VERSION = "kfood-report", 1  # the version rises whenever the same inputs would be scored otherwise
+FORMAT, VERSION = "kfood-report", 1  # the version rises when the same inputs would get another score
 REPORT, PREDICTIONS, PAGE = "report.json", "predictions.jsonl", "report.html"
 
 
@@ -28,7 +28,10 @@ class ReportError(KfoodError):
 
 @dataclass(frozen=True)
 class Report:
-    """A report read back; `raw` is its whole JSON, `predictions` None where predictions.jsonl is not beside it."""
+    """A report that was read back. `raw` is its complete JSON.
+
+    `predictions` is None if there is no predictions.jsonl beside it.
+    """
 
     path: Path
     raw: dict[str, Any]
@@ -43,7 +46,7 @@ class Report:
 
 
 def build_report(records: Sequence[Prediction], refused: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
-    """The whole report.json: what came out first, then under what circumstances (`facts`)."""
+    """Return the content of report.json: first the result, then its circumstances (`facts`), then the details."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -56,17 +59,17 @@ def build_report(records: Sequence[Prediction], refused: Sequence[str], facts: d
 
 
 def write_report(out: Path, report: dict[str, Any], records: Sequence[Prediction], page: str) -> None:
-    """Write an evaluation's three files into `out`; an older report.json goes first, the new one comes last."""
+    """Write an evaluation's three files into `out`. Removes an older report.json first, and writes the new one last."""
     with suppress(FileNotFoundError):
         (out / REPORT).unlink()
-    write_whole(out / PREDICTIONS, "".join(_line(r) for r in records))
-    write_whole(out / PAGE, page)
+    write_atomically(out / PREDICTIONS, "".join(_line(r) for r in records))
+    write_atomically(out / PAGE, page)
     report = report | {"predictions_sha256": file_sha256(out / PREDICTIONS)}
-    write_whole(out / REPORT, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+    write_atomically(out / REPORT, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
 
 
 def reusable(out: Path, inputs: dict[str, Any]) -> Report | None:
-    """The report in `out`, if it answers exactly these inputs and its files are whole."""
+    """Return the report in `out` if it has exactly these inputs and its files are complete."""
     try:
         report = load_report(out)
     except ReportError:
@@ -78,7 +81,7 @@ def reusable(out: Path, inputs: dict[str, Any]) -> Report | None:
 def load_report(path: Path) -> Report:
     """Read a report.json, or the one in a folder, and the predictions beside it.
 
-    Raises ReportError if it is missing, of another format, at odds with itself or with those predictions.
+    Raises ReportError if it is missing, has another format, or contradicts itself or those predictions.
     """
     path = path / REPORT if path.is_dir() else path
     raw = _read_json(path)
@@ -110,14 +113,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ReportError(
             f"report {path} cannot be read ({error.strerror})",
-            "name a report.json or the --out of a `kfood eval`",
+            "name a report.json or the --out folder of a `kfood eval`",
         ) from None
     except (ValueError, RecursionError):
         raise ReportError(f"{path} is not JSON", _AGAIN) from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise ReportError(f"{path} is not a report of `kfood eval`", "name a report.json or the folder that holds it")
     if raw.get("version") != VERSION:
-        raise ReportError(f"{path} is of version {raw.get('version')!r}; version {VERSION} is read here", _AGAIN)
+        raise ReportError(f"{path} has version {raw.get('version')!r}, but this kfood reads {VERSION}", _AGAIN)
     return raw
 
 
@@ -129,7 +132,7 @@ def _read_predictions(path: Path, sha256: str | None) -> list[Prediction] | None
     if not path.is_file():
         return None
     if sha256 is not None and file_sha256(path) != sha256:
-        raise ValueError(f"{path.name} beside it is not the one it was written with")
+        raise ValueError(f"{path.name} beside it is not the file that it was written with")
     with open(path, encoding="utf-8") as file:
         return [Prediction(**json.loads(line)) for line in file]
 
@@ -144,7 +147,7 @@ def _require_consistent(report: Report) -> None:
     if report.predictions is not None and (
         len(report.predictions) != report.images or sum(r.correct for r in report.predictions) != report.correct
     ):
-        raise ValueError(f"{PREDICTIONS} beside it tells another result")
+        raise ValueError(f"{PREDICTIONS} beside it has another result")
 
 
 def _line(record: Prediction) -> str:

@@ -1,10 +1,9 @@
-"""Under what settings a model is asked, and what identifies it: all that is known before torch is needed.
+"""The settings with which a model is asked, resolved before torch is needed.
 
     adapter's kfood.json, else --config RECIPE, else the recipe's defaults ──► Settings
-    base folder or hub name, adapter folder ──► fingerprints of their files
 
-Always holds: prompt, picture size and length are those the adapter was trained with. Settings that only say how to
-compute (quantisation, precision, attention) may be overridden by name with `--set model.…`.
+Always holds: prompt, picture size and length are those that the adapter was trained with. Settings that only say how
+to compute (quantisation, precision, attention) may be overridden by name with `--set model.…`.
 """
 
 import argparse
@@ -25,7 +24,7 @@ MODEL_KEYS = ("quantization", "precision", "attention")
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model sees a picture and is asked about it. `resize` is None where nothing says how to."""
+    """How the model sees a picture and is asked about it. `resize` is None if nothing defines it."""
 
     task: str
     system: str
@@ -51,7 +50,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="RECIPE",
-        help="recipe whose prompt, picture size and precision are used where the adapter does not say "
+        help="recipe whose prompt, picture size and precision are used if the adapter does not set them "
         "(default: the recipe's defaults)",
     )
     parser.add_argument(
@@ -64,10 +63,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_settings(args: argparse.Namespace) -> tuple[Settings, Eval]:
-    """The settings that `args` ask for, and the recipe's `eval` section.
+    """Return the settings that `args` ask for, and the recipe's `eval` section.
 
-    Raises RecipeError for a wrong recipe, or a `--set` that contradicts how the adapter was trained;
-    ModelError for a folder without an adapter, or facts beside it that are damaged.
+    Raises RecipeError for a wrong recipe, or for a `--set` that contradicts how the adapter was trained. Raises
+    ModelError if the folder has no adapter, or if the facts beside it are damaged.
     """
     recipe = config.load_recipe(args.config, args.set) if args.config else _default_recipe(args.set)
     facts = _adapter_facts(args.adapter) if args.adapter else {}
@@ -79,9 +78,9 @@ def resolve_settings(args: argparse.Namespace) -> tuple[Settings, Eval]:
         model = Model.model_validate(recipe.model.model_dump() | kept)
     except ValidationError as error:
         fault = error.errors()[0]
-        if not fault["loc"]:  # settings that do not go together: one is the adapter's, the other was asked for
-            told = fault["msg"].removeprefix("Value error, ")
-            raise RecipeError(f"with the settings of adapter {args.adapter}, {told}", "mend --set") from None
+        if not fault["loc"]:  # the adapter's setting conflicts with another setting
+            message = fault["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"with the settings of adapter {args.adapter}, {message}", "correct --set") from None
         raise ModelError(
             f"{args.adapter}/kfood.json: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", _COPY_ADAPTER
         ) from None
@@ -93,25 +92,25 @@ def resolve_settings(args: argparse.Namespace) -> tuple[Settings, Eval]:
 
 
 def _default_recipe(overrides: list[str]) -> Recipe:
-    # The three keys without a default say nothing about how a model is asked.
+    # The three keys without a default do not affect how a model is asked.
     tree: dict[str, Any] = {"data": {"shards": "."}, "model": {"base": "."}, "run": {"dir": "."}}
     return config.build_recipe(tree, overrides, "--set")
 
 
 def _adapter_facts(folder: Path) -> dict[str, Any]:
-    from kfood_dist.model.adapters import read_adapter_facts  # which brings torch's libraries
+    from kfood_dist.model.adapters import read_adapter_facts  # imports torch's libraries
 
     return read_adapter_facts(folder)
 
 
-_COPY_ADAPTER = "copy the whole adapter folder from its run again"
+_COPY_ADAPTER = "copy the complete adapter folder from its run again"
 
 
 def _require_no_contradiction(recipe: Recipe, facts: dict[str, Any], chosen: set[str], adapter: Path | None) -> None:
     for key in DATA_KEYS:
-        asked = getattr(recipe.data, key)
-        if f"data.{key}" in chosen and facts.get(key, asked) != asked:
+        value = getattr(recipe.data, key)
+        if f"data.{key}" in chosen and facts.get(key, value) != value:
             raise RecipeError(
-                f"--set data.{key}={asked} contradicts adapter {adapter}, trained with {facts[key]!r}",
-                "leave that --set out",
+                f"--set data.{key}={value} contradicts adapter {adapter}, which was trained with {facts[key]!r}",
+                "remove that --set",
             )

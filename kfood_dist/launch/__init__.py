@@ -1,1 +1,1 @@
-"""Starts ranks, and keeps watch over them."""
+"""Start ranks and supervise them."""

@@ -1,7 +1,7 @@
-"""`python -m kfood_dist.launch.ranks …`: `accelerate launch …`, which says in one line how a rank failed.
+"""`python -m kfood_dist.launch.ranks …` runs `accelerate launch …` and says in one line how a rank failed.
 
-torchrun answers a failed rank with a long trace of its own, after the rank has said what was wrong; here its exit
-status is passed on, and a rank that could not say anything is named.
+When a rank fails, it says itself what is wrong, and then torchrun prints a long trace. Here the exit status of the rank
+is passed on instead. The first rank that failed is named, unless a rank reported a mistake of the user.
 """
 
 import logging
@@ -15,26 +15,26 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from kfood_dist.system import console
-from kfood_dist.system.processes import LAUNCHER_PID, how_it_ended
-from kfood_dist.system.utf8 import settle_names
+from kfood_dist.system.processes import LAUNCHER_PID, describe_exit
+from kfood_dist.system.utf8 import ensure_utf8
 from kfood_dist.train.run.stop import is_ignored
 
-# How torchrun reads its option from the environment: `PET_` and the name (torch/distributed/argparse_util.py).
+# torchrun reads its option from this environment variable: `PET_` and the name (torch/distributed/argparse_util.py).
 HANDLED = "PET_SIGNALS_TO_HANDLE"
 
 
 def main() -> int:
-    """Run accelerate's launcher; exit status 2 if a rank found a mistake to mend, 1 if one failed, else 0.
+    """Run accelerate's launcher. Returns 2 if a rank reported a mistake of the user, 1 if a rank failed, else 0.
 
-    A signal that ends a rank or this process gives 128 and its number, as in a shell.
+    If a signal ends this process, or a single rank without torchrun, returns 128 plus its number, as a shell does.
     """
-    settle_names(None)
+    ensure_utf8(None)
     console.best_effort(waits=False)
     if console.LOG_VARIABLE in os.environ:
         console.keep_in(Path(os.environ[console.LOG_VARIABLE]))
     from accelerate.commands.launch import main as accelerate_launch
 
-    os.environ[LAUNCHER_PID] = str(os.getpid())  # a rank that starts when this has ended shall notice
+    os.environ[LAUNCHER_PID] = str(os.getpid())  # so a rank that starts after this process has ended notices that
     os.environ[HANDLED] = ",".join(handled_signals())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -48,15 +48,15 @@ def main() -> int:
         if any(failure.exitcode == 2 for failure in error.failures.values()):
             return 2
         rank, failure = error.get_first_failure()
-        print(f"rank {rank} failed first, {how_it_ended(failure.exitcode)}", file=sys.stderr)
+        print(f"rank {rank} failed first, {describe_exit(failure.exitcode)}", file=sys.stderr)
         return 1
     return 0
 
 
 def handled_signals() -> list[str]:
-    """What torchrun's agent ends its ranks at: none of the signals that this process was started to ignore.
+    """Return the signals at which torchrun's agent ends its ranks: none that this process was started to ignore.
 
-    `nohup` ignores SIGHUP, kfood_dist.launch.supervise the requests to stop.
+    `nohup` makes this process ignore SIGHUP. kfood_dist.launch.supervise makes it ignore the requests to stop.
     """
     requests = [number for number in (signal.SIGTERM, signal.SIGHUP) if not is_ignored(number)]
     return [number.name for number in (signal.SIGINT, signal.SIGQUIT, *requests)]

@@ -1,10 +1,12 @@
-"""Starts `kfood train` and `kfood eval` under `accelerate launch`, on what this machine or job has.
+"""Start `kfood train` and `kfood eval` under `accelerate launch`, on the hardware of this machine or job.
 
     machine, job, ZeRO stage, --processes ──► choose_launch ──► Launch (configuration, processes, why) ──► accelerate
 
-Run by launch/train.sh and launch/eval.sh; in a job of several machines, once on each. What is wrong with a recipe is
-said here, before any rank starts. The exit status of training: 0 finished, 75 stopped as asked and to be started
-again, 2 a mistake to mend, 1 failed, 130 interrupted.
+launch/train.sh and launch/eval.sh run it, once on each machine of a job. Mistakes in a recipe are reported here, before
+any rank starts.
+
+The exit status of a training is 0 if it finished, 75 if it stopped as asked (start it again to resume), 2 for a mistake
+of the user, 1 if it failed, 130 if it was interrupted.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from kfood_dist.system import console, gpus
 from kfood_dist.system.cluster import Cluster, require_one_node
 from kfood_dist.system.gpus import Gpus
 from kfood_dist.system.locks import require_free
-from kfood_dist.system.utf8 import settle_names
+from kfood_dist.system.utf8 import ensure_utf8
 from kfood_dist.system.words import plural
 from kfood_dist.train import main as training
 from kfood_dist.train.dry_run import shortened
@@ -41,12 +43,12 @@ ALONE = Cluster()
 
 @dataclass(frozen=True)
 class Machine:
-    """What matters here of a machine: GPUs that torch can use, cores, and whether DeepSpeed can run."""
+    """A machine: the GPUs that torch can use, the cores, and whether DeepSpeed is installed."""
 
     num_gpus: int
     num_cores: int
     has_deepspeed: bool
-    emulates_bf16: str = ""  # the first GPU that has no units for bf16
+    emulates_bf16: str = ""  # the first GPU without hardware for bf16; empty if there is none
 
     @property
     def default_processes(self) -> int:
@@ -55,18 +57,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start: an accelerate configuration of launch/accelerate, how many processes here, and why."""
+    """The way to start: a configuration of launch/accelerate, the number of processes on this machine, and why."""
 
     configuration: str
-    processes: int  # on this machine; every machine of a job has as many
+    processes: int  # on this machine; every machine of a job has the same number
     zero_stage: int
     why: str
 
 
-def look_around(look: Callable[[], Gpus] = gpus.look) -> Machine:
-    """Describe the machine this runs on; CUDA_VISIBLE_DEVICES counts, as it does for torch.
+def describe_machine(look: Callable[[], Gpus] = gpus.look) -> Machine:
+    """Describe this machine. CUDA_VISIBLE_DEVICES applies, as it does for torch.
 
-    Raises LaunchError if there are GPUs that torch cannot use: training would go on on the CPU, or fail once loaded.
+    Raises LaunchError if there are GPUs that torch cannot use: training would run on the CPU, or fail after loading.
     """
     found = look()
     if fault := gpus.trouble(found):
@@ -80,18 +82,18 @@ def look_around(look: Callable[[], Gpus] = gpus.look) -> Machine:
 
 
 def precision_notice(machine: Machine, precision: str) -> str:
-    """What to say of a machine that would compute in bf16 without units for it; empty where there is nothing."""
+    """Return a notice if the machine would compute in bf16 without hardware for it, else an empty string."""
     if not machine.emulates_bf16 or precision != "bf16":
         return ""
     return f"{machine.emulates_bf16} emulates bf16, which is slow → --set model.precision=fp16"
 
 
 def choose_launch(machine: Machine, zero_stage: int, processes: int | None, num_machines: int = 1) -> Launch:
-    """Pick processes and configuration; a pure function. `zero_stage` 0 means without DeepSpeed.
+    """Pick processes and configuration. A pure function. `zero_stage` 0 means without DeepSpeed.
 
-    `processes`, as everything else here but `num_machines`, is of one machine.
+    `processes` and all other values except `num_machines` are of one machine.
 
-    Raises LaunchError for what the machine cannot do.
+    Raises LaunchError if the machine cannot run that.
     """
     num_gpus = machine.num_gpus
     if num_gpus and processes and processes > num_gpus:
@@ -113,7 +115,7 @@ def choose_launch(machine: Machine, zero_stage: int, processes: int | None, num_
                 f"train.zero_stage is {zero_stage}, but deepspeed is not installed",
                 "pip install deepspeed, or --set train.zero_stage=0 to train with DDP",
             )
-        zero_stage, where = 0, f"{where}; deepspeed is not installed, and one process does without"
+        zero_stage, where = 0, f"{where}; deepspeed is not installed, and one process trains without it"
     if zero_stage:
         return Launch("deepspeed", count, zero_stage, f"{where}, DeepSpeed ZeRO-{zero_stage}")
     if total == 1:
@@ -122,9 +124,10 @@ def choose_launch(machine: Machine, zero_stage: int, processes: int | None, num_
 
 
 def parse_processes(text: str | None, machine: Machine, recipe: Recipe | None = None, machines: int = 1) -> int | None:
-    """The number that `--processes` asks for; None if it does not say. `fit` is the most that divide a global batch.
+    """Return the number that `--processes` asks for, or None if it is not given.
 
-    Raises LaunchError for what is no number.
+    `fit` needs a recipe: it is the most processes that can cut the recipe's global batch. Raises LaunchError for any
+    other text that is not a number.
     """
     if text == "fit" and recipe is not None:
         return most_that_fit(recipe, machine.default_processes, machines)
@@ -135,9 +138,9 @@ def parse_processes(text: str | None, machine: Machine, recipe: Recipe | None = 
 
 
 def most_that_fit(recipe: Recipe, available: int, machines: int = 1) -> int:
-    """The most of `available` processes on each of `machines` that cut the recipe's global batch into micro-batches.
+    """Return the most processes on each of `machines` that cut the recipe's global batch into micro-batches.
 
-    All of them where none do, for preflight to say why.
+    The result is at most `available`. If no number fits, returns `available`, and preflight reports why.
     """
     batch, micro_batch = recipe.train.global_batch_size, recipe.train.micro_batch_size
     if batch is None:
@@ -146,7 +149,7 @@ def most_that_fit(recipe: Recipe, available: int, machines: int = 1) -> int:
 
 
 def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = ALONE) -> list[str]:
-    """The whole command line; `verb` is what follows `kfood`. Port 0 lets accelerate take a free one."""
+    """Return the complete command line. `verb` is the part after `kfood`. Port 0 lets accelerate choose a free one."""
     several = [
         *("--num_machines", str(cluster.num_machines)),
         *("--machine_rank", str(cluster.machine_rank)),
@@ -164,25 +167,27 @@ def accelerate_command(launch: Launch, verb: Sequence[str], cluster: Cluster = A
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch", description="Start a verb on all GPUs of this machine or job.")
+    parser = argparse.ArgumentParser(prog="launch", description="Train or evaluate on all GPUs of this machine or job.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train = verbs.add_parser("train", help="train by a recipe; takes what `kfood train` takes", prog="launch/train.sh")
+    train = verbs.add_parser(
+        "train", help="train from a recipe; takes what `kfood train` takes", prog="launch/train.sh"
+    )
     training.add_arguments(train)
-    evaluate = verbs.add_parser("eval", help="measure a model; takes what `kfood eval` takes", prog="launch/eval.sh")
+    evaluate = verbs.add_parser("eval", help="evaluate a model; takes what `kfood eval` takes", prog="launch/eval.sh")
     evaluation.add_arguments(evaluate)
     add_processes(evaluate)
     return parser
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Declare the launcher's own option of an evaluation."""
+    """Declare the option of an evaluation that only the launcher has."""
     parser.add_argument("--processes", metavar="N", help="processes (default: one per GPU, or two on the CPU)")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Say what was picked and why, then train or evaluate; exit status 2 for a mistake."""
+    """Print what was picked and why, then train or evaluate. Returns exit status 2 for a mistake of the user."""
     try:
-        settle_names(argv)
+        ensure_utf8(argv)
     except LaunchError as error:
         print(f"launch: {error}", file=sys.stderr)
         return MISTAKE
@@ -208,7 +213,10 @@ class Start:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train the recipes in order, as long as each is finished. Raises KfoodError before the first one starts."""
+    """Train the recipes in order, and stop at the first one that does not finish. Returns the exit status.
+
+    Checks all recipes before the first one starts. Raises KfoodError for a mistake of the user.
+    """
     training.require_recipe(args)
     cluster = Cluster.here()
     if cluster.num_machines > 1 and len(args.recipes) > 1:
@@ -218,12 +226,12 @@ def train(args: argparse.Namespace) -> int:
     if cluster.is_head:
         named = ", ".join(map(str, args.recipes))
         print(f"launch train: checking {named}, this machine, the shards and the base model", flush=True)
-    machine = look_around()
+    machine = describe_machine()
     starts = [prepare_training(path, args, machine, cluster) for path in args.recipes]
     supervisor, tries = Supervisor(), args.dry_run is not None and cluster.is_head
     for start in starts:
         if not newest(start.recipe.run.dir / "checkpoints"):
-            require_adapter(start.recipe)  # now, as the recipe before this one may have made it
+            require_adapter(start.recipe)  # only now, because the recipe before this one may have made it
         if cluster.is_head:
             require_free(start.recipe.run.dir)
             start.recipe.run.dir.mkdir(parents=True, exist_ok=True)
@@ -232,8 +240,8 @@ def train(args: argparse.Namespace) -> int:
             print(f"launch train: {start.launch.why}{at}", flush=True)
             if notice := precision_notice(machine, start.recipe.model.precision):
                 print(f"launch train: {notice}", flush=True)
-        tell_shared_memory(start.launch, machine)
-        if tries:  # what a killed one left, before any rank looks there
+        warn_about_shared_memory(start.launch, machine)
+        if tries:  # remove what a killed dry run left, before any rank looks there
             shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
         command = accelerate_command(start.launch, start.verb, cluster)
         status = supervisor.run(command, environment_for(start.launch, machine), start.recipe.run.dir, cluster.is_head)
@@ -241,54 +249,57 @@ def train(args: argparse.Namespace) -> int:
             shutil.rmtree(start.recipe.run.dir, ignore_errors=True)
         if status != FINISHED:
             return status
-        if supervisor.asked and start is not starts[-1]:
+        if supervisor.stop_requested and start is not starts[-1]:
             return STOPPED
     return FINISHED
 
 
 def prepare_training(path: Path, args: argparse.Namespace, machine: Machine, cluster: Cluster) -> Start:
-    """Pick how to train one recipe, and check all of it that can be checked now."""
+    """Pick how to train one recipe, and check everything that can be checked now."""
     recipe = load_recipe(path, args.set)
     processes = parse_processes(args.processes, machine, recipe, cluster.num_machines)
     launch = choose_launch(machine, recipe.train.zero_stage, processes, cluster.num_machines)
     overrides = [*args.set, f"train.zero_stage={launch.zero_stage}"]
     recipe = load_recipe(path, overrides)
     if cluster.is_head and args.dry_run is None:
-        require_free(recipe.run.dir)  # a run under way there removes checkpoints while they are checked
+        require_free(recipe.run.dir)  # a run that is training there could remove checkpoints during the check
     preflight(recipe, launch.processes * cluster.num_machines)
     recipe = recipe if args.dry_run is None else shortened(recipe, args.dry_run)
-    return Start(recipe, launch, training.words_of(args, [path], overrides))
+    return Start(recipe, launch, training.command_words(args, [path], overrides))
 
 
 def evaluate(args: argparse.Namespace, argv: list[str]) -> int:
-    """Say that an earlier report answers the question, or become `accelerate launch` on this machine."""
+    """Replace this process by `accelerate launch` on this machine.
+
+    If an earlier report has the same evaluation, prints that and returns FINISHED instead.
+    """
     require_one_node("an evaluation")
     print("launch eval: checking the shards, the settings and the base model", flush=True)
     task = evaluation.preflight(args)
     if task is None:
         return FINISHED
-    machine = look_around()
+    machine = describe_machine()
     launch = choose_launch(machine, 0, parse_processes(args.processes, machine))
     print(f"launch eval: {launch.why}", flush=True)
-    tell_shared_memory(launch, machine)
+    warn_about_shared_memory(launch, machine)
     if notice := precision_notice(machine, task.settings.precision):
         print(f"launch eval: {notice}", flush=True)
     own = argparse.ArgumentParser()
     add_processes(own)
-    _, words = own.parse_known_args(argv)  # all that `kfood eval` takes
+    _, words = own.parse_known_args(argv)  # the words that `kfood eval` takes
     command = accelerate_command(launch, words)
     os.execve(command[0], command, environment_for(launch, machine))
 
 
-def tell_shared_memory(launch: Launch, machine: Machine) -> None:
-    """Warn where NCCL may find too little shared memory, as in a container: its own error does not name it."""
+def warn_about_shared_memory(launch: Launch, machine: Machine) -> None:
+    """Warn if NCCL may find too little shared memory, as in a container. NCCL's own error does not name the cause."""
     for finding in check_shared_memory(num_gpus=min(launch.processes, machine.num_gpus)):
         if finding.level != OK:
             print(f"launch: {finding}", file=sys.stderr, flush=True)
 
 
 def environment_for(launch: Launch, machine: Machine) -> dict[str, str]:
-    """This process's environment, and what it leaves open."""
+    """Return this process's environment, with defaults for the variables that it does not set."""
     threads = str(max(1, machine.num_cores // launch.processes))
     settled = {"OMP_NUM_THREADS": threads} | ({} if machine.num_gpus else {"DS_ACCELERATOR": "cpu"})
     return settled | dict(os.environ)

@@ -1,1 +1,1 @@
-"""The base model, its adapters, and what is trained of it."""
+"""The base model, its adapters, and the parts of it that train."""

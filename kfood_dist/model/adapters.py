@@ -1,10 +1,10 @@
-"""What a run hands out, in peft's layout: LoRA, and the whole weights of parts that train in full.
+"""What a run publishes, in peft's layout: LoRA, and all weights of the parts that train in full.
 
-    attach ──► train ──► adapter_weights ──► save_adapter ──► peft loads it; a next run starts from it (load_adapter)
+    attach_lora ──► train ──► adapter_weights ──► save_adapter ──► peft or the next run (load_adapter) loads it
 
-The target is one anchored expression, not a list of suffixes: the vision tower's MLPs share the names gate_proj,
-up_proj and down_proj and would be adapted too, silently. A part that trains in full is one of peft's
-`modules_to_save`, but trains in place: peft would keep a second, frozen copy of it.
+The target is one anchored regular expression, not a list of suffixes. The vision tower's MLPs also have layers named
+gate_proj, up_proj and down_proj, and suffixes would adapt them too, without a warning. A part that trains in full is
+one of peft's `modules_to_save`. It trains in place, because peft would keep a second, frozen copy of it.
 """
 
 import json
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 PROMPT_FILE = "kfood.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of an adapter's tensors, before the names of the base's modules
-_SAVED_ALONG = ("embed", "lm_head")  # weights of the base that peft may save along
+_PREFIX = "base_model.model."  # in the names of an adapter's tensors, before the name in the base
+_EXTRA_BASE_WEIGHTS = ("embed", "lm_head")  # weights of the base that peft may save with an adapter
 _COPY = "copy the adapter's folder from its run again"
 
 
 def target_pattern(family: Family, target_modules: tuple[str, ...]) -> str:
-    """The expression that peft matches against whole module names, for the language model's layers."""
+    """Return the regular expression for the language model's layers. peft matches it with complete module names."""
     names = "|".join(map(re.escape, target_modules))
     return rf"{re.escape(family.language_model)}\.layers\.\d+\.\w+\.({names})"
 
@@ -40,24 +40,24 @@ def target_pattern(family: Family, target_modules: tuple[str, ...]) -> str:
 def require_parts_possible(family: Family, parts: Parts) -> None:
     """Raise RecipeError for parts that this family cannot train, or that do not go together.
 
-    peft keeps a module whole or LoRA in it, not both.
+    peft keeps either a full module or the LoRA in it, but not both.
     """
     if parts.tower.train != "frozen" and not family.tower_trains:
         raise RecipeError(
-            f"parts.tower is {parts.tower.train}, and the last layers of a {family.title}'s tower get no gradient",
-            "set parts.tower=frozen; its connector and language model train",
+            f"parts.tower is {parts.tower.train}, but the last layers of a {family.title}'s tower get no gradient",
+            "set parts.tower=frozen; the connector and the language model can train",
         )
     if parts.tower.train == "full" and parts.connector.train == "lora" and family.connector_is_inside:
         raise RecipeError(
-            f"parts.tower is full and parts.connector lora, and a {family.title}'s connector lies in its tower",
+            f"parts.tower is full and parts.connector is lora, but a {family.title}'s connector is inside its tower",
             "set parts.connector to full or frozen",
         )
 
 
 def attach_lora(model: Any, family: Family, parts: Parts, lora: Lora) -> Any:
-    """Wrap a frozen base in LoRA adapters where `parts` say so; returns the PeftModel.
+    """Wrap a frozen base in LoRA adapters for the parts with `lora`, and return the PeftModel.
 
-    Raises ModelError if a target is missing in any layer of the language model.
+    Raises ModelError if any layer of the language model lacks a target.
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -76,13 +76,13 @@ def attach_lora(model: Any, family: Family, parts: Parts, lora: Lora) -> Any:
         target_modules="|".join(patterns) or DUMMY_TARGET_MODULES,
     )
     adapted = get_peft_model(model, config)
-    # For those who load the adapter; set now, it makes no copies.
-    config.modules_to_save = family.whole_paths(parts.trained_whole()) or None
+    # Needed to load the adapter later. It is set only now, so that peft makes no copies.
+    config.modules_to_save = family.paths_in_full(parts.parts_in_full()) or None
     return adapted
 
 
 def _linear_patterns(model: "nn.Module", family: Family, part: str) -> list[str]:
-    """An expression for each kind of linear layer of a part; layers that differ in their number alone share one."""
+    """Return an expression for each kind of linear layer of a part. Names that differ only in a number share one."""
     from torch import nn
 
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
@@ -102,23 +102,23 @@ def _require_matches(model: "nn.Module", family: Family, pattern: str, target_mo
 
 
 def adapted_modules(model: "nn.Module") -> list[str]:
-    """Names of the modules that carry an adapter."""
+    """Return the names of the modules that have an adapter."""
     return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
 
 
 def save_adapter(model: Any, folder: Path, facts: dict[str, Any], weights: dict[str, Any] | None = None) -> None:
-    """Write the adapter in PEFT's layout, with `facts` (prompt, image size, …) beside it as kfood.json.
+    """Write the adapter in peft's layout, and `facts` (prompt, image size, …) beside it as kfood.json.
 
-    `weights` are those of `adapter_weights`, which every rank must have asked for under ZeRO-3.
+    `weights` is the result of `adapter_weights`. Under ZeRO-3, every rank must have called that function.
     """
     from safetensors.torch import save_file
 
     weights = adapter_weights(model) if weights is None else weights
     lora = {name: weight for name, weight in weights.items() if ".lora_" in name}
-    # "auto" would ask the hub, at every checkpoint, whether the base's vocabulary has changed.
+    # "auto" would ask the hub at every checkpoint whether the base's vocabulary has changed.
     model.save_pretrained(folder, state_dict=lora, save_embedding_layers=False)
     if len(lora) < len(weights):
-        # Copies, since a head may share the embedding's weights, and the format shares nothing.
+        # Copies, because a head may share the embedding's weights, and the format cannot hold shared weights.
         all_of_it = {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
         save_file(all_of_it, folder / WEIGHTS_FILE, {"format": "pt"})
     text = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
@@ -126,9 +126,9 @@ def save_adapter(model: Any, folder: Path, facts: dict[str, Any], weights: dict[
 
 
 def read_adapter_facts(folder: Path) -> dict[str, Any]:
-    """What `save_adapter` kept beside an adapter; empty for an adapter made elsewhere.
+    """Return the facts that `save_adapter` wrote beside an adapter; empty for an adapter of another program.
 
-    Raises ModelError if the folder holds no adapter.
+    Raises ModelError if the folder holds no adapter, or if its kfood.json cannot be read.
     """
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(
@@ -146,7 +146,7 @@ def read_adapter_facts(folder: Path) -> dict[str, Any]:
 
 
 def require_adapter(recipe: Recipe) -> None:
-    """Raise ModelError if the adapter a recipe starts from is missing, or of another form than the recipe's own."""
+    """Raise ModelError if a recipe's adapter is missing, or if its parts or LoRA settings differ from the recipe's."""
     if recipe.model.adapter is not None:
         facts = read_adapter_facts(recipe.model.adapter)
         _require_same_parts(recipe.model.adapter, facts, recipe.parts)
@@ -154,11 +154,11 @@ def require_adapter(recipe: Recipe) -> None:
 
 
 def _require_same_parts(folder: Path, facts: dict[str, Any], parts: Parts) -> None:
-    own, found = parts.ways(), facts.get("parts", Parts().ways())
+    own, found = parts.train_modes(), facts.get("parts", Parts().train_modes())
     if own != found:
         raise ModelError(
-            f"model.adapter {folder} was trained with parts {found}, and the recipe says {own}",
-            "give the recipe the adapter's own parts, or leave model.adapter out",
+            f"model.adapter {folder} was trained with parts {found}, but the recipe has {own}",
+            "set the adapter's parts in the recipe, or remove model.adapter",
         )
 
 
@@ -172,15 +172,19 @@ def _require_same_form(folder: Path, lora: Lora, parts: Parts) -> None:
     own = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
     found = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha"), "target_modules": modules}
     words = {"r": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules"}
-    ways = parts.ways()
+    train_modes = parts.train_modes()
     counting = [
-        key for key in own if "lora" in ways.values() and (key != "target_modules" or ways[LANGUAGE_MODEL] == "lora")
+        key
+        for key in own
+        if "lora" in train_modes.values() and (key != "target_modules" or train_modes[LANGUAGE_MODEL] == "lora")
     ]
-    differing = [f"{words[key]} is {own[key]}, its own {found[key]}" for key in counting if own[key] != found[key]]
+    differing = [
+        f"{words[key]} is {own[key]}, the adapter's is {found[key]}" for key in counting if own[key] != found[key]
+    ]
     if differing:
         raise ModelError(
-            f"model.adapter {folder} is of another form: {'; '.join(differing)}",
-            "give the recipe the adapter's own values, or leave model.adapter out",
+            f"model.adapter {folder} does not match the recipe: {'; '.join(differing)}",
+            "set the adapter's values in the recipe, or remove model.adapter",
         )
 
 
@@ -190,7 +194,7 @@ def _weight_names(folder: Path) -> list[str]:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Put a saved adapter's weights into a PeftModel's fresh ones.
+    """Load a saved adapter's weights into a new PeftModel.
 
     Raises ModelError if they do not fit the model or are not finite.
     """
@@ -201,15 +205,15 @@ def load_adapter(model: Any, folder: Path) -> None:
     _require_finite(folder, weights)
     lora = {name: weight for name, weight in weights.items() if ".lora_" in name}
     whole = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-    asked = {name for name in _trained(model) if ".lora_" not in name}
+    expected = {name for name in _trained(model) if ".lora_" not in name}
     try:
         result = set_peft_model_state_dict(model, lora)
-        faults = [f"the model knows no {name}" for name in (*result.unexpected_keys, *sorted(whole.keys() - asked))]
+        faults = [f"the model has no {name}" for name in (*result.unexpected_keys, *sorted(whole.keys() - expected))]
         faults += [f"it lacks {name}" for name in result.missing_keys if ".lora_" in name]
-        faults += [f"it lacks {name}" for name in sorted(asked - whole.keys())]
+        faults += [f"it lacks {name}" for name in sorted(expected - whole.keys())]
         if not faults:
             model.load_state_dict(whole, strict=False)
-    except RuntimeError as error:  # another shape
+    except RuntimeError as error:  # a weight has another shape
         faults = [str(error).strip().splitlines()[-1].strip()]
     if faults:
         raise ModelError(
@@ -219,8 +223,11 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def adapter_weights(model: Any) -> dict[str, "torch.Tensor"]:
-    """All that is trained, by PEFT's names: LoRA, and parts in full. Under ZeRO-3, which shards it, a collective."""
-    whole = _whole_prefixes(model)
+    """Return all trained weights by peft's names: LoRA, and parts in full.
+
+    It is a collective under ZeRO-3, which shards them.
+    """
+    whole = _full_prefixes(model)
     named = [(name, p) for name, p in model.named_parameters() if hasattr(p, "ds_id")]
     sharded = [p for name, p in named if p.requires_grad or name.startswith(whole)]
     if not sharded:
@@ -231,25 +238,25 @@ def adapter_weights(model: Any) -> dict[str, "torch.Tensor"]:
         return {name: weight.clone() for name, weight in _trained(model).items()}
 
 
-def _whole_prefixes(model: Any) -> tuple[str, ...]:
-    """What the names of all parameters begin with that lie in modules which train in full."""
+def _full_prefixes(model: Any) -> tuple[str, ...]:
+    """Return the prefixes of the names of all parameters in modules that train in full."""
     return tuple(f"{_PREFIX}{path}." for path in model.peft_config["default"].modules_to_save or ())
 
 
 def _trained(model: Any) -> dict[str, "torch.Tensor"]:
     from peft import get_peft_model_state_dict
 
-    # All of such a module, frozen parts of it too, and a tied head by its own name: as peft would have it.
-    named, prefixes = model.named_parameters(remove_duplicate=False), _whole_prefixes(model)
+    # A module that trains in full comes with its frozen parts, and a tied head with its own name, as peft saves them.
+    named, prefixes = model.named_parameters(remove_duplicate=False), _full_prefixes(model)
     whole = {name: weight.detach() for name, weight in named if name.startswith(prefixes) and ".lora_" not in name}
     return {**get_peft_model_state_dict(model, save_embedding_layers=False), **whole}
 
 
 def require_adapter_fits(base: str, adapter: Path) -> None:
-    """Raise ModelError unless an adapter has every matrix its config asks for, no other, and all fit layers of `base`.
+    """Raise ModelError unless an adapter has exactly the matrices of its config, and all fit layers of `base`.
 
-    Also raises it for values that are not finite. The base's weights are not read. peft itself only warns of missing
-    matrices, and continues with a half-adapted model.
+    Also raises it for values that are not finite. Reads no weights of the base. peft itself only warns about missing
+    matrices, and continues with a partly adapted model.
     """
     import torch
     from safetensors.torch import load_file
@@ -273,7 +280,7 @@ def require_adapter_fits(base: str, adapter: Path) -> None:
                 + ("is not in it" if features is None else f"has {features} features, not {shape}"),
                 "name the base model that the adapter was trained on",
             )
-    require_whole_adapter(model, adapter, shapes)
+    require_adapter_matches_config(model, adapter, shapes)
     _require_finite(adapter, weights)
 
 
@@ -286,11 +293,11 @@ def _require_finite(adapter: Path, weights: "dict[str, torch.Tensor]") -> None:
         )
 
 
-def require_whole_adapter(model: Any, adapter: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def require_adapter_matches_config(model: Any, adapter: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise ModelError, with the names, unless `shapes` are those of the tensors that the adapter's config asks for.
 
-    Weights of the base that peft saved along with an adapter, such as embeddings, may be there too. `model`, a base on
-    the meta device, gets the adapter's empty layers.
+    Weights of the base that peft saved with an adapter, such as embeddings, are allowed. `model` is a base on the meta
+    device. This function adds the adapter's empty layers to it.
     """
     import torch
     from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -301,17 +308,17 @@ def require_whole_adapter(model: Any, adapter: Path, shapes: dict[str, tuple[int
             inject_adapter_in_model(PeftConfig.from_pretrained(str(adapter)), model)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{adapter}/adapter_config.json cannot be used ({error})", _COPY) from None
-    asked = {_PREFIX + name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
-    found = {n: shape for n, shape in shapes.items() if n in asked or n.replace(".base_layer", "") not in of_base}
-    unnamed = (n for n in shapes.keys() - found.keys() if not any(word in n for word in _SAVED_ALONG))
-    faults = [f"it lacks {name}" for name in sorted(asked.keys() - found.keys())]
-    faults += [f"its config names no {name}" for name in sorted(unnamed)]
-    faults += [f"its config knows no {name}" for name in sorted(found.keys() - asked.keys())]
+    expected = {_PREFIX + name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    found = {n: shape for n, shape in shapes.items() if n in expected or n.replace(".base_layer", "") not in of_base}
+    unnamed = (n for n in shapes.keys() - found.keys() if not any(word in n for word in _EXTRA_BASE_WEIGHTS))
+    faults = [f"it lacks {name}" for name in sorted(expected.keys() - found.keys())]
+    faults += [f"its config does not name {name}" for name in sorted(unnamed)]
+    faults += [f"its config does not have {name}" for name in sorted(found.keys() - expected.keys())]
     faults += [
-        f"{name} is {found[name]}, not {asked[name]}"
-        for name in sorted(found.keys() & asked.keys())
-        if found[name] != asked[name]
+        f"{name} is {found[name]}, not {expected[name]}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
     ]
     if faults:
-        more = f"; and {len(faults) - 3} faults more" if len(faults) > 3 else ""
-        raise ModelError(f"adapter {adapter} is not whole: {'; '.join(faults[:3])}{more}", _COPY)
+        more = f"; and {len(faults) - 3} more faults" if len(faults) > 3 else ""
+        raise ModelError(f"adapter {adapter} does not match its config: {'; '.join(faults[:3])}{more}", _COPY)

@@ -1,4 +1,4 @@
-"""The families of models: where the parts of each lie, and how it takes pictures. One row makes a family known.
+"""The families of models: where the parts of each are, and how it takes pictures. One row adds a family.
 
 Module paths are those of transformers 5, from the root of the model's `…ForConditionalGeneration`.
 """
@@ -14,9 +14,10 @@ LANGUAGE_MODEL, TOWER, CONNECTOR, HEAD = "language_model", "tower", "connector",
 
 @dataclass(frozen=True)
 class Family:
-    """One family. `pictures` names a way of `vision.py`; `token_types` the input that marks image tokens, if any.
+    """One family. `pictures` selects a loader of `vision.py`.
 
-    The connector turns the vision tower's features into the language model's; it may lie inside the tower.
+    `token_types` is the model input that marks image tokens, or empty. The connector turns the features of the vision
+    tower into those of the language model. It may be inside the tower.
     """
 
     title: str
@@ -26,11 +27,11 @@ class Family:
     token_types: str = ""
     language_model: str = "model.language_model"
     head: str = "lm_head"
-    tower_trains: bool = True  # False: layers behind the features get no gradient, and DDP fails
+    tower_trains: bool = True  # False: layers after the features get no gradient, so DDP fails
 
     @property
     def paths(self) -> dict[str, str]:
-        """The module path of each part; of two that lie in each other, the inner one first."""
+        """The module path of each part. If one part is inside another, the inner one comes first."""
         return {
             CONNECTOR: self.connector,
             TOWER: self.tower,
@@ -38,27 +39,27 @@ class Family:
             HEAD: self.head,
         }
 
-    def whole_paths(self, parts: Sequence[str]) -> list[str]:
-        """The modules that train where these parts do so in full, none inside another; a head goes with its model."""
+    def paths_in_full(self, parts: Sequence[str]) -> list[str]:
+        """Return the modules to train in full for these parts, none inside another. The head trains with its model."""
         found = [self.paths[part] for part in parts] + ([self.head] if LANGUAGE_MODEL in parts else [])
         return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
     @property
     def connector_is_inside(self) -> bool:
-        """Whether the connector lies in the tower."""
+        """Whether the connector is inside the tower."""
         return self.connector.startswith(f"{self.tower}.")
 
-    def sees(self, name: str) -> bool:
-        """Whether a module or parameter lies in the tower or the connector, which make features of a picture."""
+    def is_visual(self, name: str) -> bool:
+        """Return whether a module or parameter is in the tower or the connector, which make features of a picture."""
         return any(f"{name}.".startswith(f"{path}.") for path in (self.tower, self.connector))
 
     def part_of(self, name: str) -> str | None:
-        """The part that a module or parameter belongs to, by its path; None if no part claims it."""
+        """Return the part that a module or parameter belongs to by its path, or None if it belongs to no part."""
         return next((part for part, path in self.paths.items() if f"{name}.".startswith(f"{path}.")), None)
 
 
 def _qwen(title: str) -> Family:
-    # Without the token types, mRoPE's positions are wrong, silently.
+    # Without the token types, the positions of mRoPE are wrong, without a warning.
     return Family(title, "model.visual", "model.visual.merger", "patches", token_types="mm_token_type_ids")
 
 
@@ -70,7 +71,7 @@ FAMILIES = {
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model by its transformers config, which is known to be supported (`require_supported`)."""
+    """Return the family of a model by its transformers config, which `require_supported` has accepted."""
     return FAMILIES[config.model_type]
 
 
@@ -78,5 +79,5 @@ def require_supported(base: str, model_type: Any) -> None:
     """Raise ModelError unless the trainer was tested with this `model_type` of a config."""
     if model_type not in list(FAMILIES):
         known = " or ".join(f"{family.title} ({kind})" for kind, family in FAMILIES.items())
-        what = f"is a {model_type}, which this trainer was not tested with" if model_type else "names no type of model"
+        what = f"is a {model_type}, which this trainer was not tested with" if model_type else "names no model type"
         raise ModelError(f"base model {base} {what}", f"use a {known}")

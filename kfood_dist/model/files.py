@@ -1,9 +1,9 @@
-"""Where a base model's files lie, and whether they are whole. Reads headers alone, so a 72B model takes a second.
+"""Where a base model's files are, and whether they are complete. Reads only headers, so a 72B model takes a second.
 
-    model.base ──► require_base ──► a whole folder, a whole snapshot in the hub's cache, or a hub that answers
-              └──► located ──► what every load is given: that folder; the hub name only until it is downloaded
+    model.base ──► require_base ──► a complete folder, a complete snapshot in the hub's cache, or a hub that answers
+              └──► located ──► what every load gets: that folder, or the hub name until it is downloaded
 
-Always holds: once a hub name is whole in the cache, it is read from there and the network is asked nothing.
+Always holds: a hub name whose snapshot is complete in the cache is read from there, without any network access.
 """
 
 import json
@@ -20,13 +20,13 @@ from kfood_dist.model.family import require_supported
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_TIMEOUT_S = 5.0
 
-# Each line is one need besides config.json and the weights: any file of it, or any pair, will do.
+# Each line is one need besides config.json and the weights. Any one of its files, or of its pairs of files, is enough.
 _SMALL_FILES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("tokenizer_config.json",),),
     (("tokenizer.json",), ("vocab.json", "merges.txt")),
     (("preprocessor_config.json",), ("processor_config.json",)),
 )
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")  # one may be there; if so, it is read
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")  # optional; if one exists, it is read
 _POINTER = b"version https://git-lfs"
 _MISSING = "is missing"
 _SHOWN = 4
@@ -34,21 +34,21 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Fault:
-    """One file that is not as it should be: `what` goes on from its name, such as "is empty"."""
+    """One file with a fault. `what` continues a sentence that begins with its name, such as "is empty"."""
 
     name: str
     what: str
 
 
 def require_base(base: str) -> None:
-    """Raise ModelError, within seconds, unless `base` is a whole local folder, whole in the hub's cache or on the hub.
+    """Raise ModelError, within seconds, unless `base` is complete in a folder or in the hub's cache, or is on the hub.
 
-    Whole means: every file that loading needs is there, every shard of the index has its header and its full length,
-    and holds the tensors that the index maps to it. A type of model that was not tested is refused too.
+    Complete means: every file that loading needs exists, and every shard of the index has its header, its full length
+    and the tensors that the index maps to it. Also raises ModelError for a model type that was not tested.
     """
     folder = Path(base)
-    if os.path.isdir(folder):  # False too for what can be no path
-        _require_type(base, folder)  # first: a text model lacks no files
+    if os.path.isdir(folder):  # also False for a text that cannot be a path
+        _require_type(base, folder)  # first: a text model is not an incomplete folder
         _refuse(f"base model folder {folder}", list(find_faults(folder)), _folder_remedy(folder))
     elif folder.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
         raise ModelError(
@@ -68,14 +68,14 @@ def require_base(base: str) -> None:
 def _require_type(base: str, folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # told as a fault of the file, or by who reads it
+    except (OSError, ValueError):  # reported later: as a fault of the file, or when it is read
         return
     if isinstance(config, dict):
         require_supported(base, config.get("model_type"))
 
 
 def base_folder(base: str) -> Path | None:
-    """Where the files of `base` lie here: its folder, or its whole snapshot in the hub's cache; else None."""
+    """Return where the files of `base` are here: its folder, or its complete snapshot in the hub's cache, or None."""
     if os.path.isdir(base):
         return Path(base)
     snapshot = _snapshot(base)
@@ -83,7 +83,7 @@ def base_folder(base: str) -> Path | None:
 
 
 def fetched_folder(base: str) -> Path:
-    """Where the files of `base` lie here, its weights too; from the hub, they are downloaded first."""
+    """Return where the files of `base` are here, with its weights. Downloads them if they are only on the hub."""
     if folder := base_folder(base):
         return folder
     import huggingface_hub
@@ -92,12 +92,12 @@ def fetched_folder(base: str) -> Path:
 
 
 def located(base: str) -> str:
-    """What transformers is given to load `base`: the folder of its files, or its hub name if they are still missing."""
+    """Return what transformers gets to load `base`: the folder of its files, or its hub name if they are not here."""
     return str(base_folder(base) or base)
 
 
 def find_faults(folder: Path) -> Iterator[Fault]:
-    """What keeps the model in `folder` from being loaded, file by file; nothing if it is whole."""
+    """Yield what prevents loading the model in `folder`, file by file. Yields nothing if the folder is complete."""
     if fault := _file_fault(folder / "config.json"):
         yield fault
     if (folder / WEIGHTS).exists():  # transformers prefers it to an index
@@ -108,7 +108,7 @@ def find_faults(folder: Path) -> Iterator[Fault]:
         yield Fault("*.safetensors", _MISSING)
     for choices in _SMALL_FILES:
         faults = [[fault for name in names if (fault := _file_fault(folder / name))] for names in choices]
-        if all(faults):  # then the first choice tells, unless another one is there and damaged
+        if all(faults):  # then report a choice that exists but is damaged, else the first
             yield from next((found for found in faults if any(f.what != _MISSING for f in found)), faults[0])
     templates = (_file_fault(folder / name) for name in _TEMPLATES)
     yield from (fault for fault in templates if fault and fault.what != _MISSING)
@@ -129,7 +129,7 @@ def _index_faults(folder: Path) -> Iterator[Fault]:
 
 
 def _shard_faults(path: Path, wanted: set[str]) -> Iterator[Fault]:
-    """Faults of one safetensors file: the library checks on opening that header, offsets and file size agree."""
+    """Yield the faults of one safetensors file. The library checks that its header, offsets and size agree."""
     from safetensors import SafetensorError, safe_open
 
     if fault := _file_fault(path):
@@ -150,7 +150,7 @@ def _file_fault(path: Path) -> Fault | None:
     try:
         with path.open("rb") as file:
             head = file.read(len(_POINTER))
-    except FileNotFoundError:  # also a link of the cache whose target is gone
+    except FileNotFoundError:  # also for a link in the cache whose target is missing
         return Fault(path.name, _MISSING)
     except OSError as error:
         return Fault(path.name, f"cannot be read ({error.strerror})")
@@ -160,12 +160,12 @@ def _file_fault(path: Path) -> Fault | None:
 
 
 def _refuse(where: str, faults: list[Fault], remedy: str) -> None:
-    """Raise ModelError if there are faults. Several missing files are told as one."""
+    """Raise ModelError if there are faults. Missing files are listed as one fault."""
     missing = [fault.name for fault in faults if fault.what == _MISSING]
-    told = [f"lacks {_listed(missing)}"] if missing else []
-    told += [f"{fault.name} {fault.what}" for fault in faults if fault.what != _MISSING][:_SHOWN]
-    if told:
-        raise ModelError(f"{where} is incomplete: {'; '.join(told)}", remedy)
+    problems = [f"lacks {_listed(missing)}"] if missing else []
+    problems += [f"{fault.name} {fault.what}" for fault in faults if fault.what != _MISSING][:_SHOWN]
+    if problems:
+        raise ModelError(f"{where} is incomplete: {'; '.join(problems)}", remedy)
 
 
 def _listed(names: list[str]) -> str:
@@ -181,20 +181,20 @@ def _folder_remedy(folder: Path) -> str:
 
 
 def _require_snapshot(name: str, snapshot: Path) -> None:
-    """Raise ModelError for a snapshot that has damaged files, or lacks some that the hub cannot be asked for."""
+    """Raise ModelError if a snapshot has damaged files, or lacks files and the hub cannot be reached."""
     _require_type(name, snapshot)
     faults = list(_snapshot_faults(snapshot))
     where = f"base model '{name}' in the hub cache ({snapshot})"
     if damaged := sorted({fault.name for fault in faults if fault.what != _MISSING}):
-        # The hub's client takes a file that is there for whole, and would not fetch it again by itself.
-        _refuse(where, faults, f"fetch them again: `hf download {name} {' '.join(damaged)} --force-download`")
+        # The hub's client treats an existing file as complete, and would not download it again by itself.
+        _refuse(where, faults, f"download them again: `hf download {name} {' '.join(damaged)} --force-download`")
     if faults and (reason := _ask_hub(name)):
-        remedy = f"complete the download where the hub can be reached: `hf download {name}`"
+        remedy = f"complete the download on a machine that reaches the hub: `hf download {name}`"
         _refuse(where, faults, f"{remedy} (from here: {reason})")
 
 
 def _snapshot_faults(snapshot: Path) -> Iterator[Fault]:
-    """Faults of a snapshot. One without a chat template counts as incomplete, since the hub may still have it."""
+    """Yield the faults of a snapshot. Without a chat template it is incomplete, because the hub may still have one."""
     yield from find_faults(snapshot)
     configs = [snapshot / name for name in ("tokenizer_config.json", "processor_config.json")]
     kept = [snapshot / name for name in (*_TEMPLATES, "additional_chat_templates")]
@@ -204,19 +204,22 @@ def _snapshot_faults(snapshot: Path) -> Iterator[Fault]:
 
 
 def _snapshot(name: str) -> Path | None:
-    """The folder in the hub's cache with the files of `name` that were downloaded so far, or None."""
+    """Return the folder in the hub's cache with the files of `name` that were downloaded so far, or None."""
     from huggingface_hub import constants
 
     repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     try:
         snapshot = repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8").strip()
         return snapshot if snapshot.is_dir() else None
-    except (OSError, ValueError):  # no such folder, or no name that could be one
+    except (OSError, ValueError):  # no such folder, or a name that cannot be one
         return None
 
 
 def _ask_hub(name: str) -> str | None:
-    """Why the hub does not give `name`, or None if it does. Waits at most HUB_TIMEOUT_S, even for a name server."""
+    """Return why the hub does not give `name`, or None if it does.
+
+    Waits at most HUB_TIMEOUT_S, even if a name server does not answer.
+    """
     import huggingface_hub
 
     reasons: list[str | None] = []
@@ -225,7 +228,7 @@ def _ask_hub(name: str) -> str | None:
         try:
             huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
             reasons.append(None)
-        except Exception as error:  # the client's errors have no common root; all mean: not to be had from here
+        except Exception as error:  # the errors have no common base class; all mean: not available
             reasons.append(type(error).__name__)
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -1,9 +1,9 @@
-"""Which base model a run was begun with: known by its tensors and by what its config means, not by how it is saved.
+"""The identity of a run's base model: its tensors and the meaning of its config, not the way in which it is saved.
 
     folder ──► fingerprint: names, types, shapes and first bytes of all tensors
-    config.json of then and of now ──► config_changes: the settings that differ, as this transformers reads both
+    config.json then and now ──► config_changes: the settings that differ when the installed transformers reads both
 
-Always holds: a model that was loaded and saved again is the same, whichever release of transformers saved it.
+Always holds: a model that is loaded and saved again keeps its identity, whichever release of transformers saves it.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ from kfood_dist.model.tensors import headers
 from kfood_dist.system.files import file_sha256
 
 _FIRST_BYTES = 4096
-# What saving a model again may change, though it computes the same; `type` is the older name of `rope_type`.
+# Keys that may change when the same model is saved again. `type` is the older name of `rope_type`.
 _BOOKKEEPING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "type", "use_cache"}
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256, in hex, over a base model's tensors: names, types, shapes, and the first 4 KiB of each.
+    """Return a SHA-256, in hex, over a base model's tensors: names, types, shapes, and the first 4 KiB of each.
 
-    It does not depend on the cut into files, their metadata or their order. Published names and those of
-    transformers 5 count as the same, and so do a tied head that is written out and one that is left out. Not every
-    byte is read, since that would cost a 3B model's whole reading. A model that was tuned differs in each tensor.
+    It does not depend on how the tensors are cut into files, nor on their metadata or order. Published names count as
+    the same as those of transformers 5. A tied head counts as the same whether the files contain it or not. Not every
+    byte is read, because that would mean reading all of a 3B model. A tuned model differs in each tensor.
     """
     found = {}
     for name, tensor in headers(folder).items():
@@ -41,20 +41,20 @@ def fingerprint(folder: Path) -> str:
 
 
 def _plain(name: str) -> str:
-    """A tensor's name without what releases of transformers put before it: `visual.…`, `layers.…`, `lm_head.…`."""
+    """Return a tensor's name without the prefixes of transformers releases: `visual.…`, `layers.…`, `lm_head.…`."""
     return re.sub(r"^((model|language_model)\.)+", "", name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The base model's config.json as it is written."""
+    """Return the base model's config.json as it is written."""
     return dict(json.loads((folder / "config.json").read_bytes()))
 
 
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings in which two config.json differ in meaning, in words.
+    """Describe in words the settings whose meaning differs between two config.json.
 
-    Both are read by the transformers of today, which fills in defaults and knows the older forms. A key that only one
-    of them has is a leftover: it means nothing to the model.
+    The installed transformers reads both: it fills in defaults and knows the older forms. A key that only one of them
+    has is ignored, because it means nothing to the model.
     """
     return list(_differing(_meaning(before), _meaning(now), ""))
 
@@ -62,7 +62,7 @@ def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    # A copy, since transformers moves keys about in what it is given.
+    # A copy, because transformers moves keys in the mapping that it gets.
     return AutoConfig.for_model(**json.loads(json.dumps(config))).to_dict()
 
 
@@ -74,8 +74,11 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any], path: str) -> 
             yield f"{path}{key} was {before[key]} and is now {now[key]}"
 
 
-def fingerprint_of_files(folder: Path) -> str:
-    """What an older checkpoint, without `base_config`, knows its base by: the bytes of config and headers count too."""
+def legacy_fingerprint(folder: Path) -> str:
+    """Return the fingerprint by which an older checkpoint, one without `base_config`, identifies its base.
+
+    It also covers the bytes of the config and of the headers.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -95,9 +98,9 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.txt")
 
 
 def base_fingerprint(base: str) -> str | None:
-    """What decides a base model's answers, as a SHA-256 in hex: its tensors' `fingerprint` and its small files.
+    """Return a SHA-256, in hex, over what decides a base model's answers: the `fingerprint` and the small files.
 
-    None if the model is not on this machine.
+    Returns None if the model is not on this machine.
     """
     folder = base_folder(base)
     if folder is None:
@@ -108,6 +111,6 @@ def base_fingerprint(base: str) -> str | None:
 
 
 def adapter_fingerprint(folder: Path) -> str:
-    """What identifies an adapter's weights and their configuration, as a SHA-256 in hex."""
+    """Return a SHA-256, in hex, over an adapter's weights and their configuration."""
     files = ("adapter_model.safetensors", "adapter_config.json")
     return hashlib.sha256("".join(file_sha256(folder / name) for name in files).encode()).hexdigest()

@@ -1,8 +1,9 @@
-"""The frozen base: 4-bit NF4 language model, everything else in the compute type.
+"""The frozen base model: a 4-bit NF4 language model, and everything else in the compute type.
 
-Always holds after `load_base`: every linear layer of the language model is 4-bit and none elsewhere (checked by
-type, since a wrong skip list is silent in transformers), nothing requires a gradient, the model is in training mode;
-under fp16 vision tower and connector are float32, because their activations outgrow fp16 (llama.cpp #17534).
+Always holds after `load_base`: nothing requires a gradient, and the model is in training mode. With NF4, every linear
+layer of the language model is 4-bit, and no other layer is. This is checked by type, because transformers does not warn
+of a wrong skip list. Under fp16, the vision tower and the connector are float32, because their activations exceed the
+range of fp16 (llama.cpp #17534).
 """
 
 from typing import Any
@@ -15,16 +16,16 @@ from kfood_dist.model.base import load_config
 from kfood_dist.model.family import LANGUAGE_MODEL, Family, family_of
 from kfood_dist.model.files import fetched_folder
 from kfood_dist.model.parts import require_quantized
-from kfood_dist.model.tensors import require_fitting, require_loaded, require_whole_packs
+from kfood_dist.model.tensors import require_complete_4bit, require_fitting, require_loaded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def quantization_config(dtype: torch.dtype, family: Family) -> Any:
-    """NF4 with double quantisation (QLoRA, arXiv 2305.14314), of the language model alone.
+    """Return the config for NF4 with double quantisation (QLoRA, arXiv 2305.14314) of only the language model.
 
-    Naming any list drops transformers' own default that spares the head, so it stands here too. Storage has the
-    compute type because ZeRO-3 and FSDP can only shard weights of one floating type.
+    Any list of skipped modules replaces transformers' own default, which skips the head. So the head is in this list
+    too. The storage type is the compute type, because ZeRO-3 and FSDP can only shard weights of one floating type.
     """
     from transformers import BitsAndBytesConfig
 
@@ -41,9 +42,11 @@ def quantization_config(dtype: torch.dtype, family: Family) -> Any:
 def load_base(base: str, quantization: str, precision: str, attention: str, device: torch.device) -> Any:
     """Load a base model from a folder or the hub, frozen, on `device`, in training mode.
 
-    Training mode from the start, because on a CPU with AVX512-BF16 the first forward in evaluation mode repacks
-    4-bit weights for inference, after which training is wrong or fails. Raises ModelError, also for a base that lacks a
-    tensor, has one in another shape or one too many: by name, and before the weights are read.
+    It is in training mode from the start. On a CPU with AVX512-BF16, the first forward pass in evaluation mode repacks
+    4-bit weights for inference, and training after that is wrong or fails.
+
+    Raises ModelError if the base cannot be loaded, lacks a tensor, has one in another shape or one too many. The error
+    names the tensors. It comes before the weights are read, unless the files are already 4-bit.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -55,17 +58,17 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     options: dict[str, Any] = {"use_safetensors": True}  # never a pickle
     if quantization == "nf4":
         options["quantization_config"] = quantization_config(dtype, family)
-    # In float32 a 3B model takes 15 GB, more than many a card without bf16 has.
+    # In float32 a 3B model takes 15 GB, more than many cards without bf16 have.
     cast_on_host = precision == "fp16" and quantization == "none"
-    if not is_deepspeed_zero3_enabled():  # which places the weights itself, and refuses to be told where
+    if not is_deepspeed_zero3_enabled():  # ZeRO-3 places the weights itself, and refuses a device map
         options["device_map"] = {"": "cpu" if cast_on_host else device}
-    # Under fp16 all is read as float32 first: fp16 has neither the range nor the small numbers of a bf16 file.
+    # Under fp16 all is read as float32 first, because fp16 has neither the range nor the small numbers of a bf16 file.
     options["dtype"] = torch.float32 if precision == "fp16" else dtype
     try:
         folder = fetched_folder(base)
-        is_packed = hasattr(config, "quantization_config")  # 4-bit in its files: transformers' own look must do
+        is_packed = hasattr(config, "quantization_config")  # the files are 4-bit: transformers' own check is used
         if is_packed:
-            require_whole_packs(base, folder)
+            require_complete_4bit(base, folder)
         else:
             require_fitting(base, folder, config)
         model, found = AutoModelForImageTextToText.from_pretrained(
@@ -82,7 +85,7 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
             f"base model {base} cannot be loaded ({type(error).__name__}: {str(error).strip()[:300]})",
             "run `kfood doctor`, then check model.base, model.quantization and model.attention",
         ) from error
-    model.name_or_path = model.config.name_or_path = base  # what adapters name as their base: never the cache's folder
+    model.name_or_path = model.config.name_or_path = base  # adapters name this as their base, not the cache's folder
     if quantization == "nf4":
         require_quantized(model, family)
     if precision == "fp16":
@@ -93,14 +96,14 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
 
 
 def cast_to_fp16(model: nn.Module, family: Family) -> None:
-    """Turn what is float32 in the language model and its head into fp16.
+    """Cast the float32 weights of the language model and its head to fp16.
 
-    Raises ModelError for a weight beyond fp16's range.
+    Raises ModelError if a weight is outside the range of fp16.
     """
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32 or family.sees(name):
+        if parameter.dtype != torch.float32 or family.is_visual(name):
             continue
         half = parameter.detach().half()
         if not torch.equal(half.isfinite(), parameter.isfinite()):
-            raise ModelError(f"{name} holds weights that fp16 cannot", "set model.precision to bf16 or fp32")
+            raise ModelError(f"{name} has weights outside the range of fp16", "set model.precision to bf16 or fp32")
         parameter.data = half

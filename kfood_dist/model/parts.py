@@ -1,6 +1,6 @@
-"""The parts of a model: which is trained and how, which is 4-bit, frozen or recomputed, and what the optimiser gets.
+"""The parts of a model: which ones train and how, which are 4-bit, frozen or recomputed, and what the optimiser gets.
 
-recipe's `parts` ──► apply_parts ──► LoRA where it is asked for, whole weights where `full`, the rest frozen
+recipe's `parts` ──► apply_parts ──► LoRA in parts with `lora`, all weights of parts with `full`, the rest frozen
                 └──► parameter_groups ──► one group for each learning rate
 """
 
@@ -21,33 +21,33 @@ _NEWER = "use the versions of launch/constraints.txt; a newer transformers may h
 
 
 def apply_parts(base: Any, parts: Parts, lora: Lora) -> Any:
-    """Make of a frozen base what a recipe's `parts` ask for; returns the PeftModel.
+    """Let the parts of a frozen base train as a recipe's `parts` say, and return the PeftModel.
 
-    Raises ModelError if a target of LoRA is not where it is asked for, or a linear layer belongs to no part.
+    Raises ModelError if a layer lacks a target of LoRA, or if a linear layer belongs to no part.
     """
     family = family_of(base.config)
     linear_types(base, family)
     model = attach_lora(base, family, parts, lora)
-    whole = set(parts.trained_whole())
+    whole = set(parts.parts_in_full())
     for name, parameter in base.named_parameters():
         part = family.part_of(name)
         if (LANGUAGE_MODEL if part == HEAD else part) in whole and ".lora_" not in name:
-            _train_whole(parameter)
+            _train_in_full(parameter)
     if parts.tower.train == "frozen":
-        for module in _before_what_trains(base, family, parts.connector.train != "frozen"):
+        for module in _frozen_before_trained(base, family, parts.connector.train != "frozen"):
             freeze_forward(module)
     return model
 
 
-def _train_whole(parameter: nn.Parameter) -> None:
-    """Let a parameter train, in float32 as its master weights are; ZeRO-3, which holds it in parts, casts by itself."""
+def _train_in_full(parameter: nn.Parameter) -> None:
+    """Let a parameter train in float32, like its master weights. ZeRO-3 holds it in parts, and casts by itself."""
     if not hasattr(parameter, "ds_id"):
         parameter.data = parameter.data.float()
     parameter.requires_grad_(True)
 
 
-def _before_what_trains(base: nn.Module, family: Family, connector_trains: bool) -> Iterator[nn.Module]:
-    """The largest modules of a frozen tower, and of its connector, that nothing trained lies before or inside."""
+def _frozen_before_trained(base: nn.Module, family: Family, connector_trains: bool) -> Iterator[nn.Module]:
+    """Yield the largest modules of a frozen tower and its connector that have nothing trained before or inside them."""
     tower, connector = base.get_submodule(family.tower), base.get_submodule(family.connector)
     if not connector_trains:
         yield tower
@@ -60,20 +60,21 @@ def _before_what_trains(base: nn.Module, family: Family, connector_trains: bool)
 
 
 def _beside(module: nn.Module, inner: nn.Module) -> Iterator[nn.Module]:
-    """The largest modules with parameters that make up `module` without `inner`, which lies in it."""
+    """Yield the largest modules with parameters that make up `module` without `inner`, which is inside it."""
     for child in module.children():
         if any(descendant is inner for descendant in child.modules()):
             yield from _beside(child, inner) if child is not inner else ()
-        elif isinstance(child, nn.ModuleList):  # which has no forward of its own
+        elif isinstance(child, nn.ModuleList):  # a ModuleList has no forward
             yield from child
         elif next(child.parameters(), None) is not None:
             yield child
 
 
 def parameter_groups(module: nn.Module, family: Family, parts: Parts, learning_rate: float) -> list[dict[str, Any]]:
-    """The optimiser's groups: `name`, `lr` and `params`; one for all parts that train at the recipe's learning rate.
+    """Return the optimiser's groups, each with `name`, `lr` and `params`.
 
-    `name` is "" there, else the part's.
+    One group, named "", has all parts that train at the recipe's learning rate. Each part with its own learning rate
+    has a group with the part's name.
     """
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in module.named_parameters():
@@ -90,32 +91,32 @@ def parameter_groups(module: nn.Module, family: Family, parts: Parts, learning_r
 def recompute_activations(module: Any) -> None:
     """Recompute a transformers model's activations in the backward pass instead of keeping them.
 
-    Not re-entrant: that would need inputs which require gradients, and the hook for it in transformers 5 also reaches
-    the frozen vision tower.
+    It is not re-entrant. That would need inputs that require gradients, and transformers 5 sets the hook for them on
+    the frozen vision tower too.
     """
     # transformers renamed the method during 5.x.
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    module.disable_input_require_grads()  # it was enabled along, whether needed or not
+    module.disable_input_require_grads()  # the call above enabled it too, needed or not
 
 
 def linear_types(model: nn.Module, family: Family) -> dict[str, dict[str, int]]:
-    """How many linear layers of which type each part has, adapters aside: {"tower": {"Linear": 5}, …}.
+    """Count the linear layers of each part by type, without adapters: {"tower": {"Linear": 5}, …}.
 
-    Raises ModelError for a linear layer that no part claims.
+    Raises ModelError if a linear layer belongs to no part.
     """
     parts: dict[str, Counter[str]] = {part: Counter() for part in family.paths}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
             part = family.part_of(name)
             if part is None:
-                raise ModelError(f"{name} belongs to no part of a {family.title} that is known here", _NEWER)
+                raise ModelError(f"{name} belongs to no known part of a {family.title}", _NEWER)
             parts[part][type(module).__name__] += 1
     return {part: dict(counts) for part, counts in parts.items()}
 
 
 def require_quantized(model: nn.Module, family: Family) -> None:
-    """Raise ModelError unless exactly the language model's linear layers are 4-bit."""
+    """Raise ModelError unless all linear layers of the language model, and no others, are 4-bit."""
     types = linear_types(model, family)
     inside = set(types.pop(LANGUAGE_MODEL))
     if inside != {"Linear4bit"} or any("Linear4bit" in counts for counts in types.values()):
@@ -126,7 +127,7 @@ def require_quantized(model: nn.Module, family: Family) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; a 4-bit weight counts as the numbers it stands for, not its packed bytes."""
+    """Return the (trainable, total) parameter counts. A 4-bit weight counts as its numbers, not as its packed bytes."""
     trainable = total = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -137,10 +138,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def freeze_forward(module: Any) -> None:
-    """Let a frozen module keep nothing for the backward pass, and compute in float32 where its weights are float32.
+    """Let a frozen module keep nothing for the backward pass. If its input is float32, it computes in float32.
 
-    Under fp16 they are (`load_base`), since a tower's activations outgrow fp16; autocast would compute in fp16 all
-    the same.
+    Under fp16, a tower's weights are float32 (`load_base`), because its activations exceed the range of fp16. Autocast
+    would still compute in fp16, so it is disabled there.
     """
     forward = module.forward
 

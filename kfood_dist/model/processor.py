@@ -1,4 +1,4 @@
-"""The model's prompt and its pictures: everything known before weights are loaded, and whether it fits together.
+"""The model's prompt and its pictures: all that is known before weights are loaded, checked to fit together.
 
 base's config, tokenizer, processor settings ──► build_template ──► Template, ready to encode
 manifest of packed pictures                  ──► require_same_pictures
@@ -17,8 +17,8 @@ from kfood_dist.model.files import located
 from kfood_dist.model.vision import blank, load_pictures
 
 
-class Asked(Protocol):
-    """What is asked of a model: a recipe's `data`, or an evaluation's settings."""
+class QuestionSettings(Protocol):
+    """The question to a model: a recipe's `data`, or the settings of an evaluation."""
 
     @property
     def task(self) -> str: ...
@@ -33,42 +33,42 @@ class Asked(Protocol):
 
 
 def require_same_pictures(manifest: Manifest, image_size: int, resize: str | None = None) -> None:
-    """Raise RecipeError unless pictures were packed at the size, and resized the way, that the model is shown.
+    """Raise RecipeError unless the pictures were packed with the size and the resizing that the model needs.
 
-    `image_size` is in pixels; `resize` None takes any way.
+    `image_size` is in pixels. If `resize` is None, any resizing is allowed.
     """
     if manifest.image_size != image_size:
         raise RecipeError(
             f"the pictures in {manifest.where} are {manifest.image_size} pixels wide, not {image_size}",
             f"name shards packed with --image-size {image_size}; without a trained adapter, "
-            f"--set data.image_size={manifest.image_size} does as well",
+            f"--set data.image_size={manifest.image_size} works too",
         )
     if resize not in (None, manifest.resize):
         raise RecipeError(
-            f"the pictures in {manifest.where} were resized by {manifest.resize!r}, the adapter's by {resize!r}",
+            f"the pictures in {manifest.where} were resized by {manifest.resize!r}, but the adapter's by {resize!r}",
             f"name shards packed with --resize {resize}",
         )
 
 
-def build_template(base: str, asked: Asked, adapter: Path | None = None) -> Template:
-    """The template of a base model, known to fit the picture size, the length and the adapter.
+def build_template(base: str, settings: QuestionSettings, adapter: Path | None = None) -> Template:
+    """Return the template of a base model, and check that it fits the picture size, the length and the adapter.
 
-    Raises ModelError if the model's small files are not usable, or the adapter is not one of it; RecipeError if what
-    is asked does not fit it.
+    Raises ModelError if the model's small files cannot be used, or if the adapter belongs to another model. Raises
+    RecipeError if the settings in `settings` do not fit the model.
     """
-    pictures = load_pictures(base, load_config(base), asked.image_size)
-    template = Template(load_tokenizer(base), pictures, asked.max_length)
-    task = build_task(asked.task, asked.system, asked.prompt)
+    pictures = load_pictures(base, load_config(base), settings.image_size)
+    template = Template(load_tokenizer(base), pictures, settings.max_length)
+    task = build_task(settings.task, settings.system, settings.prompt)
     try:
-        template.encode(task.messages(task.example, 1), [pictures.encode(blank(asked.image_size)).ids], None)
+        template.encode(task.messages(task.example, 1), [pictures.encode(blank(settings.image_size)).ids], None)
     except SampleTooLong:
         raise RecipeError(
-            f"data.max_length {asked.max_length} is too short for a picture of {asked.image_size} pixels",
+            f"data.max_length {settings.max_length} is too short for a picture of {settings.image_size} pixels",
             "raise data.max_length",
         ) from None
     except ReservedToken as reserved:
         raise RecipeError(
-            f"data.system or data.prompt holds {reserved.token}, which is a token of the chat template", "leave it out"
+            f"data.system or data.prompt holds {reserved.token}, which is a token of the chat template", "remove it"
         ) from None
     if adapter is not None:
         require_adapter_fits(base, adapter)
@@ -76,7 +76,7 @@ def build_template(base: str, asked: Asked, adapter: Path | None = None) -> Temp
 
 
 def load_tokenizer(base: str) -> Any:
-    """The tokenizer of `base`, with the chat template that its processor would use. Raises ModelError."""
+    """Return the tokenizer of `base`, with the chat template that its processor would use. Raises ModelError."""
     from transformers import AutoTokenizer
 
     where = located(base)
@@ -92,9 +92,10 @@ def load_tokenizer(base: str) -> Any:
 
 
 def _chat_template(where: str) -> Any:
-    """The chat template that belongs to the processor, wherever it is kept; None if only the tokenizer has one.
+    """Return the chat template of the processor, from any file that may hold it. None if only the tokenizer has one.
 
-    Of several templates it is the one named "default", or the only one.
+    Returns several templates as a dictionary, from which the tokenizer takes the one named "default". Returns a single
+    template under another name as it is.
     """
     from transformers.processing_utils import ProcessorMixin
 

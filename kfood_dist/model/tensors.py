@@ -1,8 +1,8 @@
-"""A base model's tensors, as the headers of its files tell of them, and whether they fit its config.
+"""A base model's tensors, as the headers of its files describe them, and whether they fit its config.
 
     folder ──► weight_files ──► headers ──► require_fitting: every tensor that the config asks for, and no other
 
-Always holds: names are compared after transformers' own renaming of published ones; a tied head may be left out.
+Always holds: names are compared after transformers has renamed the published ones. A tied head may be missing.
 """
 
 import json
@@ -21,7 +21,7 @@ _LISTED = 5
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: in `file`, from byte `begin` to byte `end`."""
+    """Where a tensor is: in `file`, from byte `begin` up to, but not including, byte `end`."""
 
     file: Path
     dtype: str
@@ -31,7 +31,7 @@ class Tensor(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights from: the whole model in one, else the shards of the index."""
+    """Return the weight files that transformers reads: the single file, else the shards of the index, else all."""
     whole, index = folder / WEIGHTS, folder / INDEX
     if whole.is_file():
         return [whole]
@@ -41,13 +41,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def headers(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a base model by its name in the files. Raises OSError, or ValueError for a damaged file."""
+    """Return each tensor of a base model by its name in the files. Raises OSError, or ValueError for a damaged file."""
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > os.fstat(file.fileno()).st_size:
-                raise ValueError(f"{path} is not a whole safetensors file")
+                raise ValueError(f"{path} is not a complete safetensors file")
             facts = json.loads(file.read(length))
         for name in facts.keys() - {"__metadata__"}:
             begin, end = facts[name]["data_offsets"]
@@ -60,8 +60,8 @@ def headers(folder: Path) -> dict[str, Tensor]:
 def require_fitting(base: str, folder: Path, config: Any) -> None:
     """Raise ModelError, with the names, unless the files hold every tensor that `config` asks for and no other.
 
-    transformers would draw the missing ones at random, and only warns. It does the comparison here: it loads
-    tensors without numbers into a model without numbers, which takes a second.
+    By itself, transformers only warns, and fills missing tensors with random numbers. It also does the comparison here:
+    it loads tensors without data into a model without data, which takes a second.
     """
     import torch
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -79,10 +79,10 @@ def require_fitting(base: str, folder: Path, config: Any) -> None:
     require_loaded(base, found)
 
 
-def require_whole_packs(base: str, folder: Path) -> None:
+def require_complete_4bit(base: str, folder: Path) -> None:
     """Raise ModelError, with the names, unless each weight that is 4-bit in the files has all its parts and its length.
 
-    bitsandbytes takes what is there: without its nested scales, a weight becomes another one, silently.
+    bitsandbytes uses the parts that exist: without its nested scales, a weight gets other values, without a warning.
     """
     found = headers(folder)
     packs: dict[str, set[str]] = defaultdict(set)
@@ -91,16 +91,16 @@ def require_whole_packs(base: str, folder: Path) -> None:
         if dot:
             packs[f"{module}.weight"].add(f".{part}")
     parts = set().union([""], *packs.values())
-    asked = [weight + part for weight in packs for part in parts]
+    expected = [weight + part for weight in packs for part in parts]
     cut: list[tuple[str, tuple[int], tuple[int]]] = []
-    for name in found.keys() & asked:
+    for name in found.keys() & expected:
         weight, _, kind = name.partition(".quant_state.bitsandbytes__")
         if kind and weight in found:
             stands_for = math.prod(json.loads(_read(found[name]))["shape"])
             size = found[weight].end - found[weight].begin
-            if size != (stands_for + 1) // 2:  # two numbers a byte
+            if size != (stands_for + 1) // 2:  # two numbers per byte
                 cut.append((weight, (size,), ((stands_for + 1) // 2,)))
-    missing = [name for name in asked if name not in found]
+    missing = [name for name in expected if name not in found]
     require_loaded(base, {"missing_keys": missing, "mismatched_keys": cut, "unexpected_keys": []})
 
 
@@ -111,20 +111,20 @@ def _read(tensor: Tensor) -> bytes:
 
 
 def require_loaded(base: str, found: dict[str, Any]) -> None:
-    """Raise ModelError, with the names, for what transformers' loading info of `base` has to tell."""
-    shapes = [f"{name} is {tuple(there)}, not {tuple(asked)}" for name, there, asked in found["mismatched_keys"]]
-    told = [
+    """Raise ModelError, with the names, if transformers' loading info of `base` lists a fault."""
+    shapes = [f"{name} is {tuple(there)}, not {tuple(expected)}" for name, there, expected in found["mismatched_keys"]]
+    faults = [
         words + _listed(sorted(names))
         for words, names in (
             ("it lacks ", found["missing_keys"]),
             ("", shapes),
-            ("the config knows no ", found["unexpected_keys"]),
+            ("the config does not have ", found["unexpected_keys"]),
         )
         if names
     ]
-    if told:
+    if faults:
         raise ModelError(
-            f"the weights of base model {base} do not fit its config: {'; '.join(told)}",
+            f"the weights of base model {base} do not fit its config: {'; '.join(faults)}",
             "download the model again, or set model.base to another",
         )
 
@@ -136,7 +136,7 @@ def _listed(names: list[str]) -> str:
 
 @contextmanager
 def _without_zero3() -> Iterator[None]:
-    """Let transformers load as if there was no ZeRO-3: under it, loading neither compares shapes nor names."""
+    """Let transformers load as if there were no ZeRO-3. Under ZeRO-3, loading compares neither shapes nor names."""
     from transformers.integrations import deepspeed
 
     held = deepspeed._hf_deepspeed_config_weak_ref

@@ -1,6 +1,6 @@
-"""How a base model takes pictures: its config and processor settings in, `Pictures` out.
+"""How a base model takes pictures: from its config and its processor settings to `Pictures`.
 
-family's `pictures` ──► patches   ──► Patches, or the processor itself where patches would not equal what it gives
+family's `pictures` ──► patches   ──► Patches, or the processor itself if patches would differ from its output
                    └──► processor ──► Processed
 """
 
@@ -20,31 +20,31 @@ from kfood_dist.model.files import located
 
 
 def load_pictures(base: str, config: Any, image_size: int) -> Pictures:
-    """How `base` takes square pictures of `image_size` pixels.
+    """Return how `base` takes square pictures of `image_size` pixels.
 
-    Raises ModelError if its processor or the processor's settings cannot be read, RecipeError if pictures of this size
-    do not fit the model.
+    Raises ModelError if its processor or the processor's settings cannot be read. Raises RecipeError if pictures of
+    this size do not fit the model.
     """
     family = family_of(config)
     return {"patches": _load_patches, "processor": _load_processed}[family.pictures](base, config, family, image_size)
 
 
 def blank(image_size: int) -> np.ndarray:
-    """A black square, RGB (size, size, 3) uint8."""
+    """Return a black square, RGB (size, size, 3) uint8."""
     return np.zeros((image_size, image_size, 3), dtype=np.uint8)
 
 
-# What transformers' Qwen2VLImageProcessor takes for settings that are not written down.
+# The values of transformers' Qwen2VLImageProcessor for settings that are not given.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _PIXEL_LIMITS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 
 
 def _load_patches(base: str, config: Any, family: Family, image_size: int) -> Pictures:
-    """Geometry from the config, the rest from the processor's settings.
+    """Take the geometry from the config, and the rest from the processor's settings.
 
-    The processor itself is loaded only where uint8 patches would not equal what it gives: several releases of
-    transformers build it with torchvision only.
+    Loads the processor itself only if uint8 patches would differ from its output, because several releases of
+    transformers can build it only with torchvision.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -60,8 +60,8 @@ def _load_patches(base: str, config: Any, family: Family, image_size: int) -> Pi
     processor = _load_image_processor(base, config if _is_qwen(settings) else None)
     if "image_grid_thw" not in processor.model_input_names:
         raise ModelError(
-            f"the image processor of {base}, {type(processor).__name__}, gives no patches with their grid",
-            f"use a {family.title}, or a model whose processor hands out image_grid_thw",
+            f"the image processor of {base}, {type(processor).__name__}, does not return patches with their grid",
+            f"use a {family.title}, or a model whose processor returns image_grid_thw",
         )
     expand = partial(_grid_ids, spec.image_token_id, spec.merge_size)
     token = spec.image_token_id
@@ -69,12 +69,12 @@ def _load_patches(base: str, config: Any, family: Family, image_size: int) -> Pi
 
 
 def _grid_ids(image_token: int, merge_size: int, rgb: np.ndarray, facts: dict[str, np.ndarray]) -> np.ndarray:
-    """One token for each square of `merge_size` × `merge_size` patches."""
+    """Return one token for each square of `merge_size` × `merge_size` patches."""
     return np.full(int(facts["image_grid_thw"][0].prod()) // merge_size**2, image_token, dtype=np.int64)
 
 
 def _load_processed(base: str, config: Any, family: Family, image_size: int) -> Pictures:
-    """The model's own processor, which also says what a placeholder becomes."""
+    """Use the model's own processor, which also returns the tokens that replace a placeholder."""
     from transformers import AutoProcessor
 
     try:
@@ -91,15 +91,15 @@ def _load_processed(base: str, config: Any, family: Family, image_size: int) -> 
     side = shown.pixels.shape[-1]
     if (num_tokens, side) != (expected, vision.image_size):
         raise ModelError(
-            f"the processor of {base} makes {num_tokens} tokens and {side} pixels a side of a picture, and the model "
-            f"takes {expected} and {vision.image_size}",
+            f"the processor of {base} makes {num_tokens} tokens and {side} pixels per side of a picture, but the "
+            f"model takes {expected} and {vision.image_size}",
             REDOWNLOAD,
         )
     return pictures
 
 
 def _processor_ids(processor: Any, placeholder: int, rgb: np.ndarray, facts: dict[str, np.ndarray]) -> np.ndarray:
-    """What the processor makes of one placeholder, given the picture."""
+    """Return the tokens that the processor puts in place of one placeholder, given the picture."""
     text = processor.tokenizer.decode([placeholder])
     made = processor(text=[text], images=[rgb], add_special_tokens=False, input_data_format="channels_last")
     return np.asarray(made["input_ids"][0], dtype=np.int64)
@@ -120,16 +120,16 @@ def _read_spec(config: Any, settings: dict[str, Any]) -> PatchSpec:
 
 
 def _by_colour(value: Any) -> tuple[float, ...]:
-    """Red, green and blue of a setting, which may be one number for all. Raises ValueError or TypeError."""
+    """Return red, green and blue of a setting, which may be one number for all. Raises ValueError or TypeError."""
     red, green, blue = (value,) * 3 if isinstance(value, int | float) else value
     return float(red), float(green), float(blue)
 
 
 def _is_qwen(settings: dict[str, Any]) -> bool:
-    """Whether settings are those of Qwen2VLImageProcessor, by any of the names that it has had.
+    """Return whether settings are those of Qwen2VLImageProcessor, under any of the names that it has had.
 
-    Qwen2_5_VLImageProcessor, of transformers 4.49, does the same. Fast and Pil are its backends. Settings without a
-    type go by the model's, as transformers does.
+    Qwen2_5_VLImageProcessor of transformers 4.49 does the same. Fast and Pil are its backends. Settings without a type
+    count as the processor that belongs to the model's type, as in transformers.
     """
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "Qwen2VLImageProcessor"
     name = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
@@ -137,9 +137,9 @@ def _is_qwen(settings: dict[str, Any]) -> bool:
 
 
 def _is_patches_alone(settings: dict[str, Any], spec: PatchSpec, image_size: int) -> bool:
-    """Whether a processor of these settings does no more to such a picture than cut, rescale and normalise it.
+    """Return whether a processor with these settings only cuts, rescales and normalises such a picture.
 
-    Names and defaults are those of transformers' Qwen2VLImageProcessor; outside its limits it would resize.
+    Names and defaults are those of transformers' Qwen2VLImageProcessor, which resizes pictures outside its limits.
     """
     size: dict[str, Any] = settings.get("size") or _PIXEL_LIMITS
     fewest_pixels: float = settings.get("min_pixels") or size.get("shortest_edge", math.inf)
@@ -160,7 +160,7 @@ def _is_patches_alone(settings: dict[str, Any], spec: PatchSpec, image_size: int
 
 
 def _load_image_processor(base: str, config: Any) -> Any:
-    """transformers' own image processor; with a `config`, the one that belongs to its type of model."""
+    """Load transformers' own image processor. With a `config`, it is the one that belongs to that type of model."""
     from transformers import AutoImageProcessor
 
     try:

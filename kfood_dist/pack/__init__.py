@@ -1,1 +1,1 @@
-"""From pictures to shards; `pack.py` is the way in. Nothing here needs torch."""
+"""Packs pictures into shards. The entry point is `pack.py`. Nothing here needs torch."""

@@ -1,12 +1,14 @@
-"""Prepared pictures on disk, so that a packing that was stopped goes on where it was.
+"""Keeps prepared pictures on disk, so that a stopped packing job continues where it stopped.
 
     records ──► cut into chunks ──► prepared by worker processes ──► CHUNKS/<hash>.chunk, one file each
 
-A chunk's name says what it was made from, how and by what: a picture, an option or a version that differs gives
-another name, and what still fits is used again. Always holds: a chunk that is there is whole, or it is prepared anew;
-so is one that refused a file which was touched since, by whoever mended it.
+A chunk's name is a hash of its inputs, its options and the versions of the code and libraries. If any of these
+changes, the name changes. Chunks whose names still match are used again.
 
-    file: the JPEGs end to end, a JSON list of outcomes, its length (8 bytes), SHA-256 of all that (32 bytes)
+Always holds: a damaged or incomplete chunk is prepared again; so is a chunk with a refused file that was changed
+since, for example to repair it.
+
+    file: the JPEGs one after another, a JSON list of outcomes, its length (8 bytes), SHA-256 of all before (32 bytes)
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from kfood_dist.pack.sources import Record
 from kfood_dist.pack.workspace import process_name
 from kfood_dist.system.files import flush_to_disk
 
-# About half a second of work: little is lost by a kill, and few files are made of 150,000 pictures.
+# About half a second of work. A kill loses little, and 150,000 pictures make few files.
 CHUNK_RECORDS = 64
 
 _LENGTH_BYTES, _DIGEST_BYTES = 8, 32
@@ -31,14 +33,14 @@ _LENGTH_BYTES, _DIGEST_BYTES = 8, 32
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some records that are prepared together; `name` is the file they lie in afterwards."""
+    """Records that are prepared together. `name` is the name of the file that holds them afterwards."""
 
     records: tuple[Record, ...]
     name: str
 
 
 def cut(records: Sequence[Record], settings: PictureSettings) -> list[Chunk]:
-    """Cut records into chunks, named by what decides about their content."""
+    """Cut records into chunks. Each is named by a hash of everything that determines its content."""
     how = {"version": __version__, **made_by(), **vars(settings)}
     pieces = (tuple(records[start : start + CHUNK_RECORDS]) for start in range(0, len(records), CHUNK_RECORDS))
     return [Chunk(piece, f"{_fingerprint(piece, settings, how)}.chunk") for piece in pieces]
@@ -54,9 +56,10 @@ def _fingerprint(records: Sequence[Record], settings: PictureSettings, how: Mapp
 
 
 def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None:
-    """Prepare a chunk's pictures and write its file whole or not at all; does nothing if another packer was quicker.
+    """Prepare a chunk's pictures and write its file with an atomic rename.
 
-    Raises SourceError when the source is gone or its disk fails, OSError when the chunk's own disk is full.
+    Does nothing if a usable file already exists, for example because another packer was faster.
+    Raises SourceError if the source is gone or its disk fails. Raises OSError if the disk of the chunk is full.
     """
     if load_chunk(chunk, folder) is not None:
         return
@@ -85,9 +88,9 @@ def prepare_chunk(chunk: Chunk, settings: PictureSettings, folder: Path) -> None
 
 
 def load_chunk(chunk: Chunk, folder: Path) -> list[Prepared | Refusal] | None:
-    """What became of each record of a chunk, in order.
+    """Return the outcome of each record of a chunk, in order, or None if the chunk cannot be used.
 
-    None unless the chunk's file is there and whole, and what it refused has not been touched since.
+    A chunk can be used if its file exists and is undamaged, and if no refused file has changed since.
     """
     try:
         data = (folder / chunk.name).read_bytes()
@@ -99,16 +102,16 @@ def load_chunk(chunk: Chunk, folder: Path) -> list[Prepared | Refusal] | None:
     footer_bytes = int.from_bytes(body[-_LENGTH_BYTES:], "little")
     outcomes = json.loads(body[-_LENGTH_BYTES - footer_bytes : -_LENGTH_BYTES])
     pairs = list(zip(chunk.records, outcomes, strict=True))
-    return [_outcome(chunk, *pair) for pair in pairs] if all(_holds(*pair) for pair in pairs) else None
+    return [_outcome(chunk, *pair) for pair in pairs] if all(_is_current(*pair) for pair in pairs) else None
 
 
 def is_there(chunk: Chunk, folder: Path) -> bool:
-    """Whether a chunk's file is there; `load_chunk` tells whether it can be used."""
+    """Return whether the file of a chunk exists. Only `load_chunk` checks whether it can be used."""
     return (folder / chunk.name).exists()
 
 
-def _holds(record: Record, outcome: Any) -> bool:
-    """False for the refusal of a file that was touched since."""
+def _is_current(record: Record, outcome: Any) -> bool:
+    """Return False if the outcome is the refusal of a file that has changed since."""
     return isinstance(outcome, list) or outcome["touched"] == [picture.changed_ns for picture in record.pictures]
 
 

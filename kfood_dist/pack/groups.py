@@ -1,10 +1,10 @@
-"""Which pictures are so alike that they must not be torn apart: a group lies in one split.
+"""Puts near-duplicates into one group, because they must not be in different splits.
 
     source bytes equal ───────────────────────────────────────┐
     perceptual hashes within NEAR bits, anywhere in the set ──┼─► connected components ──► a group per picture
     next file number in the folder, within ALIKE bits ────────┘
 
-Pure; the order of the pictures decides nothing.
+Pure. The result does not depend on the order of the pictures.
 """
 
 import re
@@ -17,28 +17,29 @@ import numpy as np
 
 from kfood_dist.pack.prepare import Prepared
 
-# Bits of 64 by which two perceptual hashes may differ. Measured on 120 real photographs and 400, five classes:
-# recompressed or a fifth brighter, 99% stay within 6; turned by 10°, shifted by 10% or enlarged by 15%, 70 to 85%
-# within 20, seen from the side 99%, turned by 20° only 14%. Of unrelated pictures of one class 0.01% lie within 6
-# (of drawn ones none), and 4% within 20: too many for any two of a class, few enough for neighbours, which seldom
-# are unrelated.
+# The number of bits, of 64, by which two perceptual hashes may differ. Measured on 120 real photographs and 400, five
+# classes. Within 6 bits: 99% of the pictures that are recompressed or a fifth brighter. Within 20 bits: 99% of those
+# seen from the side, 70 to 85% of those turned by 10°, shifted by 10% or enlarged by 15%, only 14% of those turned by
+# 20°. Of unrelated pictures of one class 0.01% are within 6 bits (of drawn pictures none) and 4% within 20 bits. 4% is
+# too much for any two pictures of a class, but acceptable for neighbours, which are seldom unrelated.
 NEAR = 6
 ALIKE = 20
 
-# Photographs of one dish are numbered as they were taken; one between may have been left out.
+# Photographs of one dish are numbered in the order they were taken. One number in between may be missing.
 _NEIGHBOURS = 2
 
-# 13 hex digits, 52 bits: exact as a JSON number in every reader. Two groups that meet by chance are one, and wider.
+# 13 hex digits are 52 bits, which every reader of JSON reads exactly. If two groups get the same number by chance, they
+# become one larger group.
 _GROUP_DIGITS = 13
 
-_BANDS = 8  # of 8 bits: hashes that differ in fewer bits than there are bands agree in one of them
+_BANDS = 8  # of 8 bits: hashes that differ in fewer bits than there are bands agree in at least one
 _PAIRS_AT_ONCE = 2**21
 
 
 def group_pictures(pictures: Sequence[Prepared]) -> list[int]:
-    """The group of each sample, a number of 52 bits made from the SHA-256 of its members' pictures.
+    """Return the group of each sample, a number of 52 bits made from the SHA-256 of its members' pictures.
 
-    Samples are in one group if any two of their pictures are alike.
+    Two samples are in one group if some of their pictures are near-duplicates, directly or through other samples.
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -50,7 +51,7 @@ def group_pictures(pictures: Sequence[Prepared]) -> list[int]:
     unique, place_of = np.unique(hashes, return_inverse=True)
     same_bytes = owner[_same([place.sha256 for place in places])]
     neighbours = owner[_alike(hashes, _neighbours(sources))]
-    # One node per sample and one per different hash: a thousand equal pictures are a thousand edges, not a million.
+    # One node per sample and one per distinct hash: a thousand equal pictures make a thousand edges, not a million.
     count = len(pictures)
     near = near_pairs(unique, NEAR) + count
     own_hash = np.stack([owner, place_of + count], axis=1)
@@ -66,10 +67,11 @@ def group_pictures(pictures: Sequence[Prepared]) -> list[int]:
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of places whose hashes, uint64 (n,), differ in at most `distance` bits; int64 (pairs, 2), each once.
+    """Return all pairs of positions whose hashes differ in at most `distance` bits, each pair once.
 
-    Exact. By the pigeonhole principle two such hashes agree in one of `distance + 1` or more bands of bits (Norouzi,
-    Punjani and Fleet 2012, "Fast search in Hamming space with multi-index hashing"); only those are compared.
+    `hashes` is uint64 of shape (n,), the result is int64 of shape (pairs, 2). The search is exact. By the pigeonhole
+    principle, two such hashes agree in at least one of `distance + 1` or more bands of bits (Norouzi, Punjani and Fleet
+    2012, "Fast search in Hamming space with multi-index hashing"). Only hashes that agree in a band are compared.
     """
     assert distance < _BANDS
     width = 64 // _BANDS
@@ -93,13 +95,13 @@ def _near_in(hashes: np.ndarray, bucket: np.ndarray, distance: int) -> Iterator[
 
 
 def _same(keys: Sequence[str]) -> np.ndarray:
-    """Each place with the first of the same key, int64 (n, 2)."""
+    """Return each position with the first position of the same key, int64 of shape (n, 2)."""
     first: dict[str, int] = {}
     return np.array([(i, first.setdefault(key, i)) for i, key in enumerate(keys)], dtype=np.int64).reshape(-1, 2)
 
 
 def _neighbours(sources: Sequence[str]) -> np.ndarray:
-    """Pairs of pictures whose files stand next to each other by number in a folder, int64 (pairs, 2)."""
+    """Return pairs of pictures whose files have neighbouring numbers in one folder, int64 of shape (pairs, 2)."""
     series: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for i, source in enumerate(sources):
         stem = splitext(source)[0]

@@ -1,12 +1,12 @@
-"""The packing itself: from a source to a packed folder, in steps that may be stopped anywhere.
+"""Packs a source into a folder, in steps that may be stopped at any point.
 
     scan ──► choose ──► chunks of records ──► this packer's part, one file each ──► what others have not prepared
                                                                                         │ (one packer)
     OUT appears in one rename ◄── verify ◄── tars + indexes ◄── splits ◄── groups ◄── merge
 
-Always holds: the same source, options and seed give the same bytes, whatever the number of workers and of packers,
-and however often they were stopped; a packer that is not stopped finishes the whole, though others never come back; OUT
-is whole or untouched; what grows with the source in memory are names and numbers, never pictures.
+Always holds: the same source, options and seed give the same bytes, whatever the number of workers, of packers and of
+stops; a packer that is not stopped finishes the complete job, even if other packers never return; OUT is complete or
+untouched; memory grows with the source only by names and numbers, never by pictures.
 """
 
 import csv
@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from kfood_dist import __version__
 from kfood_dist.data.picture.decoding import HEIC_REMEDY, NEEDS_HEIC
-from kfood_dist.data.shards.manifest import FORMAT, MANIFEST_NAME, REJECTED_NAME, VERSION, Manifest, load_manifest, seal
+from kfood_dist.data.shards.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    VERSION,
+    Manifest,
+    load_manifest,
+    with_checksum,
+)
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.verify import verify
 from kfood_dist.data.storage.open import open_storage
@@ -36,7 +44,7 @@ from kfood_dist.errors import KfoodError, ShardError, SourceError
 from kfood_dist.pack.chunks import Chunk, cut, is_there, load_chunk, prepare_chunk
 from kfood_dist.pack.groups import group_pictures
 from kfood_dist.pack.options import PackOptions, fingerprint
-from kfood_dist.pack.place import classes_of, columns_of, leaked_at_random, part_ambiguous, place
+from kfood_dist.pack.place import classes_of, columns_of, count_random_split_leaks, place, refuse_ambiguous
 from kfood_dist.pack.prepare import Prepared, Refusal, in_processes
 from kfood_dist.pack.publisher import SourceSplit, assign, count_across, settle
 from kfood_dist.pack.sources import Record, scan_source
@@ -47,7 +55,7 @@ from kfood_dist.pack.workspace import (
     merging,
     publish,
     remove_work,
-    require_place,
+    require_renamable,
     require_space,
     shard_folder,
     work_folder,
@@ -56,23 +64,25 @@ from kfood_dist.pack.workspace import (
 from kfood_dist.pack.write import ShardWriter
 from kfood_dist.system.files import write_file
 
-# A tar rounds each member up to 512 bytes and has a header for each; the JSON and the index row are small.
+# A tar has a header for each member and rounds it up to 512 bytes. The JSON and the index row are small.
 _OVERHEAD_BYTES = 2600
-# What helps where this is why most inputs are refused.
+# The remedy to print if this is the most frequent reason of the refusals.
 _REMEDIES = {
     "missing": "name the folder where the paths start with --image-root",
-    "no_split": "put them into the source's splits, or deal all anew with --split 0.8,0.1,0.1",
+    "no_split": "put them into the source's splits, or split everything again with --split 0.8,0.1,0.1",
     NEEDS_HEIC: HEIC_REMEDY,
 }
-# A class id is a u2 in the index, and the highest stands for none.
+# A class id is a u2 in the index, and the highest value means no class.
 _MAX_CLASSES = 2**16 - 1
 _LABELS_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What a packing came to: the manifest, whether it was there already, and whether another packer made it while this
-    one worked; or None while another packer puts the shards together.
+    """The result of packing.
+
+    `manifest` is None while another packer puts the shards together. `reused` says that OUT already existed.
+    `by_another` says that another packer made OUT while this one worked.
     """
 
     manifest: Manifest | None
@@ -82,7 +92,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Job:
-    """A packing that is settled: its inputs, and what will be said of them."""
+    """A packing job whose inputs and options are settled, with what the manifest will say of them."""
 
     out: Path
     options: PackOptions
@@ -95,24 +105,24 @@ class _Job:
 def pack(source: Path, out: Path, options: PackOptions) -> Packed:
     """Pack `source` into the new folder `out`, together with the packers of its other parts, if there are any.
 
-    Raises SourceError when an option or the source cannot be used, too much is refused (the list then lies in
-    `OUT.rejected.csv`) or `out` holds anything else; KfoodError when the disk is full. After a SourceError or
-    KfoodError the same call goes on where it stopped.
+    Raises SourceError if an option or the source cannot be used, if too many inputs are refused (the list is then in
+    `OUT.rejected.csv`), or if `out` holds anything else. Raises KfoodError if the disk is full. After either error, the
+    same call continues where it stopped.
     """
     options.check()
     out = Path(os.path.realpath(out))
-    require_place(out)
+    require_renamable(out)
     job = _settle(source, out, options)
     refused = [Refusal(r.source, r.label, r.problem, r.detail) for r in job.records if r.problem is not None]
     with writing(job.out):
         if (existing := _existing(job)) is not None:
-            remove_work(job.out)  # of one that was killed just after it had published
+            remove_work(job.out)  # left by a packer that was killed just after it published OUT
             return Packed(existing, reused=True)
         _require_enough(job, refused)
     try:
         return _pack_part(job, refused)
     except KfoodError:
-        # Where another packer was quicker OUT is taken, and what this one needed is gone.
+        # If another packer was faster, OUT already exists and the work folder that this packer needs is gone.
         finished = None
         with suppress(KfoodError, OSError):
             finished = _by_another(job)
@@ -122,7 +132,7 @@ def pack(source: Path, out: Path, options: PackOptions) -> Packed:
 
 
 def _pack_part(job: _Job, refused: list[Refusal]) -> Packed:
-    """Prepare this packer's chunks, then those that others have not, and put the shards together."""
+    """Prepare this packer's chunks, then the chunks that others have not prepared, and put the shards together."""
     options = job.options
     chunks = cut([record for record in job.records if record.problem is None], options.picture_settings())
     with work_folder(job.out, options.part, options.parts) as work:
@@ -130,7 +140,8 @@ def _pack_part(job: _Job, refused: list[Refusal]) -> Packed:
             return finished
         _prepare(job, chunks[options.part - 1 :: options.parts], work / "chunks")
         left = [chunk for chunk in chunks if not is_there(chunk, work / "chunks")]
-        # Whose these are may be at work, or gone for good. In a random order packers seldom prepare the same one.
+        # The packers of these chunks may still run, or may never return. In a random order, two packers seldom prepare
+        # the same chunk.
         _prepare(job, random.sample(left, len(left)), work / "chunks")
         with merging(work) as mine:
             if not mine:
@@ -143,8 +154,8 @@ def _pack_part(job: _Job, refused: list[Refusal]) -> Packed:
 
 
 def _by_another(job: _Job) -> Packed | None:
-    """What another packer made of OUT while this one worked; None while there is nothing."""
-    # NFS remembers for a while that a name was not there; opening the folder makes it ask again.
+    """Return the OUT that another packer made while this one worked, or None if there is none yet."""
+    # NFS remembers for a while that a name did not exist. Opening the folder makes it ask the server again.
     os.scandir(job.out.parent).close()
     if (existing := _existing(job)) is None:
         return None
@@ -158,8 +169,8 @@ def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
     num_classes = len(listed or {record.label for record in found.records if record.problem is None})
     if num_classes > _MAX_CLASSES:
         raise SourceError(
-            f"{num_classes:,} classes are more than the {_MAX_CLASSES:,} that a data set has room for",
-            "name the classes with --classes, or check that the labels are dishes' names",
+            f"{num_classes:,} classes are more than the {_MAX_CLASSES:,} that a data set can have",
+            "name the classes with --classes, or check that the labels are names of dishes",
         )
     settled, own_split = settle(found.records, is_dealt=options.fractions is not None)
     records, chosen_from = choose_subset(settled, options.per_class, options.subset, options.seed)
@@ -168,13 +179,17 @@ def _settle(source: Path, out: Path, options: PackOptions) -> _Job:
         "name": unicodedata.normalize("NFC", file_name(source.resolve().name)),
         "fingerprint": fingerprint(found.kind, records, listed, options),
         "crop_lists": asdict(found.boxes),
-        "passed_by": found.passed.as_json(),
+        "passed_by": found.ignored.as_json(),
     }
     return _Job(out, options, records, origin, chosen_from, own_split)
 
 
 def _existing(job: _Job) -> Manifest | None:
-    """The manifest of OUT if it is whole and the data set wanted, None if there is nothing yet."""
+    """Return the manifest of OUT, or None if there is nothing yet.
+
+    Raises SourceError if OUT holds anything but the wanted data set, or if more than --max-rejected was refused. Raises
+    ShardError if a file of it is missing or has another size.
+    """
     out = job.out
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -182,22 +197,22 @@ def _existing(job: _Job) -> Manifest | None:
     try:
         manifest = load_manifest(out)
     except ShardError as error:
-        raise SourceError(f"{out} is there already and is no packed data set ({error.what})", another) from None
+        raise SourceError(f"{out} already exists and is not a packed data set ({error.what})", another) from None
     origin = manifest.raw.get("source")
     if not isinstance(origin, dict) or origin.get("fingerprint") != job.source["fingerprint"]:
-        raise SourceError(f"{out} holds another data set: of another source, or other options", another)
+        raise SourceError(f"{out} holds another data set: its source or its options differ", another)
     for split in manifest.splits:
         open_split(out, split).require_files()
     if (share := manifest.raw["rejected"]["share"]) > job.options.max_rejected:
         raise SourceError(
             f"{out} was packed with {share:.1%} of its inputs refused, above --max-rejected {job.options.max_rejected}",
-            f"see {out / REJECTED_NAME}; mend the source, or raise --max-rejected",
+            f"see {out / REJECTED_NAME}; repair the source, or raise --max-rejected",
         )
     return manifest
 
 
 def _prepare(job: _Job, chunks: Sequence[Chunk], folder: Path) -> None:
-    """Prepare the chunks that are not there yet, or cannot be used."""
+    """Prepare the chunks that do not exist yet or cannot be used."""
     to_do = [chunk for chunk in chunks if load_chunk(chunk, folder) is None]
     in_all, left = (sum(len(chunk.records) for chunk in some) for some in (chunks, to_do))
     with tqdm(total=in_all, initial=in_all - left, desc="prepare", unit="sample", disable=None) as progress:
@@ -207,10 +222,10 @@ def _prepare(job: _Job, chunks: Sequence[Chunk], folder: Path) -> None:
 
 
 def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Path) -> None:
-    """From prepared chunks to OUT."""
+    """Make OUT from the prepared chunks."""
     options = job.options
     pictures, unusable = _gather(job, chunks, work / "chunks")
-    pictures, ambiguous = part_ambiguous(pictures)
+    pictures, ambiguous = refuse_ambiguous(pictures)
     refused = [*refused, *unusable, *ambiguous]
     _require_enough(job, refused)
     classes = classes_of(pictures) if options.classes is None else load_classes(options.classes)
@@ -242,7 +257,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         "classes": [{"name": c.name, "category": c.category, "aliases": c.aliases} for c in classes],
         "splits": writer.splits,
         "source_split": _describe_split(job.own_split, groups, splits),
-        "random_split_would_leak": leaked_at_random(pictures, groups, fractions, seed),
+        "random_split_would_leak": count_random_split_leaks(pictures, groups, fractions, seed),
         "rejected": {
             "count": len(refused),
             "share": round(len(refused) / len(job.records), 6),
@@ -251,16 +266,16 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         },
         "shards": writer.shards,
     }
-    for name, data in ((REJECTED_NAME, rejected_csv), (MANIFEST_NAME, seal(manifest))):
+    for name, data in ((REJECTED_NAME, rejected_csv), (MANIFEST_NAME, with_checksum(manifest))):
         write_file(result / name, data)
     if faults := verify(result):
         discard(result)
-        raise KfoodError(f"what was written to {job.out} reads back damaged ({faults[0]})", "check that disk")
+        raise KfoodError(f"the shards written for {job.out} are damaged when read back ({faults[0]})", "check the disk")
     publish(result, job.out)
 
 
 def _shards_name(job: _Job, pictures: Sequence[Prepared]) -> str:
-    """A name for the shards that are to be written: finished ones of that name, by whomever, have the same bytes."""
+    """Return a name for the shards to write. Finished shards of this name have the same bytes, whoever wrote them."""
     digest = hashlib.sha256(f"{__version__} {job.source['fingerprint']}\n".encode())
     for p in pictures:
         places = [f"{place.offset} {place.num_bytes} {place.sha256} {place.perceptual_hash}" for place in p.places]
@@ -269,7 +284,7 @@ def _shards_name(job: _Job, pictures: Sequence[Prepared]) -> str:
 
 
 def _chosen(job: _Job, pictures: Sequence[Prepared], classes: Sequence[DishClass]) -> dict[str, Any] | None:
-    """Which part of the source this is, and the classes short of pictures now that all are read."""
+    """Return which part of the source was chosen, and which classes have too few pictures after reading them all."""
     per_class, subset = job.options.per_class, job.options.subset
     if per_class is None:
         return None
@@ -279,7 +294,7 @@ def _chosen(job: _Job, pictures: Sequence[Prepared], classes: Sequence[DishClass
 
 
 def _describe_split(own: SourceSplit | None, groups: Sequence[int], splits: Sequence[str]) -> dict[str, Any] | None:
-    """The source's own split and what became of it; None if it has none."""
+    """Return the source's own split and how it was used, or None if the source has none."""
     if own is None:
         return None
     groups_across, in_train = count_across(groups, splits)
@@ -294,7 +309,7 @@ def _describe_split(own: SourceSplit | None, groups: Sequence[int], splits: Sequ
 
 
 def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prepared], list[Refusal]]:
-    """What became of every record, in order; a chunk's file that cannot be used is made again."""
+    """Return the prepared samples and the refusals, each in order. Prepares a chunk again if its file is unusable."""
     pictures: list[Prepared] = []
     unusable: list[Refusal] = []
     for chunk in chunks:
@@ -303,7 +318,7 @@ def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prep
             prepare_chunk(chunk, job.options.picture_settings(), folder)
             outcomes = load_chunk(chunk, folder)
             if outcomes is None:
-                raise KfoodError(f"{folder / chunk.name} reads back damaged", "check that disk")
+                raise KfoodError(f"{folder / chunk.name} is damaged when read back", "check the disk")
         pictures += (outcome for outcome in outcomes if isinstance(outcome, Prepared))
         unusable += (outcome for outcome in outcomes if isinstance(outcome, Refusal))
     return pictures, unusable
@@ -315,7 +330,7 @@ def _count_boxes(pictures: Sequence[Prepared]) -> dict[str, int]:
 
 
 def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
-    """Raise SourceError, leaving the list beside OUT, when nothing or too little remains."""
+    """Raise SourceError if too many inputs are refused or none remains. Leaves the list of refusals beside OUT then."""
     num_inputs, limit = len(job.records), job.options.max_rejected
     share = len(refused) / num_inputs
     if len(refused) < num_inputs and share <= limit:
@@ -325,17 +340,17 @@ def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_bytes(_rejected_csv(refused))
     above = "" if len(refused) == num_inputs else f", more than --max-rejected {limit}"
-    told, remedy = _why_refused(next(iter(reasons)), refused, job.options)
+    cause, remedy = _main_reason(next(iter(reasons)), refused, job.options)
     raise SourceError(
-        f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}{told}",
+        f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}{cause}",
         f"each is named in {kept}; {remedy}",
     )
 
 
-def _why_refused(reason: str, refused: Sequence[Refusal], options: PackOptions) -> tuple[str, str]:
-    """What else to say of the commonest reason, and its remedy."""
+def _main_reason(reason: str, refused: Sequence[Refusal], options: PackOptions) -> tuple[str, str]:
+    """Return what else to say of the most frequent reason, and the remedy."""
     if reason != "unknown_label":
-        return "", "; ".join(filter(None, [_REMEDIES.get(reason), "mend the source, or raise --max-rejected"]))
+        return "", "; ".join(filter(None, [_REMEDIES.get(reason), "repair the source, or raise --max-rejected"]))
     labels = Counter(refusal.label for refusal in refused if refusal.reason == reason)
     some = counted(dict(labels.most_common(_LABELS_SHOWN))) + (", …" if len(labels) > _LABELS_SHOWN else "")
     return (
@@ -354,7 +369,7 @@ def _by_reason(refused: Sequence[Refusal]) -> dict[str, int]:
 
 
 def counted(by_reason: Mapping[str, int]) -> str:
-    """`unreadable 12, too_small 3`."""
+    """Return counts as text, such as `unreadable 12, too_small 3`."""
     return ", ".join(f"{reason} {count:,}" for reason, count in by_reason.items())
 
 

@@ -1,4 +1,4 @@
-"""What `kfood pack` can be told, and what makes two packed data sets the same."""
+"""The options of `kfood pack`, and the fingerprint that two equal data sets share."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ USUAL_FRACTIONS = parse_fractions("0.8,0.1,0.1")
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What to make of a source. All but `workers`, `part`, `parts` and `max_rejected` decide about the bytes."""
+    """The options of one packing job. All but `workers`, `part`, `parts` and `max_rejected` determine the bytes."""
 
     image_size: int = 224
     resize: str = "squash"
@@ -29,8 +29,8 @@ class PackOptions:
     # None: the publisher's split if the source has one, else USUAL_FRACTIONS.
     fractions: Mapping[str, float] | None = None
     seed: int = 0
-    # At 224 px some 35 MB: the 150-class set gives about 60 training shards, enough for any reader to deal to
-    # its ranks and workers, and a damaged file costs little.
+    # About 35 MB at 224 px. The 150-class set gives about 60 training shards: enough for any reader to distribute to
+    # its ranks and workers. One damaged file costs little.
     shard_size: int = 2000
     classes: Path | None = None
     image_root: Path | None = None
@@ -44,15 +44,15 @@ class PackOptions:
     parts: int = 1
 
     def picture_settings(self) -> PictureSettings:
-        """The part that the workers need."""
+        """Return the options that the workers need."""
         return PictureSettings(self.image_size, self.resize, self.quality, self.min_side, self.crop_boxes)
 
     def shares(self) -> Mapping[str, float]:
-        """The shares of train, val and test that are dealt."""
+        """Return the shares of train, val and test by which samples are assigned."""
         return USUAL_FRACTIONS if self.fractions is None else self.fractions
 
     def check(self) -> None:
-        """Raise SourceError at the first option that cannot be meant."""
+        """Raise SourceError at the first option with an impossible value."""
         _require(
             0 < self.image_size <= 4096 and self.image_size % 2 == 0,
             f"--image-size {self.image_size}",
@@ -93,9 +93,9 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def fingerprint(kind: str, records: Sequence[Record], classes: Sequence[DishClass] | None, options: PackOptions) -> str:
-    """SHA-256, in hex, over every option that shapes the data set and every input's name, size and label.
+    """Return a SHA-256, in hex, over every option that affects the data set and every input's name, size and label.
 
-    A picture that was altered without changing its size in bytes is not noticed, unless it lies in a zip.
+    A picture that was changed without a change of its size in bytes is not noticed, unless it is in a zip.
     """
     settled = {
         "kind": kind,

@@ -1,10 +1,10 @@
-"""Which sample goes where: classes, groups, splits and the order within a split. Pure, and quick.
+"""Decides where each sample goes: its class, its group, its split and its position in the split. Pure and fast.
 
-    prepared pictures ──► part_ambiguous ──► those whose bytes have one label only
+    prepared pictures ──► refuse_ambiguous ──► those whose bytes have only one label
                       ──► classes_of     ──► class list (unless one was given)
     and their splits  ──► place          ──► the samples of each split, in a seeded shuffled order
 
-Always holds: the order of the pictures that come in decides nothing.
+Always holds: the result does not depend on the order of the input pictures.
 """
 
 from collections import Counter, defaultdict
@@ -20,15 +20,15 @@ from kfood_dist.pack.split import assign_splits, keyed_digest
 
 @dataclass(frozen=True)
 class Sample:
-    """A prepared sample with its place: `label` is its class id, or NO_LABEL; a `group` lies in one split."""
+    """A prepared sample with its place. `label` is its class id or NO_LABEL. Samples of one `group` stay together."""
 
     picture: Prepared
     label: int
     group: int
 
 
-def part_ambiguous(pictures: Sequence[Prepared]) -> tuple[list[Prepared], list[Refusal]]:
-    """Refuse every copy of a file that occurs under two labels: nobody here knows which is right."""
+def refuse_ambiguous(pictures: Sequence[Prepared]) -> tuple[list[Prepared], list[Refusal]]:
+    """Refuse every copy of a file that occurs under two labels, because nothing tells which label is right."""
     labels_of: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for picture in pictures:
         labels_of[_bytes_of(picture)].add(picture.record.label)
@@ -48,7 +48,7 @@ def _bytes_of(picture: Prepared) -> tuple[str, ...]:
 
 
 def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
-    """The classes that occur, sorted by name, each with the commonest of its pictures' categories."""
+    """Return the classes that occur, sorted by name, each with the most frequent category of its pictures."""
     categories: dict[str, Counter[str]] = defaultdict(Counter)
     for picture in pictures:
         if picture.record.label:
@@ -60,7 +60,7 @@ def classes_of(pictures: Sequence[Prepared]) -> list[DishClass]:
 
 
 def columns_of(pictures: Sequence[Prepared]) -> list[str]:
-    """The columns that every sample has, sorted: those of a list, and the label of a class."""
+    """Return the columns that every sample has, sorted: those of a list, and the label and category of a class."""
     found = [
         {name for name, _ in p.record.columns} | ({"label", "category"} if p.record.label else set()) for p in pictures
     ]
@@ -74,7 +74,10 @@ def place(
     classes: Sequence[DishClass],
     seed: int,
 ) -> dict[str, list[Sample]]:
-    """The samples of train, val and test, each in its shuffled order, from a group and a split for each picture."""
+    """Return the samples of train, val and test, each split in its shuffled order.
+
+    `groups` and `splits` hold one value for each picture.
+    """
     ids = {dish.name: i for i, dish in enumerate(classes)}
     placed: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for picture, group, split in zip(pictures, groups, splits, strict=True):
@@ -84,10 +87,13 @@ def place(
     return placed
 
 
-def leaked_at_random(
+def count_random_split_leaks(
     pictures: Sequence[Prepared], groups: Sequence[int], fractions: Mapping[str, float], seed: int
 ) -> dict[str, int]:
-    """How many pictures of val and of test would have a look-alike in train, had each been dealt by itself."""
+    """Count the pictures of val and of test that would have a near-duplicate in train if groups were ignored.
+
+    For this count, each picture is assigned to a split separately.
+    """
     alone = [int.from_bytes(keyed_digest(seed, "alone", p.record.identity)[:8], "big") for p in pictures]
     splits = assign_splits(alone, [picture.record.label for picture in pictures], fractions, seed)
     learnt = {group for group, split in zip(groups, splits, strict=True) if split == "train"}

@@ -1,7 +1,7 @@
-"""One source picture to what is packed of it, in one process or in many.
+"""Prepares source pictures for packing, in one process or in many.
 
 each picture of a record ──► read, hash ──► prepare_cropped ──► perceptual hash ──► PreparedPicture, or Refusal
-chunks ──► worker processes, each writes its chunk ──► as they are done
+chunks ──► worker processes, each writes its chunk ──► chunks in the order in which they finish
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from kfood_dist.system.processes import keep_freed_memory
 
 T = TypeVar("T")
 
-# Which way of making a packed picture this is. Raise it with every change, here or in images.py, decoding.py,
-# metadata.py and resample.py, after which a picture comes out with other bytes, another hash or another refusal: what
-# the older way prepared and left beside OUT is then made anew.
+# The version of the code that makes a packed picture. Raise it with every change, here or in images.py, decoding.py,
+# metadata.py and resample.py, that gives a picture other bytes, another hash or another refusal. Pictures that the
+# older code prepared and left beside OUT are then prepared again.
 ALGORITHM = 3
 
-# The same pictures come out with other bytes, or other hashes, under another version of one of these. Those of the
-# second line are Pillow's decoders; pillow-heif is an extra, without which pictures are refused.
+# Another version of one of these libraries can give the same pictures other bytes or other hashes. _DECODERS are the
+# decoders of Pillow. pillow-heif is an optional extra: without it, HEIC pictures are refused.
 _LIBRARIES = ("pillow", "simplejpeg", "numpy", "ImageHash", "scipy", "pillow-heif")
 _DECODERS = ("libjpeg_turbo", "webp", "libtiff", "avif", "jpg_2000")
 
 
 def made_by() -> dict[str, str | int | None]:
-    """What decides about a packed picture besides its source and the settings: the algorithm and the libraries."""
+    """Return the versions that determine a packed picture besides its source and settings: algorithm and libraries."""
     from PIL import features
 
     libraries = {name: version(name) for name in _LIBRARIES}
@@ -49,7 +49,7 @@ def made_by() -> dict[str, str | int | None]:
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What a packed picture looks like; see `prepare_jpeg`."""
+    """The settings of a packed picture. See `prepare_jpeg`."""
 
     image_size: int
     resize: str
@@ -60,7 +60,7 @@ class PictureSettings:
 
 @dataclass(frozen=True)
 class PreparedPicture:
-    """A picture as it will be packed. `cropped` is None where it had no crop box, False where that was unusable."""
+    """A picture as it will be packed. `cropped` is None if it had no crop box, False if the box was unusable."""
 
     jpeg: bytes
     sha256: str
@@ -70,9 +70,10 @@ class PreparedPicture:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a prepared picture's JPEG lies in its chunk, offset and size in bytes, and what it is known by.
+    """The position of a prepared picture's JPEG in its chunk, and the picture's hashes.
 
-    `sha256` is of its source file, in hex; `perceptual_hash` has 64 bits; `cropped` as in PreparedPicture.
+    `offset` and `num_bytes` are in bytes. `sha256` is the hash of the source file, in hex. `perceptual_hash` has 64
+    bits. `cropped` is as in PreparedPicture.
     """
 
     offset: int
@@ -84,7 +85,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample whose pictures are prepared: its record, the chunk's file, and each picture's place there."""
+    """A sample whose pictures are prepared: its record, the file of the chunk, and each picture's place in it."""
 
     record: Record
     file: str
@@ -97,7 +98,7 @@ class Prepared:
 
 @dataclass(frozen=True, order=True)
 class Refusal:
-    """One input left out: `reason` is a word to count by, `detail` says it to a person."""
+    """One refused input. `reason` is one word, used for counting. `detail` explains it to a person."""
 
     source: str
     label: str
@@ -106,9 +107,9 @@ class Refusal:
 
 
 def prepare_one(record: Record, settings: PictureSettings) -> list[PreparedPicture] | Refusal:
-    """Read a sample's pictures and make them what is packed; one that cannot be used costs the sample.
+    """Read a sample's pictures and prepare them. If one picture cannot be used, the sample is refused.
 
-    Raises SourceError when the source is gone or its disk fails.
+    Raises SourceError if the source is gone or its disk fails.
     """
     made = []
     for picture in record.pictures:
@@ -140,20 +141,20 @@ def _prepare_picture(record: Record, settings: PictureSettings) -> PreparedPictu
 
 
 def perceptual_hash(jpeg: bytes) -> int:
-    """The 64 bits of `imagehash.phash` of a packed picture, which a look-alike shares but for a few."""
+    """Return the 64 bits of `imagehash.phash` of a packed picture. Near-duplicates differ in only a few bits."""
     import imagehash
     from PIL import Image
 
     with Image.open(io.BytesIO(jpeg)) as image:
-        image.draft("L", (64, 64))  # the hash is of 32×32 greys
+        image.draft("L", (64, 64))  # the hash is computed from 32×32 grey values
         bits = imagehash.phash(image).hash
     return int(np.packbits(bits.flatten()).view(">u8")[0])
 
 
 def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
-    """Do something with each item in `workers` processes, here if there is only one; yields each item done.
+    """Call `do` with each item in `workers` processes, or in this process if `workers` is 1. Yields each finished item.
 
-    Raises what `do` raises, and SourceError when memory runs out or a worker process dies.
+    Raises what `do` raises. Raises SourceError if memory runs out or a worker process dies.
     """
     try:
         if workers == 1:
@@ -164,18 +165,18 @@ def in_processes(do: Callable[[T], None], items: Sequence[T], workers: int) -> I
             yield from _in_pool(do, items, workers)
     except MemoryError:
         raise SourceError(
-            "the pictures need more memory than there is", "give the job more, or pack with fewer --workers"
+            "the pictures need more memory than is available", "give the job more memory, or pack with fewer --workers"
         ) from None
     except BrokenProcessPool:
         raise SourceError(
-            "a worker process died, most likely for want of memory", "pack with fewer --workers"
+            "a worker process died, most likely because memory ran out", "pack with fewer --workers"
         ) from None
 
 
 def _in_pool(do: Callable[[T], None], items: Sequence[T], workers: int) -> Iterator[T]:
-    # Spawned, not forked: the caller may have threads, and a forked worker would inherit its locks mid-way.
+    # Spawned, not forked: the caller may have threads, and a forked worker would inherit the locks that they hold.
     context = multiprocessing.get_context("spawn")
-    with _starting():  # semaphores, which lie in /dev/shm
+    with _starting():  # needs semaphores, which are in /dev/shm
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     with pool:
         with _starting():
@@ -199,7 +200,8 @@ def _starting() -> Iterator[None]:
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole terminal; the parent alone decides, and its workers end with it, killed or not.
+    # Ctrl-C reaches every process of the terminal. Only the parent decides what to do. Its workers end when it ends,
+    # also when it is killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()

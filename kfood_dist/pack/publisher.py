@@ -1,10 +1,10 @@
-"""The split that a source came with: kept, unless `--split` says otherwise.
+"""The split that a source already has. It is kept, unless `--split` is given.
 
-    records, --split ──► settle ──► records; without --split those in no split of the source have a problem
-    pictures, groups ──► assign ──► a split per picture ──► count_across: look-alikes that the publisher tore apart
+    records, --split ──► settle ──► records; without --split, a record in no split of the source has a problem
+    pictures, groups ──► assign ──► a split per picture ──► count_across: near-duplicates that the publisher separated
 
-Always holds: where the source's split is kept, no picture of its val or test goes elsewhere. What it lacks is taken
-from its train.
+Always holds: if the source's split is kept, no picture of its val or test goes to another split. A split that the
+source does not have is taken from its train.
 """
 
 from collections import defaultdict
@@ -18,7 +18,11 @@ from kfood_dist.pack.split import assign_splits
 
 @dataclass(frozen=True)
 class SourceSplit:
-    """The splits that a source names, in the order train, val, test; whether they are kept; what lies in none."""
+    """The splits that a source names.
+
+    `given` has them in the order train, val, test. `is_kept` says whether they are kept. `num_outside` is the number of
+    records that are in none of them.
+    """
 
     given: tuple[str, ...]
     is_kept: bool
@@ -26,16 +30,16 @@ class SourceSplit:
 
     @property
     def from_train(self) -> tuple[str, ...]:
-        """The splits that are taken from the source's train, as it has none of its own."""
+        """The splits that are taken from the source's train, because the source does not have them."""
         if not self.is_kept or "train" not in self.given:
             return ()
         return tuple(split for split in SPLITS if split not in self.given)
 
 
 def settle(records: Sequence[Record], is_dealt: bool) -> tuple[list[Record], SourceSplit | None]:
-    """The records as they will be split, and the source's own split, None if it has none.
+    """Return the records as they will be split, and the source's own split, or None if it has none.
 
-    `is_dealt` deals all anew: then no record has a split.
+    If `is_dealt`, all splits are assigned again, so no record keeps a split.
     """
     named = {record.split for record in records if record.problem is None}
     if not any(named):
@@ -51,7 +55,7 @@ def settle(records: Sequence[Record], is_dealt: bool) -> tuple[list[Record], Sou
 def _in_a_split(record: Record, given: Sequence[str]) -> Record:
     if record.problem is not None or record.split in given:
         return record
-    in_none = f"lies in none of the source's splits ({', '.join(given)})"
+    in_none = f"is in none of the source's splits ({', '.join(given)})"
     called = f"its split is called {record.split}" if record.split else in_none
     return replace(record, problem="no_split", detail=called, split="")
 
@@ -63,7 +67,7 @@ def assign(
     fractions: Mapping[str, float],
     seed: int,
 ) -> list[str]:
-    """The split of each picture: the source's where that is kept, else dealt by `fractions`."""
+    """Return the split of each picture: the source's split if that is kept, else a split assigned by `fractions`."""
     labels = [record.label for record in records]
     if own is None or not own.is_kept:
         return assign_splits(groups, labels, fractions, seed)
@@ -79,7 +83,7 @@ def assign(
 
 
 def count_across(groups: Sequence[int], splits: Sequence[str]) -> tuple[int, dict[str, int]]:
-    """How many groups lie in several splits, and how many pictures of val and test have a look-alike in train."""
+    """Count the groups in several splits, and the pictures of val and of test with a near-duplicate in train."""
     found: dict[int, set[str]] = defaultdict(set)
     for group, split in zip(groups, splits, strict=True):
         found[group].add(split)

@@ -1,10 +1,11 @@
-"""Who learns and who is examined: groups of samples dealt to train, val and test.
+"""Assigns groups of samples to train, val and test.
 
     a group and a label per sample, fractions, a seed ──► assign_splits ──► a split per sample
 
-A group is what must not be torn apart, such as the copies of one file. Always holds: a group lies in one
-split; a class with at least as many groups as there are wanted splits is in each of them; the result depends
-on the set of groups, never on the order they come in.
+The samples of a group must stay in one split, for example the copies of one file.
+
+Always holds: a group is in one split; a class with at least as many groups as there are wanted splits is in each of
+them; the result depends on the set of groups, never on their order.
 """
 
 import hashlib
@@ -15,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from kfood_dist.data.shards.manifest import SPLITS
 from kfood_dist.errors import SourceError
 
-# For a class with fewer groups than splits: without train it is not learnt, without test not measured.
+# For a class with fewer groups than splits: without train it is not learnt, without test it is not evaluated.
 _SCARCE_ORDER = ("train", "test", "val")
 
 
 def parse_fractions(text: str) -> dict[str, float]:
     """Read `0.8,0.1,0.1` as the fractions of train, val and test.
 
-    Raises SourceError unless they are three non-negative numbers with the sum 1.
+    Raises SourceError if they are not three non-negative numbers with the sum 1.
     """
     try:
         values = [float(part) for part in text.split(",")]
@@ -37,14 +38,14 @@ def parse_fractions(text: str) -> dict[str, float]:
 
 
 def keyed_digest(seed: int, purpose: str, item: str) -> bytes:
-    """16 bytes that look random but depend on these three alone; sorting by them is a shuffle."""
+    """Return 16 bytes that look random but depend only on the three arguments. Sorting by them is a shuffle."""
     return hashlib.blake2b(item.encode("utf-8"), key=f"{purpose}:{seed}".encode(), digest_size=16).digest()
 
 
 def assign_splits(groups: Sequence[int], labels: Sequence[str], fractions: Mapping[str, float], seed: int) -> list[str]:
-    """The split of each sample; shares are kept per class and counted in groups.
+    """Return the split of each sample. Each class is split by `fractions`, counted in groups.
 
-    A group whose samples have several labels counts for the commonest of them.
+    A group whose samples have several labels counts for the most frequent label.
     """
     votes: dict[int, Counter[str]] = defaultdict(Counter)
     for group, label in zip(groups, labels, strict=True):
@@ -62,7 +63,7 @@ def assign_splits(groups: Sequence[int], labels: Sequence[str], fractions: Mappi
 
 
 def _apportion(num_groups: int, fractions: Mapping[str, float]) -> dict[str, int]:
-    """Cut a class's groups by largest remainder, at least one for every wanted split where they suffice."""
+    """Divide the groups of a class by largest remainder. Every wanted split gets at least one if there are enough."""
     wanted = [split for split in _SCARCE_ORDER if fractions.get(split, 0) > 0]
     if num_groups <= len(wanted):
         return {split: 1 for split in wanted[:num_groups]}

@@ -1,10 +1,11 @@
-"""A part of a large source: so many pictures of each class, in numbered subsets that share none.
+"""Chooses a part of a large source: N pictures of each class, in numbered subsets that share no picture.
 
-records ──► each class in a fixed pseudo-random order ──► subset K: the K-th so many ──► those
-what came of them ──► count_short ──► the classes that have fewer
+records ──► each class in a fixed pseudo-random order ──► subset K: the K-th N records of each class
+labels of the packed pictures ──► count_short ──► the classes with fewer than N
 
-Chosen by name, before any picture is read: packing 3,000 of 150,000 reads 3,000. What turns out unusable is not
-replaced, or the next subset would shift; so only what was read tells which classes are short.
+The choice is made by name before any picture is read: packing 3,000 of 150,000 pictures reads 3,000. An unusable
+picture is not replaced, because the next subset would shift. So the classes with too few pictures are known only after
+reading.
 """
 
 from collections import Counter, defaultdict
@@ -19,10 +20,10 @@ from kfood_dist.system.words import plural
 def choose_subset(
     records: Sequence[Record], per_class: int | None, subset: int, seed: int
 ) -> tuple[list[Record], frozenset[str]]:
-    """The records of subset `subset` (from 1) of `per_class` each, in their order; and the classes chosen from.
+    """Return the records of subset number `subset`, in their order, and the classes that were chosen from.
 
-    All records where `per_class` is None; otherwise none with a problem. Raises SourceError when nothing is left, or
-    there are no labels to choose by.
+    Subsets count from 1 and have up to `per_class` records of each class, none with a problem. If `per_class` is None,
+    returns all records and no classes. Raises SourceError if the subset is empty or the source has no labels.
     """
     if per_class is None:
         return list(records), frozenset()
@@ -31,7 +32,7 @@ def choose_subset(
         if record.problem is None:
             by_label[record.label].append(record)
     if set(by_label) == {""}:
-        raise SourceError("the source has no labels, which --per-class is about", "leave --per-class out")
+        raise SourceError("the source has no labels, but --per-class needs them", "leave --per-class out")
     chosen: set[int] = set()
     for members in by_label.values():
         members.sort(key=lambda record: keyed_digest(seed, "subset", record.identity))
@@ -46,6 +47,9 @@ def choose_subset(
 
 
 def count_short(per_class: int, classes: Iterable[str], labels: Iterable[str]) -> dict[str, int]:
-    """How many pictures each class has that has fewer than `per_class`; `labels` is one for each picture packed."""
+    """Return the number of pictures of each class that has fewer than `per_class`.
+
+    `labels` holds the label of each packed picture.
+    """
     counts = Counter(labels)
     return {name: counts[name] for name in sorted(set(classes)) if counts[name] < per_class}

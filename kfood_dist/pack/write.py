@@ -1,4 +1,4 @@
-"""Placed samples and their prepared pictures to the files of a packed folder.
+"""Writes placed samples and their prepared pictures to the files of a packed folder.
 
 samples of each split ──► cut into shards ──► tar + index each ──► the manifest's entries ──► manifest.json
 """
@@ -23,10 +23,10 @@ from kfood_dist.system.files import file_sha256
 
 
 class ShardWriter:
-    """Writes shards into one folder and remembers what the manifest will say of them.
+    """A writer of shards into one folder, which also collects their entries for the manifest.
 
-    `pictures` is where the samples' JPEGs lie, squares of `image_size` pixels. A shard that an earlier packing of the
-    same samples finished is kept as it is.
+    `pictures` holds the JPEGs of the samples, squares with a side of `image_size` pixels. A shard that an earlier
+    packing of the same samples finished is kept as it is.
     """
 
     def __init__(self, folder: Path, pictures: Storage, classes: Sequence[DishClass], image_size: int, shard_size: int):
@@ -39,7 +39,7 @@ class ShardWriter:
         self.shards: list[dict[str, Any]] = []
 
     def write(self, split: str, samples: Sequence[Sample]) -> None:
-        """Write all shards of one split; keys count through them."""
+        """Write all shards of one split. The numbers of the keys continue from shard to shard."""
         indexes = []
         for number, start in enumerate(range(0, len(samples), self._shard_size)):
             indexes.append(self._shard(split, number, start, samples[start : start + self._shard_size]))
@@ -48,7 +48,7 @@ class ShardWriter:
     def _shard(self, split: str, number: int, start: int, samples: Sequence[Sample]) -> np.ndarray:
         name = f"{split}-{number:06d}"
         tar, index_file = self._folder / f"{name}.tar", self._folder / f"{name}.index.npy"
-        if not index_file.exists():  # it comes last: where it is, the tar is whole
+        if not index_file.exists():  # the index is written last: if it exists, the tar is complete
             tar.unlink(missing_ok=True)
             partial = self._folder / ".index.partial"
             partial.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class ShardWriter:
                 json=self._json(sample, columns),
                 label=sample.label,
                 group=sample.group,
-                # No byte-level tokenizer makes more tokens than bytes; one more ends the answer.
+                # No byte-level tokenizer makes more tokens than bytes. One more token ends the answer.
                 tokens=max(map(len, answers)) + 1,
             )
 
@@ -89,7 +89,7 @@ class ShardWriter:
         return tuple(found)
 
     def _columns(self, sample: Sample) -> dict[str, str]:
-        """What the list says of a sample, and its class if it has one."""
+        """Return the columns that a list gives for a sample, and its class and category if it has a class."""
         columns = dict(sample.picture.record.columns)
         if sample.label != NO_LABEL:
             dish = self._classes[sample.label]

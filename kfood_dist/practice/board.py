@@ -2,8 +2,8 @@
 
     strokes and shapes in dish units ──► a colour image and a height image ──► light on the heights ──► the lit dish
 
-One dish unit is the radius of the vessel; the origin is its middle. Every shape leaves its height as well as its
-colour, so one lamp lights all of a picture the same way. All randomness comes from the generator the board is given.
+One dish unit is the radius of the vessel, and the origin is the middle of the vessel. Every shape writes its colour and
+its height, so one lamp lights the complete picture in the same way. All randomness comes from the board's generator.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw, ImageFilter
 Colour = tuple[float, float, float]
 Point = tuple[float, float]
 
-SIZE = 416  # pixels along the board; the vessel's radius is 0.49 of it
+SIZE = 416  # pixels along each side of the board; the vessel's radius is 0.49 of it
 SCALE = 0.49 * SIZE
 
 
 def clouds(rng: np.random.Generator, height: int, width: int, cells: int, octaves: int = 3) -> np.ndarray:
-    """Smooth random clouds of about unit amplitude and mean 0, (height, width) float32, `cells` lumps across."""
+    """Return smooth random clouds, (height, width) float32: mean 0, amplitude about 1, `cells` lumps across."""
     total = np.zeros((height, width), np.float32)
     for octave in range(octaves):
         n = max(2, cells * 2**octave)
@@ -29,16 +29,16 @@ def clouds(rng: np.random.Generator, height: int, width: int, cells: int, octave
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """The colour `share` of the way from `a` to `b`."""
+    """Return the colour that is `share` of the way from `a` to `b`."""
     return (a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share, a[2] + (b[2] - a[2]) * share)
 
 
 class Board:
-    """A square of SIZE pixels that a vessel and its food are drawn on."""
+    """A square with sides of SIZE pixels, on which a vessel and its food are drawn."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
-        self.depth = 0.1  # how far the vessel stands above the table, in dish units
+        self.depth = 0.1  # height of the vessel above the table, in dish units
         self.colour = Image.new("RGB", (SIZE, SIZE), (128, 128, 128))
         self.height = Image.new("L", (SIZE, SIZE), 0)
         self.outline = Image.new("L", (SIZE, SIZE), 0)
@@ -47,12 +47,12 @@ class Board:
         self._trace = ImageDraw.Draw(self.outline)
 
     def vary(self, colour: Colour, amount: float = 12.0) -> Colour:
-        """A neighbour of a colour: lighter or darker as a whole, and a little of another tint."""
+        """Return a random similar colour: lighter or darker, with a slightly different tint."""
         shift = self.rng.normal(0, amount) + self.rng.normal(0, amount / 3, 3)
         return (colour[0] + shift[0], colour[1] + shift[1], colour[2] + shift[2])
 
     def polygon(self, points: Sequence[Point], colour: Colour, height: float, vessel: bool = False) -> None:
-        """Fill a polygon; `height` is 0 to 255, `vessel` adds it to the outline that hides the table."""
+        """Fill a polygon. `height` is 0 to 255. `vessel` also adds it to the outline that hides the table."""
         pixels = [(SIZE / 2 + x * SCALE, SIZE / 2 + y * SCALE) for x, y in points]
         self._paint.polygon(pixels, fill=_rgb(colour))
         self._raise.polygon(pixels, fill=_level(height))
@@ -69,7 +69,7 @@ class Board:
             self._trace.ellipse(box, fill=255)
 
     def stroke(self, points: Sequence[Point], width: float, colour: Colour, height: float) -> None:
-        """Draw a line of round ends through the points."""
+        """Draw a line with round ends through the points."""
         pixels = [(SIZE / 2 + x * SCALE, SIZE / 2 + y * SCALE) for x, y in points]
         thick = max(1, round(width * SCALE))
         self._paint.line(pixels, fill=_rgb(colour), width=thick, joint="curve")
@@ -81,27 +81,27 @@ class Board:
                 self._raise.ellipse(box, fill=_level(height))
 
     def blob(self, at: Point, size: Point, angle: float, colour: Colour, height: float, rough: float = 0.12) -> None:
-        """Fill an uneven ellipse of half-axes `size`, turned by `angle`; `rough` is how uneven its edge is."""
+        """Fill an uneven ellipse with half-axes `size`, turned by `angle`. `rough` is how uneven its edge is."""
         self.polygon(ring(self.rng, at, size, angle, rough), colour, height)
 
     def blend(self, mask: np.ndarray, colour: Colour) -> None:
-        """Lay a colour over the board, by a mask of 0 to 1 (SIZE, SIZE)."""
+        """Blend a colour over the board with a mask of 0 to 1, (SIZE, SIZE)."""
         opacity = Image.fromarray((np.clip(mask, 0, 1) * 255).astype(np.uint8))
         self.colour.paste(_rgb(colour), (0, 0), opacity)
 
     def inside(self, radius: float) -> np.ndarray:
-        """1 within `radius` of the middle and 0 outside, (SIZE, SIZE) float32."""
+        """Return a mask, (SIZE, SIZE) float32: 1 within `radius` of the middle, 0 outside."""
         axis = (np.arange(SIZE, dtype=np.float32) - SIZE / 2) / SCALE
         return (axis[None, :] ** 2 + axis[:, None] ** 2 < radius**2).astype(np.float32)
 
     def scatter(self, count: int, radius: float) -> list[Point]:
-        """Points spread evenly at random over a disc."""
+        """Return random points, uniformly distributed over a disc."""
         angle = self.rng.uniform(0, 2 * np.pi, count)
         reach = radius * np.sqrt(self.rng.uniform(0, 1, count))
         return [(float(r * np.cos(a)), float(r * np.sin(a))) for r, a in zip(reach, angle, strict=True)]
 
     def spread(self, count: int, radius: float) -> list[Point]:
-        """Points over a disc that keep clear of each other: along a sunflower's spiral, each moved a little."""
+        """Return points over a disc that keep a distance: on a sunflower spiral, each moved a little at random."""
         order = np.arange(count) + 0.5
         angle = order * 2.39996 + self.rng.uniform(0, 2 * np.pi)
         reach = radius * np.sqrt(order / count)
@@ -112,9 +112,10 @@ class Board:
         return [(float(x), float(y)) for x, y in points[self.rng.permutation(count)]]
 
     def lit(self, lamp: float, gloss: float, relief: float = 1.0) -> np.ndarray:
-        """The colours under a lamp from the direction `lamp` (radians): (SIZE, SIZE, 3) float32 in 0 to 255.
+        """Return the colours under a lamp in the direction `lamp` (radians), (SIZE, SIZE, 3) float32, about 0 to 255.
 
-        Slopes towards the lamp brighten and shine by `gloss`; hollows darken.
+        Slopes towards the lamp become brighter, and shine by `gloss`. Hollows become darker. `relief` scales the effect
+        of the heights.
         """
         near = np.asarray(self.height.filter(ImageFilter.GaussianBlur(1.6)), np.float32)
         wide = np.asarray(self.height.filter(ImageFilter.BoxBlur(9)), np.float32)
@@ -129,7 +130,7 @@ class Board:
 def ring(
     rng: np.random.Generator, at: Point, size: Point, angle: float, rough: float = 0.0, corners: int = 26
 ) -> list[Point]:
-    """The edge of an ellipse with half-axes `size` about `at`, turned by `angle`, made uneven by `rough`."""
+    """Return the edge of an ellipse around `at` with half-axes `size`, turned by `angle`, made uneven by `rough`."""
     turn = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     reach = np.ones(corners)
     for wave in (2, 3, 5):
@@ -140,7 +141,7 @@ def ring(
 
 
 def box(at: Point, size: Point, angle: float) -> list[Point]:
-    """The corners of a rectangle with half-sides `size` about `at`, turned by `angle`, its corners slightly cut."""
+    """Return the points of a rectangle around `at` with half-sides `size`, turned by `angle`, with its corners cut."""
     w, h = size
     cut = 0.25 * min(w, h)
     corners = [
@@ -152,7 +153,7 @@ def box(at: Point, size: Point, angle: float) -> list[Point]:
 
 
 def wave(start: Point, angle: float, length: float, bend: float, phase: float, steps: int = 10) -> list[Point]:
-    """A wavy line from `start` in the direction `angle`: a noodle, a ribbon, a leaf's rib."""
+    """Return a wavy line with its middle at `start`, in the direction `angle`: a noodle, a ribbon, a leaf's rib."""
     along = np.linspace(-0.5, 0.5, steps) * length
     across = bend * np.sin(along / max(length, 1e-6) * 6.0 + phase)
     c, s = np.cos(angle), np.sin(angle)

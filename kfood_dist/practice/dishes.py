@@ -1,7 +1,7 @@
-"""How each of the ten practice dishes looks: its vessel, its colours, its pieces and how they lie.
+"""The look of each of the ten practice dishes: its vessel, its colours, and its pieces and their positions.
 
-Each painter takes a Board and draws one helping. What makes the dish itself is fixed here; how many pieces, which
-shades and where they lie come from the board's generator, so no two helpings are alike.
+Each painter takes a Board and draws one helping. The features of the dish are fixed here. The number of pieces, their
+shades and their positions come from the board's generator, so no two helpings are the same.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SCALLION, CHILLI, EGG = (104, 158, 66), (190, 40, 26), (240, 196, 70)
 
 
 def plate(board: Board, colours: tuple[Colour, ...], inner: float = 0.74) -> None:
-    """A flat round plate: a broad rim and a shallow well of radius `inner`."""
+    """Draw a flat round plate: a broad rim and a shallow well of radius `inner`."""
     colour = board.vary(colours[board.rng.integers(len(colours))], 6)
     board.disc((0, 0), 1.0, colour, 90, vessel=True)
     if board.rng.random() < 0.4:
@@ -27,7 +27,7 @@ def plate(board: Board, colours: tuple[Colour, ...], inner: float = 0.74) -> Non
 
 
 def bowl(board: Board, colours: tuple[Colour, ...], broth: Colour, inner: float = 0.86) -> None:
-    """A deep bowl with a thin rim, filled to radius `inner` with a broth whose colour drifts a little."""
+    """Draw a deep bowl with a thin rim, filled to radius `inner` with a broth whose colour varies a little."""
     colour = board.vary(colours[board.rng.integers(len(colours))], 6)
     board.depth = 0.42
     board.disc((0, 0), 1.0, colour, 130, vessel=True)
@@ -36,7 +36,7 @@ def bowl(board: Board, colours: tuple[Colour, ...], broth: Colour, inner: float 
 
 
 def fill(board: Board, broth: Colour, radius: float) -> None:
-    """Fill a disc with sauce or broth, unevenly mixed."""
+    """Fill a disc with unevenly mixed sauce or broth."""
     tone = board.vary(broth, 7)
     board.disc((0, 0), radius, tone, 40)
     drift = clouds(board.rng, *board.height.size, 4)
@@ -45,14 +45,14 @@ def fill(board: Board, broth: Colour, radius: float) -> None:
 
 
 def tray(board: Board, colours: tuple[Colour, ...], half_width: float) -> None:
-    """A long plate or wooden board."""
+    """Draw a long plate or wooden board."""
     colour = board.vary(colours[board.rng.integers(len(colours))], 6)
     board.polygon(box((0, 0), (0.99, half_width), 0.0), colour, 90, vessel=True)
     board.polygon(box((0, 0), (0.92, half_width - 0.07), 0.0), mix(colour, BLACK, 0.06), 70)
 
 
 def scallions(board: Board, count: int, radius: float) -> None:
-    """Chopped scallion: little green rings and slanting slices."""
+    """Draw chopped scallion: little green rings and slanting slices."""
     for at in board.scatter(count, radius):
         green = board.vary(SCALLION, 16)
         size = board.rng.uniform(0.025, 0.05)
@@ -61,13 +61,13 @@ def scallions(board: Board, count: int, radius: float) -> None:
 
 
 def flecks(board: Board, count: int, radius: float, colour: Colour, size: float = 0.012) -> None:
-    """Seeds, flakes and peppercorns."""
+    """Draw seeds, flakes or peppercorns."""
     for at in board.scatter(count, radius):
         board.disc(at, board.rng.uniform(0.6, 1.3) * size, board.vary(colour, 14), 140)
 
 
 def froth(board: Board, count: int, radius: float, colour: Colour) -> None:
-    """Bubbles and drops of fat on a broth."""
+    """Draw bubbles and drops of fat on a broth."""
     for at in board.scatter(count, radius):
         size = board.rng.uniform(0.012, 0.04)
         board.disc(at, size, board.vary(colour, 8), 52)
@@ -75,7 +75,7 @@ def froth(board: Board, count: int, radius: float, colour: Colour) -> None:
 
 
 def seaweed_soup(board: Board) -> None:
-    """미역국: dark green ribbons and a little beef in a thin, olive broth."""
+    """Draw 미역국: dark green ribbons and a little beef in a thin, olive broth."""
     rng = board.rng
     bowl(board, (WHITE, WHITE, CELADON), (132, 138, 82))
     froth(board, int(rng.integers(15, 40)), 0.8, (176, 172, 104))
@@ -89,7 +89,7 @@ def seaweed_soup(board: Board) -> None:
 
 
 def kimchi(board: Board) -> None:
-    """배추김치: red folds of cabbage with pale ribs, cut and lined up on a small plate."""
+    """Draw 배추김치: red folds of cabbage with pale ribs, cut and lined up on a small plate."""
     rng = board.rng
     plate(board, (WHITE, WHITE, CELADON), 0.78)
     lean, rows = rng.uniform(-0.25, 0.25), int(rng.integers(2, 4))
@@ -106,7 +106,7 @@ def kimchi(board: Board) -> None:
 
 
 def leaf(board: Board, at: Point, angle: float, length: float) -> None:
-    """One fold of kimchi: a red leaf whose rib is pale and whose tip may be green."""
+    """Draw one fold of kimchi: a red leaf with a pale rib. Its tip may be green."""
     rng = board.rng
     red = board.vary(mix((186, 46, 30), (170, 76, 40), rng.uniform(0, 1)), 14)
     board.blob(at, (length, rng.uniform(0.07, 0.12)), angle, red, rng.uniform(90, 160), 0.2)
@@ -118,7 +118,7 @@ def leaf(board: Board, at: Point, angle: float, length: float) -> None:
 
 
 def rice_cakes(board: Board) -> None:
-    """송편: glossy half-moons of white, green, pink and yellow rice cake on pine needles."""
+    """Draw 송편: glossy half-moons of white, green, pink and yellow rice cake on pine needles."""
     rng = board.rng
     plate(board, (WHITE, CREAM, (196, 160, 108)), 0.84)
     board.blob((0, 0), (0.76, 0.74), 0, board.vary((84, 122, 62), 8), 64, 0.05)
@@ -131,7 +131,7 @@ def rice_cakes(board: Board) -> None:
 
 
 def half_moon(board: Board, at: Point, angle: float, size: float, dough: Colour) -> None:
-    """One rice cake: a half-moon with a pressed seam along its round side."""
+    """Draw one rice cake: a half-moon with a pressed seam along its round side."""
     colour = board.vary(dough, 6)
     turn = np.linspace(-0.15, np.pi + 0.15, 16)
     x, y = size * np.cos(turn), size * 0.95 * np.sin(turn) - size * 0.3
@@ -146,7 +146,7 @@ def half_moon(board: Board, at: Point, angle: float, size: float, dough: Colour)
 
 
 def black_noodles(board: Board) -> None:
-    """짜장면: pale noodles under a near-black sauce, with cucumber strips and peas."""
+    """Draw 짜장면: pale noodles under a near-black sauce, with cucumber strips and peas."""
     rng = board.rng
     bowl(board, (WHITE, CELADON, (120, 158, 128)), (206, 164, 98))
     for at in board.scatter(70, 0.72):
@@ -168,7 +168,7 @@ def black_noodles(board: Board) -> None:
 
 
 def rice_rolls(board: Board) -> None:
-    """김밥: slices of a black-rimmed rice roll with a bright filling, in rows."""
+    """Draw 김밥: slices of a black-rimmed rice roll with a bright filling, in rows."""
     rng = board.rng
     rows, count = int(rng.integers(2, 4)), 4
     size = 0.25 if rows == 3 else 0.28
@@ -187,7 +187,7 @@ def rice_rolls(board: Board) -> None:
 
 
 def roll(board: Board, at: Point, size: float, fillings: list[Colour]) -> None:
-    """One slice of gimbap: seaweed, a ring of rice grains, and the fillings in the middle."""
+    """Draw one slice of gimbap: seaweed, a ring of rice grains, and the fillings in the middle."""
     rng = board.rng
     board.disc(at, size, board.vary((26, 34, 26), 4), 150)
     board.disc(at, size * 0.9, board.vary((236, 232, 220), 4), 165)
@@ -202,7 +202,7 @@ def roll(board: Board, at: Point, size: float, fillings: list[Colour]) -> None:
 
 
 def spicy_rice_cakes(board: Board) -> None:
-    """떡볶이: thick rice sticks and fishcake in a shining red sauce."""
+    """Draw 떡볶이: thick rice sticks and fishcake in a shining red sauce."""
     rng = board.rng
     sauce = (214, 56, 20)
     if rng.random() < 0.4:
@@ -229,7 +229,7 @@ def spicy_rice_cakes(board: Board) -> None:
 
 
 def scallion_pancake(board: Board) -> None:
-    """파전: one broad golden pancake with long scallions laid side by side."""
+    """Draw 파전: one broad golden pancake with long scallions laid side by side."""
     rng = board.rng
     plate(board, (WHITE, CELADON, (150, 104, 66)), 0.84)
     batter = board.vary((214, 162, 84), 10)
@@ -254,7 +254,7 @@ def scallion_pancake(board: Board) -> None:
 
 
 def bean_paste_stew(board: Board) -> None:
-    """된장찌개: a black earthen pot of brown stew with white tofu, courgette and chilli."""
+    """Draw 된장찌개: a black earthen pot of brown stew with white tofu, courgette and chilli."""
     rng = board.rng
     bowl(board, (BLACK, BLACK, (72, 50, 40)), (156, 104, 52), 0.8)
     froth(board, int(rng.integers(30, 70)), 0.76, (190, 142, 82))
@@ -276,7 +276,7 @@ def bean_paste_stew(board: Board) -> None:
 
 
 def ox_bone_soup(board: Board) -> None:
-    """곰탕·설렁탕: milk-white broth with thin noodles, slices of meat and scallion."""
+    """Draw 곰탕·설렁탕: milk-white broth with thin noodles, slices of meat and scallion."""
     rng = board.rng
     bowl(board, (BLACK, BLACK, (72, 50, 40)), (232, 226, 210), 0.84)
     for at in board.scatter(int(rng.integers(0, 26)), 0.5):
@@ -296,7 +296,7 @@ def ox_bone_soup(board: Board) -> None:
 
 
 def fried_prawns(board: Board) -> None:
-    """새우튀김: crisp golden prawns with red tails, side by side, perhaps with a lemon or a dip."""
+    """Draw 새우튀김: crisp golden prawns with red tails, side by side, perhaps with a lemon or a dip."""
     rng = board.rng
     if rng.random() < 0.5:
         tray(board, (WHITE, BLACK), rng.uniform(0.66, 0.82))
@@ -317,7 +317,7 @@ def fried_prawns(board: Board) -> None:
 
 
 def prawn(board: Board, at: Point, angle: float) -> None:
-    """One fried prawn: a bent body of crumbs, thinner towards a red fan of a tail."""
+    """Draw one fried prawn: a bent body of crumbs, thinner towards a red, fan-shaped tail."""
     rng = board.rng
     crust = board.vary((216, 150, 62), 10)
     spine = wave(at, angle, rng.uniform(0.8, 0.95), rng.uniform(0.02, 0.07), rng.uniform(0, 6), steps=12)

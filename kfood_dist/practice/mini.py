@@ -1,9 +1,9 @@
-"""`kfood mini DIR`: a practice set and a tiny model, to try every other verb in minutes without real data.
+"""`kfood mini DIR`: a practice set and a tiny model, to try every other verb within minutes and without real data.
 
     options ──► DIR/.mini-unfinished.json ──► images ──► model ──► DIR/mini.json
 
-Always holds: `images` and `model` have their names only when they are whole, and `mini.json` is written last. So a
-run that was cut off is finished by the next one with the same options, and a finished folder is used again as it is.
+Always holds: `images` and `model` get their names only when they are complete, and `mini.json` is written last. So the
+next run with the same options finishes an interrupted one, and uses a finished folder again as it is.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from kfood_dist.errors import KfoodError, SourceError
 from kfood_dist.practice.pictures import DISHES, MAX_PER_CLASS, write_pictures
 from kfood_dist.system.processes import quiet_libraries
 
-FORMAT, VERSION = "kfood-mini", 1  # the version rises whenever the same options would draw other bytes
+FORMAT, VERSION = "kfood-mini", 1  # raise the version when the same options give other bytes
 DONE, UNFINISHED = "mini.json", ".mini-unfinished.json"
 _PARTS = ("images", "model")
 
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kfood mini`."""
     parser.description = (
         "Draw a practice set of Korean dishes in the folder layout of the AI-Hub set (DIR/images) and write a tiny, "
-        "untrained Qwen2.5-VL (DIR/model). Every other verb can be tried on them in minutes, without real pictures or "
-        "a download."
+        "untrained Qwen2.5-VL (DIR/model). With them you can try every other verb in minutes, without real pictures "
+        "or a download."
     )
     parser.add_argument(
         "folder", metavar="DIR", type=Path, help="folder to write; made if missing, used again if complete"
@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-class", type=int, default=100, metavar="N", help="pictures of each of the ten dishes (default: 100)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="other pictures and other weights for another number (default: 0)"
+        "--seed", type=int, default=0, help="another number gives other pictures and other weights (default: 0)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write, finish or re-use the practice set.
+    """Write, finish or reuse the practice set.
 
-    Raises SourceError when DIR holds something else, KfoodError when it cannot be written.
+    Raises SourceError if DIR holds something else, KfoodError if it cannot be written.
     """
     wanted = describe(args.per_class, args.seed)
     try:
@@ -74,9 +74,12 @@ def _run(folder: Path, wanted: dict[str, Any]) -> int:
 
 
 def describe(per_class: int, seed: int) -> dict[str, Any]:
-    """What a practice set of these options holds, as mini.json records it. Raises SourceError out of range."""
+    """Return the contents of a practice set with these options, as mini.json records them.
+
+    Raises SourceError if an option is out of range.
+    """
     if not 1 <= per_class <= MAX_PER_CLASS:
-        raise SourceError(f"--per-class {per_class} is not between 1 and {MAX_PER_CLASS}", "leave it out for 100")
+        raise SourceError(f"--per-class {per_class} is not between 1 and {MAX_PER_CLASS}", "omit it to draw 100")
     if not 0 <= seed < 2**63:
         raise SourceError(f"--seed {seed} cannot be used", "give a whole number from 0, below 2^63")
     return {
@@ -90,7 +93,10 @@ def describe(per_class: int, seed: int) -> dict[str, Any]:
 
 
 def _check(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `folder` already holds all that is wanted. Raises SourceError when it holds anything else."""
+    """Return whether `folder` already holds the complete set `wanted`.
+
+    Raises SourceError if it holds anything other than this set or an unfinished part of it.
+    """
     if folder.exists() and not folder.is_dir():
         raise SourceError(f"{folder} is a file", "name a folder to write the practice set into")
     if not folder.exists() or not any(folder.iterdir()):
@@ -99,9 +105,9 @@ def _check(folder: Path, wanted: dict[str, Any]) -> bool:
     if found is None:
         raise SourceError(f"{folder} holds something other than a practice set", "name a new or empty folder")
     if found != wanted:
-        told = f"--per-class {found.get('per_class')} --seed {found.get('seed')}, version {found.get('version')}"
+        drawn_with = f"--per-class {found.get('per_class')} --seed {found.get('seed')}, version {found.get('version')}"
         raise SourceError(
-            f"{folder} holds another practice set ({told})",
+            f"{folder} holds another practice set ({drawn_with})",
             "name a new folder, repeat those options, or delete this folder",
         )
     if not (folder / DONE).exists():
@@ -109,13 +115,13 @@ def _check(folder: Path, wanted: dict[str, Any]) -> bool:
     num_pictures = sum(1 for _ in (folder / "images").glob("*/*/*/Img_*"))
     if num_pictures != wanted["images"] or not all((folder / part).is_dir() for part in _PARTS):
         raise SourceError(
-            f"{folder} is a finished practice set with parts missing since", "delete this folder and repeat"
+            f"{folder} is a finished practice set, but has parts missing now", "delete this folder and repeat"
         )
     return True
 
 
 def _finish(folder: Path, part: str, write: Callable[[Path], None]) -> None:
-    """Write DIR/part by `write`, under another name until it is whole; leave nothing behind on failure."""
+    """Write DIR/part with `write`, under another name until it is complete. Leaves nothing behind if that fails."""
     if (folder / part).exists():
         return
     unfinished = folder / f".{part}-unfinished"

@@ -1,9 +1,9 @@
 """The practice pictures: ten real dishes, drawn, in the folder layout of the AI-Hub set.
 
-    (seed, class id, number) ──► a random stream of its own ──► size, format, drawing ──► Img_xxx_yyyy.jpg
+    (seed, class id, number) ──► a separate random stream ──► size, format, drawing ──► Img_xxx_yyyy.jpg
 
-Always holds: a picture depends on those three numbers alone, so any number of processes draws the same bytes; the
-folder has its final name only when every picture is in it.
+Always holds: a picture depends only on those three numbers, so any number of processes draws the same bytes. The
+folder gets its final name only when every picture is in it.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 MAX_PER_CLASS = 10_000  # the file name has four digits for the number
-DRAWN_SIDE = 448  # pixels along the longer side while drawing; the picture is then scaled to its own size
+DRAWN_SIDE = 448  # most pixels along the longer side while drawing; the picture is then scaled to its final size
 _ORIENTATION_TAG = 0x0112
 _TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 _ASPECTS = (4 / 3, 4 / 3, 4 / 3, 1.0, 1.0, 3 / 4, 3 / 4, 3 / 2, 16 / 9, 9 / 16)
@@ -48,7 +48,7 @@ DISHES = (
 
 
 def render(seed: int, dish: PracticeDish, number: int) -> tuple[str, bytes]:
-    """One picture of a dish: its file name and the file's bytes."""
+    """Return one picture of a dish: the file name and the file's bytes."""
     from kfood_dist.practice.scene import photograph
 
     rng = np.random.default_rng([seed, dish.id, number])
@@ -61,7 +61,7 @@ def render(seed: int, dish: PracticeDish, number: int) -> tuple[str, bytes]:
 
 
 def _choose_size(rng: np.random.Generator, max_width: int) -> tuple[int, int]:
-    """A width of 400 to `max_width` pixels, small ones being commoner, and a height of at most 1600."""
+    """Return a width of 400 to `max_width` pixels, mostly small, and a height of at most 1600."""
     aspect = float(_ASPECTS[rng.integers(len(_ASPECTS))] * rng.uniform(0.94, 1.06))
     width = 400 * (max_width / 400) ** (rng.random() ** 1.5)
     width = max(400.0, min(width, 1600 * aspect))
@@ -69,7 +69,7 @@ def _choose_size(rng: np.random.Generator, max_width: int) -> tuple[int, int]:
 
 
 def _encode(rng: np.random.Generator, picture: Image.Image, suffix: str) -> bytes:
-    """The file's bytes; one JPEG in twelve is stored turned, with the EXIF orientation that turns it back."""
+    """Return the file's bytes. One JPEG in twelve is stored turned, with the EXIF orientation that turns it back."""
     out = io.BytesIO()
     if suffix == ".png":
         picture.save(out, "PNG", compress_level=1)
@@ -92,9 +92,9 @@ def _draw_one(job: tuple[Path, int, PracticeDish, int]) -> int:
 
 
 def write_pictures(folder: Path, dishes: tuple[PracticeDish, ...], per_class: int, seed: int) -> Iterator[int]:
-    """Draw `per_class` pictures of each dish into `folder`, yielding the size in bytes of each file as it is written.
+    """Draw `per_class` pictures of each dish into `folder`, and yield the size in bytes of each written file.
 
-    The pictures are drawn by one process for each core this process may use.
+    Uses at most one process for each core that this process may use, and only this process for few pictures.
     """
     jobs = [(folder, seed, dish, number) for number in range(per_class) for dish in dishes]
     for dish in dishes:

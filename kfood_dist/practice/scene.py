@@ -1,8 +1,8 @@
-"""The photograph: a table, a lit dish seen from some side, what else lies about, and a camera's faults.
+"""The photograph: a table, a lit dish seen at an angle, other things on the table, and a camera's faults.
 
     Board of one helping ──► lit ──► turned, tilted and set on a table ──► light, lens and sensor ──► RGB picture
 
-Every choice comes from the one generator, in a fixed order.
+Every choice comes from one generator, in a fixed order.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ SIDES: tuple[Colour, ...] = (
 
 
 def photograph(rng: np.random.Generator, dish: int, width: int, height: int) -> Image.Image:
-    """Draw one picture of a dish (its class id) at `width` × `height` pixels."""
+    """Draw one picture of `dish` (a class id) with `width` × `height` pixels."""
     board = Board(rng)
     PAINTERS[dish](board)
     lamp = float(rng.uniform(0, 2 * np.pi))
@@ -39,7 +39,10 @@ def photograph(rng: np.random.Generator, dish: int, width: int, height: int) -> 
 
 
 class Camera:
-    """Where the dish lies in the picture: its middle, size, turn and tilt, in pixels and radians."""
+    """The place of the dish in the picture: its middle and radius in pixels, its turn in radians, and its tilt.
+
+    `squash` is the cosine of the tilt: the height of the tilted circle as a fraction of its width.
+    """
 
     def __init__(self, rng: np.random.Generator, width: int, height: int):
         span = (min(width, height) ** 3 * max(width, height)) ** 0.25
@@ -52,7 +55,7 @@ class Camera:
         )
 
     def inverse(self) -> tuple[float, float, float, float, float, float]:
-        """Pillow's affine coefficients: from a pixel of the picture to a pixel of the board."""
+        """Return Pillow's affine coefficients, which map a pixel of the picture to a pixel of the board."""
         zoom, (cx, cy) = SCALE / self.radius, self.middle
         c, s = float(np.cos(self.turn)), float(np.sin(self.turn))
         a, b, d, e = zoom * c, zoom * s / self.squash, -zoom * s, zoom * c / self.squash
@@ -60,7 +63,7 @@ class Camera:
 
 
 def lay_table(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A table top: wood in planks, stone, plain or chequered cloth."""
+    """Draw a table top: wood in planks, stone, plain or chequered cloth."""
     base = np.array(TABLES[rng.integers(len(TABLES))], np.float32) + rng.normal(0, 9, 3).astype(np.float32)
     kind = rng.integers(4)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -83,7 +86,7 @@ def lay_table(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def place_things(rng: np.random.Generator, table: Image.Image, camera: Camera) -> None:
-    """Lay a side dish, a cup, chopsticks or a spoon beside the dish; often nothing."""
+    """Draw up to three things beside the dish, often none: side dishes and cutlery."""
     draw = ImageDraw.Draw(table)
     for _ in range(int(rng.choice([0, 1, 2, 3], p=[0.3, 0.3, 0.25, 0.15]))):
         angle = rng.uniform(0, 2 * np.pi)
@@ -97,7 +100,7 @@ def place_things(rng: np.random.Generator, table: Image.Image, camera: Camera) -
 
 
 def side_dish(rng: np.random.Generator, draw: ImageDraw.ImageDraw, x: float, y: float, camera: Camera) -> None:
-    """A small plate of something, or a cup."""
+    """Draw a small round plate or cup with a filling."""
     rx = camera.radius * rng.uniform(0.25, 0.5)
     ry = rx * camera.squash
     tone = [int(c) for c in rng.uniform(0.75, 1.0) * np.array(WHITE if rng.random() < 0.7 else (120, 124, 120))]
@@ -110,7 +113,7 @@ def side_dish(rng: np.random.Generator, draw: ImageDraw.ImageDraw, x: float, y: 
 
 
 def cutlery(rng: np.random.Generator, draw: ImageDraw.ImageDraw, x: float, y: float, camera: Camera) -> None:
-    """A pair of chopsticks, or a spoon."""
+    """Draw two parallel sticks, such as chopsticks."""
     tone = ((190, 192, 196), (120, 80, 50), (60, 44, 40))[rng.integers(3)]
     angle, length = rng.uniform(0, 3.14), camera.radius * rng.uniform(1.2, 2.0)
     dx, dy = np.cos(angle) * length / 2, np.sin(angle) * length / 2
@@ -126,7 +129,7 @@ def cutlery(rng: np.random.Generator, draw: ImageDraw.ImageDraw, x: float, y: fl
 def serve(
     rng: np.random.Generator, table: Image.Image, board: Board, food: np.ndarray, camera: Camera, lamp: float
 ) -> Image.Image:
-    """Set the dish on the table: its shadow, its side wall, then its top."""
+    """Draw the dish on the table: its shadow, its side wall, then its top."""
     size, inverse = table.size, camera.inverse()
     top = Image.fromarray(np.clip(food, 0, 255).astype(np.uint8))
     top = top.transform(size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
@@ -146,7 +149,10 @@ def serve(
 
 
 def expose(rng: np.random.Generator, picture: np.ndarray, lamp: float) -> Image.Image:
-    """The light's fall-off and tint, the exposure, a soft lens and a noisy sensor; (H, W, 3) float32 in 0 to 255."""
+    """Apply the light's fall-off and tint, the exposure, sensor noise and, in some pictures, a soft lens.
+
+    `picture` is (H, W, 3) float32 in 0 to 255.
+    """
     height, width = picture.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
     fall = 1 - rng.uniform(0, 0.28) * (x * np.cos(lamp) + y * np.sin(lamp)) - rng.uniform(0, 0.18) * (x * x + y * y)

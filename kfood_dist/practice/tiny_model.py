@@ -1,11 +1,11 @@
-"""A tiny, untrained Qwen2.5-VL: the real classes and file layout of the 3B model, small enough for two CPU cores.
+"""A tiny, untrained Qwen2.5-VL: the Python classes and file layout of the 3B model, small enough for two CPU cores.
 
     sentences ──► byte-level BPE ──► Qwen's special tokens and chat template ──► tokenizer files
     sizes + seed ──► Qwen2_5_VLConfig ──► random weights ──► config, weights, generation settings
     fixed numbers ──► preprocessor_config.json
 
-Always holds: the folder loads offline by AutoTokenizer, AutoImageProcessor and AutoModelForImageTextToText, with or
-without torchvision; any Korean text goes through the tokenizer and back; the same seed gives the same bytes.
+Always holds: AutoTokenizer, AutoImageProcessor and AutoModelForImageTextToText load the folder offline, with or without
+torchvision. The tokenizer encodes any Korean text and decodes it unchanged. The same seed gives the same bytes.
 """
 
 import json
@@ -23,8 +23,9 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 VOCABULARY_SIZE = 640
 IMAGE_TOKEN_PIXELS = 28  # one image token stands for 2×2 patches of 14 pixels
 
-# The layout of Qwen2.5's conversations, written anew: each turn between <|im_start|>role and <|im_end|>, a default
-# system turn when none is given, and one <|image_pad|> per picture for the processor (or the collator) to repeat.
+# The layout of Qwen2.5's conversations, in our own template. Each turn is between <|im_start|>role and <|im_end|>. A
+# default system turn is added if none is given. Each picture is one <|image_pad|>, which the processor (or the
+# collator) repeats.
 CHAT_TEMPLATE = """\
 {%- macro show(content) -%}
 {%- if content is string -%}{{ content }}
@@ -64,9 +65,9 @@ _SENTENCES = (
 
 
 def train_tokenizer() -> "Qwen2Tokenizer":
-    """Qwen's tokenizer (same normaliser, splitter and special tokens) with a vocabulary learned from a few sentences.
+    """Return Qwen's tokenizer (same normaliser, splitter and special tokens) with a vocabulary from a few sentences.
 
-    The vocabulary starts from all 256 bytes, so text outside those sentences costs more tokens but is never lost.
+    The vocabulary starts with all 256 bytes, so other text needs more tokens but is never lost.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -97,7 +98,7 @@ def train_tokenizer() -> "Qwen2Tokenizer":
 
 
 def build_config(tokenizer: "Qwen2Tokenizer") -> "Qwen2_5_VLConfig":
-    """The sizes of the tiny model: every quantised matrix is a multiple of 64 wide, NF4's block."""
+    """Return the sizes of the tiny model. Every quantised matrix has a width that is a multiple of 64, NF4's block."""
     from transformers import Qwen2_5_VLConfig
 
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)), strict=True))
@@ -142,7 +143,7 @@ def build_config(tokenizer: "Qwen2Tokenizer") -> "Qwen2_5_VLConfig":
 
 
 def preprocessor_settings() -> dict[str, Any]:
-    """The image processor's settings, those of Qwen2.5-VL, in a form every backend of transformers 5 reads."""
+    """Return the image processor settings of Qwen2.5-VL, in a form that every backend of transformers 5 reads."""
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
@@ -156,12 +157,12 @@ def preprocessor_settings() -> dict[str, Any]:
     }
 
 
-def give_sight(tower: "torch.nn.Module") -> None:
-    """Redraw some of a random vision tower's weights in place, so that it can be learnt from though it stays frozen.
+def make_vision_trainable(tower: "torch.nn.Module") -> None:
+    """Draw some weights of a random vision tower again, in place, so that its frozen features are useful for training.
 
-    The patch filters become smooth, as a trained tower's are: each is drawn 2×2 coarse and scaled up, and so sees
-    colours and broad edges instead of pixel noise. The biases become random instead of 0: otherwise the norms would
-    make bright and dim patches of one colour look alike.
+    The patch filters become smooth, like those of a trained tower: each is drawn as 2×2 and scaled up, so it sees
+    colours and broad edges instead of pixel noise. The biases become random instead of 0, because otherwise the norms
+    make bright and dim patches of one colour look the same.
     """
     import torch
 
@@ -177,7 +178,7 @@ def give_sight(tower: "torch.nn.Module") -> None:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Write the tiny model into `folder` (made if missing), its weights drawn from `seed` alone."""
+    """Write the tiny model into `folder`, which is made if missing. The weights depend only on `seed`."""
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -186,7 +187,7 @@ def write_model(folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
-        give_sight(model.model.visual)
+        make_vision_trainable(model.model.visual)
         model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=False,

@@ -1,1 +1,1 @@
-"""Below all: the machine, its processes, files, locks and ranks. Nothing here needs torch to be imported."""
+"""The lowest layer: the machine, its processes, files, locks and ranks. No module here imports torch when loaded."""

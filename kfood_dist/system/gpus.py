@@ -1,9 +1,9 @@
 """The GPUs of this machine: how many its driver shows, which of them torch can use, and whether wheels fit them.
 
-    look ──► a short process of its own, which may start CUDA ──► Gpus ──► trouble: what is wrong, and the remedy
+    look ──► a short separate process, which may start CUDA ──► Gpus ──► trouble: what is wrong, and the remedy
 
-NVIDIA's management library counts GPUs that CUDA cannot use: under a driver that is too old, without the fabric
-manager, and all of a machine that is split by MIG. So the CUDA runtime is what counts here.
+NVIDIA's management library also counts GPUs that CUDA cannot use: if the driver is too old, if the fabric manager does
+not run, and all GPUs of a machine that MIG splits. So this module counts the GPUs that the CUDA runtime offers.
 """
 
 import ctypes
@@ -20,10 +20,10 @@ from kfood_dist.errors import LaunchError
 from kfood_dist.system.words import plural
 
 _TIMEOUT_S = 120
-_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of Windows' Linux, of AMD
+_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of Linux under Windows (WSL), of AMD
 _NOT_LOADED = "no driver is loaded"
 _MESSAGES = (
-    (_NOT_LOADED, "load it (sudo modprobe nvidia); after an update of the kernel, install the NVIDIA driver anew"),
+    (_NOT_LOADED, "load it (sudo modprobe nvidia); after a kernel update, reinstall the NVIDIA driver"),
     ("too old", "update the NVIDIA driver, or install torch's wheel for an older CUDA"),
     ("802", "start the fabric manager: sudo systemctl start nvidia-fabricmanager"),
     ("not yet initialized", "start the fabric manager: sudo systemctl start nvidia-fabricmanager"),
@@ -31,11 +31,13 @@ _MESSAGES = (
 )
 _COMPARE = "compare `nvidia-smi` with torch's CUDA version, and check CUDA_VISIBLE_DEVICES"
 
-# PyTorch's CUDA support matrix (RELEASE.md): wheels for CUDA 12.6 hold 5.0 to 9.0, those for CUDA 13 hold 7.5 to 12.0.
+# PyTorch's CUDA support matrix (RELEASE.md): wheels for CUDA 12.6 have kernels for compute capability 5.0 to 9.0,
+# wheels for CUDA 13 have them for 7.5 to 12.0.
 _FIRST_OF_CUDA_13, _FIRST_AFTER_CUDA_12_6 = (7, 5), (10, 0)
 _OLD_WHEEL = "install torch's wheel for CUDA 12.6 (cu126), which torch has up to 2.14"
 _NEW_WHEEL = "install torch's ordinary wheel, for CUDA 13: pip install --force-reinstall torch"
-# bitsandbytes' installation guide, 0.50: the least capability of its library for a CUDA version, and of any.
+# bitsandbytes' installation guide, 0.50: the lowest compute capability of its library for each CUDA version, and the
+# lowest of all.
 _BITSANDBYTES_FLOORS = (((13, 0), (7, 5)), ((12, 8), (7, 0)), ((0, 0), (6, 0)))
 _BITSANDBYTES_LEAST = (6, 0)
 
@@ -54,7 +56,7 @@ class Gpu:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it has units for bf16, as from Ampere on; torch emulates them on older ones, slowly."""
+        """Whether it has units for bf16. GPUs have them since Ampere; torch emulates bf16 slowly on older ones."""
         return self.major >= 8
 
     def __str__(self) -> str:
@@ -63,20 +65,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What was found. `shown` counts the driver's GPUs, `usable` are those that the CUDA runtime offers."""
+    """The GPUs found. `shown` counts those that the driver shows, `usable` holds those that the CUDA runtime offers."""
 
     shown: int = 0
     usable: tuple[Gpu, ...] = ()
     torch: str = ""
-    cuda: str | None = None  # that torch was built for; None for another wheel
+    cuda: str | None = None  # the version that torch was built for; None for a wheel without CUDA
     arches: tuple[str, ...] = ()  # of torch's kernels, such as sm_90
-    complaint: str = ""  # torch's own words
+    complaint: str = ""  # torch's own warning
 
 
 def look(ask: "Callable[[], Gpus] | None" = None) -> Gpus:
-    """The GPUs that a process started now could use. Neither CUDA nor torch is started in this one.
+    """Return the GPUs that a process started now can use. Starts neither CUDA nor torch in this process.
 
-    `ask` takes the place of the process that looks. Raises LaunchError if it fails.
+    `ask` replaces the separate process that looks. Raises LaunchError if that process fails.
     """
     if ask is None and not any(map(os.path.exists, _DEVICES)) and not count_shown():
         return Gpus()
@@ -89,23 +91,26 @@ def _ask() -> Gpus:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [""]
-        raise LaunchError(f"torch cannot look for GPUs ({told[-1][:200]})", "run `kfood doctor`") from None
+        # The `stderr` of a TimeoutExpired is always bytes, as subprocess documents.
+        printed = getattr(error, "stderr", None) or str(error)
+        text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+        lines = text.strip().splitlines() or [""]
+        raise LaunchError(f"torch cannot look for GPUs ({lines[-1][:200]})", "run `kfood doctor`") from None
     usable = tuple(Gpu(**gpu) for gpu in found.pop("usable"))
     return Gpus(**found | {"usable": usable, "arches": tuple(found["arches"])})
 
 
 def probe() -> Gpus:
-    """What torch finds, in this process, in which it may start CUDA."""
+    """Return what torch finds. Runs in this process, and may start CUDA in it."""
     import torch
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always")
-        # torch.cuda.device_count() would ask NVIDIA's management library.
+        # torch.cuda.device_count() asks NVIDIA's management library instead of the CUDA runtime.
         count = torch._C._cuda_getDeviceCount() if torch.cuda.is_available() else 0
     usable = tuple(Gpu(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i)) for i in range(count))
-    complaint = " ".join(str(told[-1].message).split()) if told else ""
-    if not any(map(os.path.exists, _DEVICES)):  # of which torch says nothing
+    complaint = " ".join(str(complaints[-1].message).split()) if complaints else ""
+    if not any(map(os.path.exists, _DEVICES)):  # torch does not report this
         complaint = _NOT_LOADED
     return Gpus(
         count_shown(), usable, torch.__version__, torch.version.cuda, tuple(torch.cuda.get_arch_list()), complaint
@@ -113,7 +118,7 @@ def probe() -> Gpus:
 
 
 def require_usable() -> None:
-    """Raise LaunchError, in a process that trains or measures, if there are GPUs and torch can use none."""
+    """Raise LaunchError if the machine has GPUs and torch can use none. For a process that trains or evaluates."""
     import torch
 
     if not torch.cuda.is_available() and (fault := trouble(probe())):
@@ -121,19 +126,19 @@ def require_usable() -> None:
 
 
 def refusal(what: str, remedy: str) -> LaunchError:
-    """The error for GPUs that torch cannot use; the CPU is taken only by who asks for it."""
-    return LaunchError(what, f"{remedy}; `kfood doctor` tells more; CUDA_VISIBLE_DEVICES= trains on the CPU")
+    """Return the error for GPUs that torch cannot use. Training uses the CPU only if the user asks for it."""
+    return LaunchError(what, f"{remedy}; `kfood doctor` shows more; CUDA_VISIBLE_DEVICES= trains on the CPU")
 
 
 def count_shown() -> int:
-    """How many GPUs NVIDIA's driver shows, whether CUDA can use them or not; 0 where CUDA_VISIBLE_DEVICES hides all."""
+    """Count the GPUs that NVIDIA's driver shows, usable by CUDA or not. 0 if CUDA_VISIBLE_DEVICES hides all of them."""
     if not are_wanted():
         return 0
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return 0
-    if library.nvmlInit_v2() != 0:  # the loaded driver is older than the library, or after a new kernel none is loaded
+    if library.nvmlInit_v2() != 0:  # the driver is older than the library, or none is loaded since a kernel update
         return max(len(list(Path("/dev").glob("nvidia[0-9]*"))), count_plugged())
     count = ctypes.c_uint()
     library.nvmlDeviceGetCount_v2(ctypes.byref(count))
@@ -142,18 +147,18 @@ def count_shown() -> int:
 
 
 def count_plugged(devices: Path = Path("/sys/bus/pci/devices")) -> int:
-    """How many of NVIDIA's display and 3D controllers are plugged in, with a driver or without."""
+    """Count NVIDIA's display and 3D controllers that are plugged in, with or without a driver."""
     facts = ((path / "vendor", path / "class") for path in devices.glob("*"))
     return sum(vendor.read_text() == "0x10de\n" and kind.read_text().startswith("0x03") for vendor, kind in facts)
 
 
 def are_wanted() -> bool:
-    """Whether CUDA_VISIBLE_DEVICES leaves any GPU; Slurm sets NoDevFiles for a job without one."""
+    """Return whether CUDA_VISIBLE_DEVICES leaves any GPU visible. Slurm sets NoDevFiles for a job without a GPU."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1", "NoDevFiles")
 
 
 def trouble(gpus: Gpus) -> tuple[str, str] | None:
-    """What keeps torch from computing on GPUs that are there, and the remedy; None if nothing does."""
+    """Return why torch cannot compute on this machine's GPUs, and the remedy, or None if it can."""
     if gpus.shown and not gpus.usable:
         build = f"CUDA {gpus.cuda}" if gpus.cuda else "CPU only"
         what = f"torch {gpus.torch} ({build}) cannot use the {plural(gpus.shown, 'GPU')} of this machine"
@@ -169,10 +174,10 @@ def trouble(gpus: Gpus) -> tuple[str, str] | None:
 
 
 def has_kernels(gpu: Gpu, arches: tuple[str, ...]) -> bool:
-    """Whether kernels of these architectures run on `gpu`; another vendor's names are not judged.
+    """Return whether kernels of these architectures run on `gpu`. True if no name is one of NVIDIA's.
 
-    Code for sm_XY runs on the same major capability from Y on, and compute_XY is compiled anew for any from XY on
-    (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
+    Code for sm_XY runs on capability X.Y and on a higher minor version of X. Code for compute_XY is compiled at load
+    time for any capability from X.Y on (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
     """
     judged = [arch.partition("_") for arch in arches if arch.startswith(("sm_", "compute_"))]
     built = [(kind, divmod(int(number), 10)) for kind, _, number in judged if number.isdecimal()]
@@ -182,12 +187,12 @@ def has_kernels(gpu: Gpu, arches: tuple[str, ...]) -> bool:
 
 
 def wheel_for(gpu: Gpu) -> str:
-    """The torch wheel that has kernels for `gpu`, as a remedy."""
+    """Return the remedy that names the torch wheel with kernels for `gpu`."""
     return _OLD_WHEEL if gpu.capability < _FIRST_OF_CUDA_13 else _NEW_WHEEL
 
 
-def bitsandbytes_trouble(gpus: Gpus) -> tuple[str, str] | None:
-    """Whether bitsandbytes' library for torch's CUDA lacks kernels for a GPU, and the remedy."""
+def find_bitsandbytes_fault(gpus: Gpus) -> tuple[str, str] | None:
+    """Return which GPU bitsandbytes' library for torch's CUDA has no kernels for, and the remedy, or None."""
     if not gpus.cuda:
         return None
     version = tuple(int(part) for part in gpus.cuda.split(".")[:2])

@@ -1,6 +1,6 @@
-"""Locks on files, which end with the process that holds them, however that ends.
+"""Locks on files. A lock ends when the process that holds it ends, in any way.
 
-`Lock` is the one kind of lock here. `hold` takes one so that a run directory has one training process group.
+The project has one class of lock, `Lock`. `hold` takes one, so that only one training at a time uses a run directory.
 """
 
 import errno
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Self
 
 from kfood_dist.errors import LaunchError
-from kfood_dist.system.cluster import outlast
+from kfood_dist.system.cluster import take_with_patience
 
 _NAME = ".lock"
 
 
 class Lock:
-    """A lock on the file `path`, which is made if it is missing. Advisory: it stops only those who take it, too.
+    """A lock on the file `path`, which is made if it is missing. It is advisory: it stops only code that takes it too.
 
-    It is flock's. Each Lock counts by itself, also within a process. A forked child inherits it, so `close` gives it
-    back for parent and children alike.
+    By default it is a flock lock. Each Lock is independent, also within one process. A forked child inherits it, so
+    `close` releases it for the parent and its children.
 
-    `of_process` makes it lockf's, for a run directory. A forked child does not inherit it, so a loader process cannot
-    hold the directory of its killed parent. And GPFS keeps locks of this kind alone between nodes. But it stops no
-    second Lock of the same process, and ends when that process closes any descriptor of the file.
+    With `of_process` it is a lockf lock, for a run directory. A forked child does not inherit it, so a loader process
+    cannot hold the directory of its killed parent. Also, GPFS applies only this kind of lock across nodes. But it does
+    not stop a second Lock of the same process, and it ends when that process closes any descriptor of the file.
 
-    Some parallel file systems have no locks. There a lock counts as taken, and `warning` is printed once. If there is
-    no `warning`, it is an OSError.
+    Some parallel file systems have no locks. There the lock counts as taken, and `warning` is printed once. Without a
+    `warning`, `take` raises OSError.
     """
 
     def __init__(self, path: Path, warning: str | None = None, of_process: bool = False):
@@ -46,10 +46,10 @@ class Lock:
         self.close()
 
     def take(self, shared: bool = False, wait: bool = False) -> bool:
-        """Whether the lock is held now, by this Lock alone or together with others that take it `shared`.
+        """Take the lock, and return whether it is held now: by this Lock only, or by several if all take it `shared`.
 
-        Taken again, it changes between the two; if it cannot, it is lost. Raises OSError if there are no locks and no
-        warning.
+        A second call changes a held lock between shared and exclusive. If that fails, flock loses the lock. Raises
+        OSError if the file system has no locks and there is no warning.
         """
         try:
             self._lock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -62,14 +62,14 @@ class Lock:
         return True
 
     def is_in_place(self) -> bool:
-        """Whether `path` still is the file that was opened, which another process may have removed since."""
+        """Return whether `path` is still the file that was opened. Another process may have removed it."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock and close the file."""
         with suppress(OSError):  # there are no locks here
             self._lock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
@@ -82,7 +82,7 @@ def _say_no_locks(folder: Path, why: str, warning: str) -> None:
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Keep `run_dir` to this process. Raises LaunchError if another process trains there."""
+    """Reserve `run_dir` for this process while the block lasts. Raises LaunchError if another process trains there."""
     with _lock_of(run_dir) as lock:
         if not lock.take():
             raise _in_use(run_dir)
@@ -90,11 +90,11 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 
 def require_free(run_dir: Path) -> None:
-    """Raise LaunchError if another process trains in `run_dir`, in a job that was started again after some minutes.
+    """Raise LaunchError if another process trains in `run_dir`.
 
-    Takes nothing.
+    A job that Slurm restarted first waits some minutes for the lock (`take_with_patience`). Keeps no lock.
     """
-    if not outlast(lambda: _is_free(run_dir), f"another process is training in {run_dir}"):
+    if not take_with_patience(lambda: _is_free(run_dir), f"another process is training in {run_dir}"):
         raise _in_use(run_dir)
 
 
@@ -106,7 +106,7 @@ def _is_free(run_dir: Path) -> bool:
 
 
 def _lock_of(run_dir: Path) -> Lock:
-    return Lock(run_dir / _NAME, warning="start no second run here", of_process=True)
+    return Lock(run_dir / _NAME, warning="do not start a second run here", of_process=True)
 
 
 def _in_use(run_dir: Path) -> LaunchError:

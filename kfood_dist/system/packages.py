@@ -1,4 +1,4 @@
-"""Versions of what this package builds on."""
+"""Versions of the packages that this project uses."""
 
 import importlib.metadata
 import platform
@@ -19,13 +19,13 @@ _PACKAGES = (
 
 
 def all_versions() -> dict[str, str | None]:
-    """Versions of Python, this package and what it builds on, as run.json and report.json keep them."""
+    """Return the versions of Python, this package and the packages it uses, as run.json and report.json keep them."""
     installed = {package: version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), "kfood_dist": __version__, **installed}
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

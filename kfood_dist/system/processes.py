@@ -1,4 +1,4 @@
-"""What a process asks of the system: to end with its parent, cores, memory, open files, quiet libraries."""
+"""Settings of a process: ending with its parent, cores, memory, open files, quiet libraries."""
 
 import ctypes
 import logging
@@ -7,20 +7,16 @@ import resource
 import signal
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-# Where our launcher puts its process id, for the ranks it starts.
+# Our launcher puts its process id here, for the ranks that it starts.
 LAUNCHER_PID = "KFOOD_LAUNCHER_PID"
-
-if TYPE_CHECKING:
-    pass
 
 
 def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
-    """Let this rank end when `accelerate launch` does, however that ends.
+    """Make this rank end when `accelerate launch` ends, in any way.
 
-    The launcher puts ranks into sessions of their own, so a launcher that is killed leaves them training, and writing
-    where a second start writes too. A process that was not started by it is left alone.
+    The launcher puts each rank into a separate session. So the ranks of a killed launcher would continue to train, and
+    would write to the same files as a second start. Does nothing in a process that `accelerate launch` did not start.
     """
     env = os.environ if environment is None else environment
     if has_launcher(env):
@@ -28,16 +24,16 @@ def end_with_launcher(environment: Mapping[str, str] | None = None) -> None:
 
 
 def has_launcher(env: Mapping[str, str]) -> bool:
-    """Whether `accelerate launch` started the process that has this environment."""
-    by_torchrun = "TORCHELASTIC_RUN_ID" in env  # accelerate's launcher of several processes, and of DeepSpeed
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env  # of a single one
+    """Return whether `accelerate launch` started the process that has this environment."""
+    by_torchrun = "TORCHELASTIC_RUN_ID" in env  # accelerate uses it for several processes and for DeepSpeed
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_DYNAMO_BACKEND" in env  # for one process
     return by_torchrun or by_accelerate
 
 
 def end_with_parent(pid: int, by: int = signal.SIGKILL) -> None:
-    """Let the kernel send this process the signal `by`, at once, when its parent `pid` ends, or ended already.
+    """Make the kernel send this process the signal `by` as soon as its parent `pid` ends. Sends it now if it has ended.
 
-    The thread that started this process counts as its parent.
+    The kernel counts the thread that started this process as the parent.
     """
     pr_set_pdeathsig = 1  # prctl(2), linux/prctl.h
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, by, 0, 0, 0)
@@ -45,16 +41,16 @@ def end_with_parent(pid: int, by: int = signal.SIGKILL) -> None:
         os.kill(os.getpid(), by)
 
 
-def how_it_ended(exitcode: int) -> str:
-    """A process's exit status in words, negative for a signal."""
+def describe_exit(exitcode: int) -> str:
+    """Return a process's exit code in words. A negative code is a signal."""
     return f"killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"with exit status {exitcode}"
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what a picture took for the next one; nothing where the C library is not glibc.
+    """Make malloc keep the freed memory of one picture for the next. Does nothing if the C library is not glibc.
 
-    Arrays of over 128 KiB otherwise go back to the kernel each time, and come anew page by page: on a loader process
-    that cost as much as decoding. Up to 256 MiB of freed memory stay with the process (mallopt(3)).
+    Otherwise, arrays of over 128 KiB go back to the kernel each time, and the kernel gives new memory page by page. In
+    a loader process that took as long as decoding. The process keeps up to 256 MiB of freed memory (mallopt(3)).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -65,15 +61,15 @@ def keep_freed_memory() -> None:
 
 
 def raise_open_file_limit() -> None:
-    """Allow as many open files as the system grants: a process keeps the shards open that it reads."""
+    """Allow as many open files as the system permits, because a process keeps open the shards that it reads."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def quiet_loggers() -> None:
-    """Keep the libraries' warnings a user can do nothing about out of the console; their errors stay.
+    """Hide the libraries' warnings that a user can do nothing about. Their errors stay.
 
-    DeepSpeed sets its logger's level when it is imported, which the filter outlasts.
+    DeepSpeed sets its logger's level when it is imported, so a filter is needed too.
     """
     for library in ("DeepSpeed", "bitsandbytes", "accelerate", "torch.distributed"):
         logger = logging.getLogger(library)
@@ -86,7 +82,7 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep notices a user can do nothing about out of a run's console; warnings of our own and errors stay."""
+    """Hide the libraries' notices that a user can do nothing about. Our own warnings and all errors stay."""
     import transformers
 
     quiet_loggers()
@@ -98,5 +94,5 @@ def quiet_libraries() -> None:
 
 
 def available_cores() -> int:
-    """The cores this process may use, which in a Slurm job or a container are fewer than the machine has."""
+    """Return how many cores this process may use. In a Slurm job or a container, the machine may have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

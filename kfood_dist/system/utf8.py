@@ -1,9 +1,9 @@
-"""Names of files are UTF-8 here, whatever the process's locale says.
+"""Names of files are always read as UTF-8, also under a locale with another encoding.
 
     kfood, launch, ranks         ──► the same command in Python's UTF-8 mode, once; ranks and workers inherit it
-    a program that calls `main`  ──► a refusal, as its Python cannot be changed any more
+    a program that calls `main`  ──► a refusal, because its running Python can no longer change the encoding
 
-Under another locale Python reads each name in that locale's encoding: `갈비구이` becomes another class, silently.
+Under such a locale, Python reads each name in the locale's encoding: `갈비구이` silently becomes another class.
 """
 
 import codecs
@@ -18,7 +18,7 @@ _REMEDY = "start Python with PYTHONUTF8=1, or under a UTF-8 locale such as LC_AL
 
 
 def names_are_utf8() -> bool:
-    """Whether this Python reads and writes the names of files as UTF-8."""
+    """Return whether this Python reads and writes the names of files as UTF-8."""
     return codecs.lookup(sys.getfilesystemencoding()).name == "utf-8"
 
 
@@ -28,15 +28,17 @@ def require_utf8_names() -> None:
         raise LaunchError(f"Python reads the names of files as {sys.getfilesystemencoding()}, not as UTF-8", _REMEDY)
 
 
-def settle_names(argv: Sequence[str] | None) -> None:
-    """Return if names are UTF-8; else become the same command in UTF-8 mode if `argv` is None, which means a program.
+def ensure_utf8(argv: Sequence[str] | None) -> None:
+    """Return if names are UTF-8. Otherwise restart the same command in UTF-8 mode if `argv` is None.
 
-    The console keeps its encoding, and shows an escape for what it lacks. Raises LaunchError if neither is so.
+    None means that kfood is the program itself and no other program calls it. The console keeps its encoding, and shows
+    an escape for a character that the encoding lacks. Raises LaunchError if names are not UTF-8 and `argv` is given, or
+    if UTF-8 mode was tried already.
     """
-    if argv is not None or names_are_utf8() or os.environ.get("PYTHONUTF8") == "1":  # the last: it was tried in vain
+    if argv is not None or names_are_utf8() or os.environ.get("PYTHONUTF8") == "1":  # PYTHONUTF8=1: tried already
         require_utf8_names()
         return
-    with open("/proc/self/cmdline", "rb") as file:  # sys.orig_argv went through the locale
+    with open("/proc/self/cmdline", "rb") as file:  # sys.orig_argv was decoded with the locale
         words = file.read().split(b"\0")[:-1]
     num_own = len(sys.argv) - 1
     typed = words[len(words) - num_own :]
@@ -46,7 +48,7 @@ def settle_names(argv: Sequence[str] | None) -> None:
 
 
 def as_utf8(words: Sequence[bytes], encoding: str) -> list[bytes]:
-    """Words typed under a locale of another `encoding`, in UTF-8; the name of a file that is there stays as it is."""
+    """Return words typed under a locale of another `encoding` in UTF-8. The name of an existing file stays as it is."""
     return [word if _is_utf8(word) or os.path.lexists(word) else _recoded(word, encoding) for word in words]
 
 
@@ -66,7 +68,10 @@ def _recoded(word: bytes, encoding: str) -> bytes:
 
 
 def _console(encoding: str) -> dict[bytes, bytes]:
-    """What lets the standard streams keep the locale's encoding; under C, as in Python itself, they are UTF-8."""
+    """Return the variable that keeps the standard streams in the locale's encoding.
+
+    Returns none for ASCII, as under the locale C: the streams are then UTF-8, as in Python itself.
+    """
     try:
         name = codecs.lookup(encoding).name
     except LookupError:

@@ -1,6 +1,6 @@
-"""Numbers with their nouns, as messages need them."""
+"""Numbers with their nouns, for messages."""
 
 
 def plural(number: int, noun: str, several: str = "") -> str:
-    """`1 fault`, `2 faults`; `several` is the plural where it is not the noun and an s."""
+    """Return `1 fault` or `2 faults`. `several` is the plural of a noun that does not just add an s."""
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"

@@ -1,4 +1,4 @@
-"""Ranks and what they tell each other. `World` is the only reader of the launcher's rank variables.
+"""Ranks and the values that they exchange. Only `World` reads the launcher's rank variables.
 
 environment of accelerate launch ──► World.from_environment ──► rank, size ──► all_sum, gather, barrier
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among all processes of the run. A process started alone is rank 0 of 1."""
+    """The rank of this process among all processes of the run. A single process is rank 0 of 1."""
 
     rank: int = 0
     size: int = 1
@@ -40,7 +40,7 @@ class World:
                 "unset them, or start through launch/train.sh",
             ) from None
         if not 0 <= rank < size:
-            raise LaunchError(f"RANK {rank} lies outside WORLD_SIZE {size}", "start through launch/train.sh")
+            raise LaunchError(f"RANK {rank} is outside WORLD_SIZE {size}", "start through launch/train.sh")
         return cls(rank, size, local_rank)
 
     @property
@@ -48,7 +48,7 @@ class World:
         return self.rank == 0
 
     def all_sum(self, values: "torch.Tensor") -> "torch.Tensor":
-        """The element-wise sum of `values` over all ranks, in place; a no-op for one rank."""
+        """Replace `values` in place by the element-wise sum over all ranks, and return it. A no-op for one rank."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -56,7 +56,7 @@ class World:
         return values
 
     def all_max(self, values: "torch.Tensor") -> "torch.Tensor":
-        """The element-wise maximum of `values` over all ranks, in place; a no-op for one rank."""
+        """Replace `values` in place by the element-wise maximum over all ranks, and return it. A no-op for one rank."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -64,7 +64,7 @@ class World:
         return values
 
     def gather(self, item: Any) -> list[Any] | None:
-        """Every rank's picklable `item`, by rank, on rank 0; None elsewhere."""
+        """Return every rank's picklable `item`, by rank, on rank 0. Returns None on the other ranks."""
         if self.size == 1:
             return [item]
         import torch.distributed as dist
@@ -73,8 +73,8 @@ class World:
         dist.gather_object(item, items)
         return items
 
-    def share(self, item: Any) -> list[Any]:
-        """Every rank's picklable `item`, by rank, on every rank."""
+    def all_gather(self, item: Any) -> list[Any]:
+        """Return every rank's picklable `item`, by rank, on every rank."""
         if self.size == 1:
             return [item]
         import torch.distributed as dist
@@ -84,20 +84,21 @@ class World:
         return items
 
     def barrier(self) -> None:
-        """Return once every rank is here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             import torch
             import torch.distributed as dist
 
-            # NCCL would have to guess this rank's device, and a wrong guess hangs.
+            # Without device_ids, NCCL guesses this rank's device, and a wrong guess hangs.
             on_gpu = dist.get_backend() == dist.Backend.NCCL
             dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
-def limit_waits(timeout: timedelta) -> None:
-    """Let every process group there is wait so long in a collective, and no longer.
+def set_collective_timeouts(timeout: timedelta) -> None:
+    """Set the longest time that every existing process group waits in a collective.
 
-    A library's own groups have c10d's default otherwise: ten minutes on NCCL, whatever the first group was given.
+    Otherwise, the groups that a library makes keep c10d's default: ten minutes on NCCL, even if the first group has
+    another timeout.
     """
     from torch.distributed import distributed_c10d as c10d
 
@@ -106,26 +107,26 @@ def limit_waits(timeout: timedelta) -> None:
 
 
 def run_rank(world: World, verb: str, work: Callable[[], int]) -> int:
-    """Do this rank's part of `work`, in which ranks wait for each other; its exit status.
+    """Do this rank's part of `work`, in which ranks wait for each other, and return its exit status.
 
-    A mistake that this rank met is told here and now, since no other can tell and the launcher then ends them all.
-    An error of a library goes on up, and Python prints it at once: nothing on the way may wait for another rank.
+    Prints a KfoodError of this rank at once, because no other rank knows it and the launcher then ends all ranks. A
+    library's error passes through, and Python prints it at once: nothing on its way up may wait for another rank.
     """
     try:
         return work()
     except KfoodError as error:
-        if not world.is_main:  # whose mistakes are told by `cli.main`
+        if not world.is_main:  # `cli.main` prints the errors of rank 0
             print(f"kfood {verb}: rank {world.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         raise
     except RuntimeError as error:
         if not lost_a_peer(error):
             raise
         print(f"rank {world.rank}: another rank is gone", file=sys.stderr, flush=True)
-        time.sleep(2)  # so that the launcher meets that one first, which says why
+        time.sleep(2)  # so that the launcher sees the other rank's failure first, which says why
         return 1
 
 
 def lost_a_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank ended, as gloo and NCCL put it."""
+    """Return whether a collective failed because another rank ended, from the messages of gloo and NCCL."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
     return any(word in str(error) for word in words)

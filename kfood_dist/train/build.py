@@ -1,4 +1,4 @@
-"""Builds a run's parts from its recipe: data, model, engine, log; and puts them where the newest checkpoint was."""
+"""Build the parts of a run from its recipe: data, model, engine and log. Restore them from the newest checkpoint."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ from kfood_dist.model.parts import apply_parts, parameter_groups, recompute_acti
 from kfood_dist.model.processor import build_template
 from kfood_dist.system import gpus
 from kfood_dist.system.words import plural
-from kfood_dist.system.world import World, limit_waits
+from kfood_dist.system.world import World, set_collective_timeouts
 from kfood_dist.train.engine.base import Engine
 from kfood_dist.train.engine.build import build_accelerator, build_engine, collective_timeout
 from kfood_dist.train.engine.optim import build_optimizer
@@ -47,7 +47,7 @@ from kfood_dist.train.validate import Validator
 def build_trainer(
     recipe: Recipe, plan: Plan, world: World, newest: Checkpoint | None, stop: StopRequest
 ) -> tuple[Trainer, int]:
-    """Build everything and resume from `newest`; returns the trainer and the step to begin with."""
+    """Build all parts, and resume from `newest` if there is one. Returns the trainer and the step to start with."""
     gpus.require_usable()
     accelerator = build_accelerator(recipe, plan, world)
     _require_agreement(world, plan, newest)
@@ -63,7 +63,7 @@ def build_trainer(
 
     how = _how_it_runs(recipe, accelerator, world)
     start = _resume(recipe, plan, engine, newest) if newest else 0
-    best = world.share(checkpoint.best(recipe.run.dir / "checkpoints"))[0]
+    best = world.all_gather(checkpoint.best(recipe.run.dir / "checkpoints"))[0]
     max_steps = num_steps(recipe, plan)
     log = RunLog(recipe.run.dir, world, start, max_steps, recipe.run.log_every_steps)
     watch = Watch(world, recipe.train.stall_timeout_s, recipe.run.dir)
@@ -113,7 +113,7 @@ def build_trainer(
         peaks={group["name"]: group["lr"] for group in groups},
         run_facts={**how, **_what_it_trains(recipe, plan, module)},
         stop=stop,
-        unmeasured=newest if newest and newest.record().validation is None else None,
+        unevaluated=newest if newest and newest.record().validation is None else None,
         skips=SkipWatch(
             limit=recipe.train.max_skipped_steps,
             start=start,
@@ -128,19 +128,25 @@ def build_trainer(
 
 
 def _require_agreement(world: World, plan: Plan, newest: Checkpoint | None) -> None:
-    """Raise CheckpointError unless all ranks see the same checkpoint and cut the batch alike. A collective."""
-    resumed = f"step {newest.step}" if newest else "none"
-    seen = world.share((resumed, plan.micro_batch, plan.accumulation, plan.order.fingerprint))
-    for rank, (other, *cut) in enumerate(seen):
-        if [other, *cut] != list(seen[0]):
+    """Raise CheckpointError unless all ranks see the same checkpoint, batch cut and data order. A collective."""
+    mine = {
+        "newest checkpoint": f"step {newest.step}" if newest else "none",
+        "micro-batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "data order": plan.order.fingerprint,
+    }
+    first, *others = world.all_gather(mine)
+    for rank, other in enumerate(others, 1):
+        differing = [f"{what} {other[what]} there, {first[what]} here" for what in mine if other[what] != first[what]]
+        if differing:
             raise CheckpointError(
-                f"rank {rank} sees another run than rank 0: newest checkpoint {other} there, {seen[0][0]} here",
-                "let run.dir and the shards lie on a file system that all nodes share, and start again",
+                f"rank {rank} sees another run than rank 0: {'; '.join(differing)}",
+                "put run.dir and the shards on a file system that all nodes share, and start again",
             )
 
 
 def _how_it_runs(recipe: Recipe, accelerator: Accelerator, world: World) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it, besides its recipe."""
+    """Return what a checkpoint records about the run that wrote it, besides its recipe."""
     folder = _loaded_folder(recipe)
     return {
         "base_fingerprint": fingerprint(folder),
@@ -158,21 +164,21 @@ def _loaded_folder(recipe: Recipe) -> Path:
 
 
 def _what_it_trains(recipe: Recipe, plan: Plan, module: Objective) -> dict[str, Any]:
-    """For run.json: read from the running objects where they tell."""
+    """Return facts for run.json. They are read from the running objects if possible."""
     return {
         "global_batch": plan.global_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "quantization": recipe.model.quantization,
         "precision": recipe.model.precision,
         "objective": recipe.objective.name,
-        "parts": recipe.parts.ways(),
+        "parts": recipe.parts.train_modes(),
         **model_facts(module.model),
         **machine_facts(),
     }
 
 
 def _resume(recipe: Recipe, plan: Plan, engine: Engine, newest: Checkpoint) -> int:
-    """Put plan and engine where the checkpoint was; returns the step to go on with."""
+    """Check plan and base model against the checkpoint, load the engine from it, and return the step to resume at."""
     start = plan.resume(newest.record().data)
     require_same_base(newest, _loaded_folder(recipe), recipe.model.base)
     load_engine(engine, newest)
@@ -180,11 +186,11 @@ def _resume(recipe: Recipe, plan: Plan, engine: Engine, newest: Checkpoint) -> i
 
 
 def build_module(recipe: Recipe, pictures: Pictures, device: torch.device) -> Objective:
-    """The quantised base with what is trained, the same on every rank, ready to be wrapped."""
+    """Return the quantised base model with its trained parts, the same on every rank, before an engine wraps it."""
     model = recipe.model
     base = load_base(model.base, model.quantization, model.precision, model.attention, device)
     if recipe.train.gradient_checkpointing:
-        # On the language model alone: a frozen tower keeps nothing anyway.
+        # Only on the language model: a frozen vision tower keeps no activations anyway.
         recompute_activations(base.get_submodule(family_of(base.config).language_model))
     torch.manual_seed(recipe.train.seed)
     return build_objective(recipe.objective.name, apply_parts(base, recipe.parts, recipe.lora).train(), pictures)
@@ -198,25 +204,25 @@ def _parameter_groups(recipe: Recipe, module: Objective) -> list[dict[str, Any]]
 def _build_engine(recipe: Recipe, accelerator: Accelerator, module: Objective, groups: list[dict[str, Any]]) -> Engine:
     optimizer = build_optimizer(groups, recipe.optim)
     engine = build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm, recipe.model.precision)
-    limit_waits(collective_timeout(recipe))  # of groups that the engine made
+    set_collective_timeouts(collective_timeout(recipe))  # also for the groups that the engine made
     return engine
 
 
 def load_engine(engine: Engine, newest: Checkpoint) -> None:
-    """Put weights and optimiser where the checkpoint was. Raises CheckpointError if its files cannot be read."""
+    """Load weights and optimiser state from the checkpoint. Raises CheckpointError if its files cannot be read."""
     try:
         engine.load(newest.engine)
     except CheckpointError:
         raise
-    except Exception as error:  # torch and DeepSpeed say a damaged file in a dozen ways
+    except Exception as error:  # torch and DeepSpeed report a damaged file in a dozen ways
         raise CheckpointError(
             f"checkpoint {newest.folder} cannot be loaded ({type(error).__name__}: {first_line(error)})",
-            "delete that folder; the one before it is used then, or the run starts anew",
+            "delete that folder; the run then uses the checkpoint before it, or starts from the beginning",
         ) from error
 
 
 def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
-    """What evaluation and prediction must repeat exactly, kept with the adapter."""
+    """Return the settings that evaluation and prediction must repeat exactly. They are saved with the adapter."""
     return {
         "base": recipe.model.base,
         "task": recipe.data.task,
@@ -228,7 +234,7 @@ def adapter_facts(recipe: Recipe, resize: str) -> dict[str, Any]:
         "quantization": recipe.model.quantization,
         "precision": recipe.model.precision,
         "attention": recipe.model.attention,
-        "parts": recipe.parts.ways(),
+        "parts": recipe.parts.train_modes(),
     }
 
 
@@ -244,5 +250,5 @@ def _announce(trainer: Trainer, start: int) -> None:
         trainer.log.say(f"resumed after step {start}")
     elif adapter := trainer.recipe.model.adapter:
         known = {key: value for key, value in read_adapter_facts(adapter).items() if key in ("task", "step")}
-        told = "".join(f", {key} {value}" for key, value in known.items())
-        trainer.log.say(f"starts from the adapter {adapter}{told}")
+        details = "".join(f", {key} {value}" for key, value in known.items())
+        trainer.log.say(f"starts from the adapter {adapter}{details}")

@@ -1,9 +1,9 @@
-"""`--dry-run N`: the recipe for a few steps, to know in two minutes whether a job would run and what it would take.
+"""`--dry-run N` trains a recipe for a few steps, to see in two minutes if a job would run and what it would take.
 
-    recipe ──► shortened: N steps, one checkpoint, eight samples evaluated, in a folder of their own
-    what that took ──► projection ──► memory and time of the whole run, printed; the folder is removed
+    recipe ──► shortened: N steps, one checkpoint, eight samples evaluated, in a separate run directory
+    memory and time of that ──► projection ──► memory and time of the full run, printed; the launcher removes the folder
 
-The shards are looked at too: one of each split that is read, byte by byte.
+It also checks local shards byte by byte: one shard of each split that the run reads.
 """
 
 import statistics
@@ -24,50 +24,55 @@ NUM_SAMPLES = 8
 
 
 def shortened(recipe: Recipe, num_steps: int) -> Recipe:
-    """The same recipe for `num_steps` steps and one measurement of a few pictures, beside the real run directory.
+    """Return the recipe with `num_steps` steps, one evaluation of a few samples, and another run directory.
 
-    Raises RecipeError for a number of steps below 1.
+    The run directory is beside the real one. The evaluation reads the train split if the data set does not have the
+    split of the recipe. Raises RecipeError if `num_steps` is below 1.
     """
     if num_steps < 1:
-        raise RecipeError(f"--dry-run {num_steps}", "give a number of steps from 1")
+        raise RecipeError(f"--dry-run {num_steps}", "give a number of steps, at least 1")
     run_dir = recipe.run.dir.with_name(f".{recipe.run.dir.name}.dry-run")
     split = recipe.eval.split if load_manifest(recipe.data.shards).shards_of(recipe.eval.split) else "train"
-    measured = {"every_steps": num_steps, "max_samples": NUM_SAMPLES, "split": split}
+    short_validation = {"every_steps": num_steps, "max_samples": NUM_SAMPLES, "split": split}
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update={"max_steps": num_steps, "save_every_steps": num_steps}),
-            "eval": recipe.eval.model_copy(update=measured),
+            "eval": recipe.eval.model_copy(update=short_validation),
             "run": recipe.run.model_copy(update={"dir": run_dir, "log_every_steps": 1}),
         }
     )
 
 
 def check_shards(recipe: Recipe) -> str:
-    """Look at one shard of each split the run reads; what was looked at, in words. Raises ShardError for a fault."""
-    said = []
+    """Check one shard of each split that the run reads, and return in words what was checked.
+
+    Only local shards are read. Raises ShardError if one is damaged.
+    """
+    lines = []
     for where in (recipe.data.shards, *(mixed.shards for mixed in recipe.data.mix)):
         manifest = load_manifest(where)
         if not isinstance(manifest.storage, LocalStorage):
-            said.append(f"{where}: {plural(len(manifest.shards), 'shard is', 'shards are')} there")
+            lines.append(f"{where}: {plural(len(manifest.shards), 'shard is', 'shards are')} there")
             continue
         checked, faults = verify_some(manifest, ["train", recipe.eval.split])
         if faults:
-            raise ShardError(f"{where} is damaged: {faults[0]}", f"see all of it with `kfood verify {where}`")
-        said.append(f"{where}: {', '.join(checked)} sound, of {plural(len(manifest.shards), 'shard')}")
-    return "; ".join(said)
+            raise ShardError(f"{where} is damaged: {faults[0]}", f"run `kfood verify {where}` to see all faults")
+        lines.append(f"{where}: {', '.join(checked)} not damaged, of {plural(len(manifest.shards), 'shard')}")
+    return "; ".join(lines)
 
 
 def projection(
     recipe: Recipe, rows: Sequence[dict[str, Any]], num_steps: int, save_s: float, sample_s: float | None
 ) -> Iterator[str]:
-    """What the whole run of `recipe` would take, from the `rows` of a few steps' metrics, line by line.
+    """Yield lines that say what the full run of `recipe` would take, from the metrics `rows` of a few steps.
 
-    `save_s` are the seconds of a checkpoint, `sample_s` those of evaluating a sample, None if nothing was measured.
-    The first step is left out where there are more: it waits for the loader to start and for kernels to be chosen.
+    `save_s` is the time of one checkpoint in seconds. `sample_s` is the time to evaluate one sample in seconds, or None
+    if nothing was evaluated. If there are several steps, the time of the first does not count: it waits for the loader
+    to start and for kernels to be chosen.
     """
     capacity_gib = device_memory_gib()
     peak = max(row["peak_memory_gib"] for row in rows)
-    yield f"memory     {peak:.2f} GiB at the most on one rank, of {capacity_gib:.1f} GiB there are"
+    yield f"memory     {peak:.2f} GiB at most on one rank, of {capacity_gib:.1f} GiB"
     step_s = statistics.median(row["step_seconds"] for row in rows[1:] or rows)
     per_s = statistics.median(row["samples_per_second"] for row in rows[1:] or rows)
     yield f"steps      {num_steps:,} × {step_s:.2f} s = {_time(num_steps * step_s)}, {per_s:.1f} samples/s"
@@ -82,7 +87,7 @@ def projection(
             num_rounds * num_samples * sample_s
         )
         total_s += num_rounds * num_samples * sample_s
-    yield f"in all     {_time(total_s)}"
+    yield f"total      {_time(total_s)}"
 
 
 def _time(seconds: float) -> str:

@@ -1,11 +1,11 @@
 """The training loop.
 
-    plan ──► stream of batches ──► train_step: weigh, forward and backward × accumulation, update
-                               └──► every so many steps: measure (validate.py), checkpoint (saving.py)
+    plan ──► stream of batches ──► train_step: sum the weights, forward and backward × accumulation, update
+                               └──► every so many steps: evaluate (validate.py), checkpoint (saving.py)
 
-Always holds: the loss is the sum over all of the global batch divided by the sum's weight, such as its label tokens,
-however the batch is cut into ranks, micro-batches and accumulation; a step's random numbers depend on (seed, step,
-rank) alone.
+Always holds: the loss is the sum over the global batch divided by the weight of the batch, such as its number of label
+tokens. It does not depend on how the batch is cut into ranks, micro-batches and accumulation. The random numbers of a
+step depend only on (seed, step, rank).
 """
 
 import math
@@ -40,20 +40,20 @@ from kfood_dist.train.validate import Validator, log_skipped_samples
 
 
 class Learnt(NamedTuple):
-    """What came of a step's micro-batches on this rank."""
+    """The result of a step on this rank."""
 
     update: Update
     loss_sum: torch.Tensor  # float64
     losses: Sequence[torch.Tensor]  # of each sample, by micro-batch
 
 
-# Of a step none of whose samples has a label. Moments and weights stay as they are.
+# The result of a step without any label. Moments and weights stay as they are.
 _NOTHING_LEARNT = Learnt(Update(math.nan, applied=False, loss_scale=None), torch.zeros((), dtype=torch.float64), ())
 
 
 @dataclass
 class Trainer:
-    """A run's built parts; `train` and `train_step` are the whole story."""
+    """The parts of a run. `train` and `train_step` show how they work together."""
 
     recipe: Recipe
     world: World
@@ -71,13 +71,13 @@ class Trainer:
     run_facts: dict[str, Any]
     stop: StopRequest
     skips: SkipWatch
-    stopping: bool = False  # agreed by all ranks, after the step or the measured batch in which any was asked to
-    unmeasured: checkpoint.Checkpoint | None = None  # what the run resumed from, if nothing was measured there
+    stopping: bool = False  # the same on all ranks; True after a step or validation in which any rank was asked to stop
+    unevaluated: checkpoint.Checkpoint | None = None  # the run resumed from it, and it was not evaluated
 
     def train(self, start: int) -> int:
-        """Take the steps from `start` to `max_steps`, or until asked to stop; returns the last one saved.
+        """Take the steps from `start` to `max_steps`, or until asked to stop. Returns the last step that was saved.
 
-        The ranks are watched from here on, until `shut_down`.
+        The watchdog watches the ranks from here until `shut_down`.
         """
         self.watch.start()
         with closing(self._batches(start)) as batches:
@@ -85,8 +85,8 @@ class Trainer:
 
     def _take_steps(self, start: int, batches: Iterator[Batch]) -> int:
         last = start
-        if self.unmeasured and (measured := self._measure(start)):
-            self.saver.make_up_for(self.unmeasured, measured)
+        if self.unevaluated and (validation := self._evaluate(start)):
+            self.saver.add_validation(self.unevaluated, validation)
         for step in range(start, self.max_steps):
             if self.stopping:
                 break
@@ -94,43 +94,46 @@ class Trainer:
             if step == start and self.world.is_main:
                 self._write_run_json(step + 1)
             done = step + 1
-            measured = self._measure(done)
+            validation = self._evaluate(done)
             ends = done == self.max_steps or self.stopping
-            if ends or self.saver.is_due(done, measured):
-                last = done if self.saver.save(done, measured, insist=ends) else last
+            if ends or self.saver.is_due(done, validation):
+                last = done if self.saver.save(done, validation, insist=ends) else last
         return last
 
     def _write_run_json(self, done: int) -> None:
         try:
             write_run_json(self.recipe.run.dir, {**self.run_facts, **optimizer_facts(self.engine.optimizer)})
         except CheckpointError as error:
-            self.log.say(f"step {done}: {error}; the run goes on")
+            self.log.say(f"step {done}: {error}; the run continues")
 
-    def _measure(self, done: int) -> Validation | None:
-        """Validate after `done` steps if that is due; None also where the run is to stop instead."""
+    def _evaluate(self, done: int) -> Validation | None:
+        """Evaluate on the validation split after `done` steps if that is due.
+
+        Returns None if it is not due, or if the run stops instead.
+        """
         if self.validator is None or not self.validator.is_due(done, self.max_steps):
             return None
-        measured = None if self.stopping else self.validator.measure(done)
-        if measured is None:
+        validation = None if self.stopping else self.validator.evaluate(done)
+        if validation is None:
             self.stopping = True
-            self.log.say(f"step {done}: not measured, as the run is to stop")
-        return measured
+            self.log.say(f"step {done}: not evaluated, because the run stops")
+        return validation
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One optimiser step over the global batch; returns its metrics."""
+        """Take one optimiser step over the global batch. Returns its metrics."""
         self.watch.heartbeat(f"reading the pictures of step {step + 1}")
         meter = StepMeter()
         meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
-        # After the batches: starting the loader, at a run's first step, draws a random number too.
+        # After the batches, because the start of the loader at a run's first step also draws a random number.
         seed_step(self.recipe.train.seed, step, self.world.rank)
         here = torch.tensor(sum(map(self.module.weight, meter.batches)), device=self.device)
         weight = int(self.world.all_sum(here))
         optim = self.recipe.optim
         rates = {name: learning_rate_at(step, self.max_steps, optim, peak) for name, peak in self.peaks.items()}
         learnt = self._learn(step, meter.batches, weight, list(rates.values())) if weight else _NOTHING_LEARNT
-        here = torch.tensor([peak_memory_gib(), float(self.stop.asked())], device=self.device)
-        peak, asked = self.world.all_max(here).tolist()
-        self.stopping = bool(asked)
+        here = torch.tensor([peak_memory_gib(), float(self.stop.is_requested())], device=self.device)
+        peak, requested = self.world.all_max(here).tolist()
+        self.stopping = bool(requested)
         metrics = {
             "step": step + 1,
             "epoch": self.plan.epoch_of(step),
@@ -145,16 +148,16 @@ class Trainer:
             "time": time.time(),
         }
         if metrics["refused"] or metrics["replaced"]:
-            self._name_left_out(step, meter)
+            self._log_skipped_samples(step, meter)
         self.skips.look(step, learnt.update, meter.batches, learnt.losses)
         return metrics
 
     def _learn(self, step: int, batches: Sequence[Batch], weight: int, rates: Sequence[float]) -> "Learnt":
-        """Forward and backward of each micro-batch, then the update. `weight` is that of the global batch."""
-        # The engine averages gradients over ranks; times the world size, they are summed.
+        """Run forward and backward of each micro-batch, then the update. `weight` is that of the global batch."""
+        # The engine averages gradients over ranks. Multiplied by the world size, the average is the sum.
         scale = self.world.size / weight
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        losses = []
+        losses = []  # one tensor per micro-batch, with the loss of each sample
         for i, batch in enumerate(batches):
             self.watch.heartbeat(f"micro-step {i + 1} of step {step + 1}")
             outcome = self.engine.micro_step(batch.to(self.device), scale, last=i == len(batches) - 1)
@@ -164,20 +167,20 @@ class Trainer:
         return Learnt(self.engine.step(rates), loss_sum, losses)
 
     def shut_down(self) -> None:
-        """Leave the process group, when all went well; without it NCCL and gloo complain at exit.
+        """Leave the process group after a run without errors. Without this, NCCL and gloo print warnings at exit.
 
-        NCCL waits for the other ranks here. So the watch goes on until that is done.
+        NCCL waits for the other ranks here, so the watchdog stops only after that.
         """
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         self.watch.stop()
 
-    def _name_left_out(self, step: int, meter: StepMeter) -> None:
-        """Name the samples of all ranks that this step left out or replaced; stop the run if too many are bad.
+    def _log_skipped_samples(self, step: int, meter: StepMeter) -> None:
+        """Log the samples of all ranks that this step skipped or replaced. Raises TrainingError if too many are bad.
 
-        A collective, entered by all ranks since the counts are global.
+        A collective. All ranks enter it, because the counts are global.
         """
-        of_ranks = self.world.share([(batch.refused, batch.replaced) for batch in meter.batches])
+        of_ranks = self.world.all_gather([(batch.refused, batch.replaced) for batch in meter.batches])
         for refused, replaced in (pair for pairs in of_ranks for pair in pairs):
             log_skipped_samples(self.log, f"step {step + 1}", refused)
             for key, why in replaced:
@@ -186,7 +189,7 @@ class Trainer:
         require_few_bad(self.saver.bad, len(self.collator.shards), self.recipe.data.max_bad_share)
 
     def _batches(self, start: int) -> Generator[Batch, None, None]:
-        """This rank's batches from step `start` on, read by loader processes ahead of the training."""
+        """Return this rank's batches from step `start` on. Loader processes read them ahead of the training."""
         data, micro_batches = self.recipe.data, self.plan.micro_batches(self.world.rank, start, self.max_steps)
         if self.world.local_rank == 0:
             micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
@@ -207,5 +210,5 @@ class Trainer:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the step's dropout a function of (seed, step, rank), so that no random state needs saving."""
+    """Make the step's dropout a function of (seed, step, rank), so that no random state has to be saved."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))

@@ -1,8 +1,9 @@
-"""Everything that can be known to be wrong before a process group starts or a model loads, checked in a second.
+"""Check in a second everything that can be checked before a process group starts or a model loads.
 
-    recipe, world size ──► preflight ──► Plan: who reads what; or one error with its remedy
+    recipe, world size ──► preflight ──► Plan: which rank reads which samples; or one error with its remedy
 
-The launcher runs it once, before it starts any rank; each rank runs it again, since a rank may be started otherwise.
+The launcher runs it once, before it starts any rank. Each rank runs it again, because a rank can also be started
+without the launcher.
 """
 
 from kfood_dist.config.sections import Recipe
@@ -16,25 +17,26 @@ from kfood_dist.model.base import load_config
 from kfood_dist.model.family import family_of
 from kfood_dist.model.files import base_folder, require_base
 from kfood_dist.model.processor import build_template, require_same_pictures
-from kfood_dist.system.files import require_folder_possible
+from kfood_dist.system.files import require_writable_folder
 from kfood_dist.train.engine.zero_config import deepspeed_config
 from kfood_dist.train.resume import require_same_base, resumed_cut
 from kfood_dist.train.run import checkpoint
 
 
 def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Plan:
-    """Check a recipe against shards, base model, DeepSpeed JSON, run directory and world size.
+    """Check a recipe against shards, base model, DeepSpeed JSON, run directory and world size. Returns the plan.
 
-    `look_at_files` looks for every shard too, which one rank may do for all. Returns the plan of reading.
+    With `look_at_files`, it also checks that every shard is there and that the newest checkpoint is undamaged. One rank
+    can do this for all.
 
-    Raises RecipeError, ShardError, ModelError or CheckpointError.
+    Raises RecipeError, ShardError, ModelError or CheckpointError if a check fails.
     """
     train = recipe.train
     for folder in (recipe.run.dir, recipe.run.dir / "checkpoints"):
-        require_folder_possible(folder, "run.dir")
+        require_writable_folder(folder, "run.dir")
     newest = checkpoint.newest(recipe.run.dir / "checkpoints")
     if newest and look_at_files:
-        newest.require_whole()
+        newest.require_undamaged()
     micro_batch, accumulation = resumed_cut(recipe, world_size, newest) if newest else _first_cut(recipe, world_size)
     if train.zero_stage:
         deepspeed_config(recipe, accumulation, world_size, micro_batch)
@@ -46,9 +48,9 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
         data.require_files()
     plan = Plan(build_data_order(data, recipe.data), train.seed, world_size, micro_batch, accumulation)
     if recipe.eval.every_steps:
-        measured = open_split(recipe.data.shards, recipe.eval.split)
+        evaluated = open_split(recipe.data.shards, recipe.eval.split)
         if look_at_files:
-            measured.require_files()
+            evaluated.require_files()
     require_base(recipe.model.base)
     require_parts_possible(family_of(load_config(recipe.model.base)), recipe.parts)
     build_template(recipe.model.base, recipe.data)
@@ -61,7 +63,10 @@ def preflight(recipe: Recipe, world_size: int, look_at_files: bool = True) -> Pl
 
 
 def _first_cut(recipe: Recipe, world_size: int) -> tuple[int, int]:
-    """Micro-batch and micro-steps per step of a run that begins. Raises RecipeError if they cannot make its batch."""
+    """Return the micro-batch size and the micro-steps per step of a new run.
+
+    Raises RecipeError if they cannot make its global batch.
+    """
     train = recipe.train
     if train.global_batch_size is None:
         return train.micro_batch_size, train.gradient_accumulation_steps
@@ -69,5 +74,5 @@ def _first_cut(recipe: Recipe, world_size: int) -> tuple[int, int]:
 
 
 def num_steps(recipe: Recipe, plan: Plan) -> int:
-    """Optimiser steps of the whole run: `train.max_steps`, or as many as `train.epochs` take."""
+    """Return the optimiser steps of the full run: `train.max_steps`, or as many as `train.epochs` take."""
     return recipe.train.max_steps or recipe.train.epochs * plan.steps_per_epoch

@@ -1,8 +1,8 @@
-"""What a finished run hands out: the adapter of its best checkpoint by validation, or of its last.
+"""Publish the adapter of a finished run: that of its best checkpoint by validation, or of its last one.
 
     checkpoints, train.publish ──► choose_checkpoint ──► adapter/ with its step, run.json, a line for the log
 
-Always holds: an adapter that was published before stays until the new one is whole.
+Always holds: an adapter that was published before stays until the new one is complete.
 """
 
 import shutil
@@ -18,7 +18,10 @@ from kfood_dist.train.run.facts import add_to_run_json
 
 @dataclass(frozen=True)
 class Published:
-    """The step whose adapter was published, of how many steps, its validation accuracy if one was measured, and why."""
+    """The step whose adapter was published, the last step of the run, the validation accuracy, and the reason.
+
+    The accuracy is None if the checkpoint was not chosen by validation.
+    """
 
     step: int
     last_step: int
@@ -30,13 +33,13 @@ class Published:
 
 
 def publish_adapter(recipe: Recipe) -> Published:
-    """Publish the adapter of a finished run as `train.publish` says, and note in run.json which step it is of.
+    """Publish the adapter of a finished run as `train.publish` says, and record its step in run.json.
 
-    A run.json that cannot be written ends no run: what is returned says so. Raises CheckpointError if the chosen
-    checkpoint is damaged, or if the adapter cannot be written.
+    If run.json cannot be written, the run does not fail, but the returned `why` says so. Raises CheckpointError if the
+    chosen checkpoint is damaged, or if the adapter cannot be written.
     """
     chosen, published = choose_checkpoint(recipe.run.dir / "checkpoints", recipe.train.publish)
-    chosen.require_whole()
+    chosen.require_undamaged()
     _copy(chosen.adapter, recipe.run.dir / "adapter")
     try:
         add_to_run_json(recipe.run.dir, {"published": asdict(published)})
@@ -46,8 +49,9 @@ def publish_adapter(recipe: Recipe) -> Published:
 
 
 def choose_checkpoint(checkpoints: Path, which: str) -> tuple[Checkpoint, Published]:
-    """The best or the last of the complete checkpoints, of which there is one at least; best where none was measured
-    is the last.
+    """Return the best or the last complete checkpoint, and what to report about it. There must be at least one.
+
+    If `which` is "best" and no checkpoint was evaluated, it is the last one.
     """
     last, best = checkpoint.newest(checkpoints), checkpoint.best(checkpoints)
     assert last is not None
@@ -55,7 +59,7 @@ def choose_checkpoint(checkpoints: Path, which: str) -> tuple[Checkpoint, Publis
         chosen, validation = best
         by = f"{validation.accuracy:.1%} right" if validation.best_by == "accuracy" else str(validation)
         return chosen, Published(chosen.step, last.step, validation.accuracy, f"the best by validation, {by}")
-    why = "the last, as nothing was measured on the way" if which == "best" else "the last, as train.publish says"
+    why = "the last, because no checkpoint was evaluated" if which == "best" else "the last, as train.publish says"
     return last, Published(last.step, last.step, None, why)
 
 
@@ -66,7 +70,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copytree(source, partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except OSError as error:  # shutil.Error too
+    except OSError as error:  # this includes shutil.Error
         raise CheckpointError(
             f"the adapter cannot be written to {target} ({str(error)[:200]})",
             f"make room there and start again, or take it from {source}",

@@ -1,8 +1,8 @@
-"""When a run writes a checkpoint, and what it does where none can be written.
+"""Decide when a run writes a checkpoint, and what happens if it cannot be written.
 
-    steps done, what was measured ──► is_due ──► save ──► run/checkpoint.py, tried again after a failure
+    steps done, validation ──► is_due ──► save ──► run/checkpoint.py, tried again after a failure
 
-Always holds: training goes on without a checkpoint that fails, but does not end without its last one.
+Always holds: training continues if a checkpoint cannot be written, but the run fails if the last one cannot be written.
 """
 
 import math
@@ -27,7 +27,7 @@ _PAUSES_S = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass
 class Saver:
-    """Writes a run's checkpoints."""
+    """The writer of a run's checkpoints."""
 
     folder: Path
     every_steps: int
@@ -39,35 +39,38 @@ class Saver:
     log: RunLog
     watch: Watch
     adapter_facts: dict[str, Any]
-    run_facts: dict[str, Any]  # what a checkpoint says of the run that wrote it
+    run_facts: dict[str, Any]  # what a checkpoint records about the run that wrote it
     bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read so far, and why
-    best_score: float = -math.inf  # of the checkpoints there are, on the validation split
-    failed: int = 0  # saves in a row
+    best_score: float = -math.inf  # the best validation score of the checkpoints so far
+    failed: int = 0  # failed saves in a row
     retry_at: int = 0  # the step at which to try again
     took_s: float = 0.0  # seconds of the last checkpoint
 
-    def is_due(self, done: int, measured: Validation | None) -> bool:
-        """Whether to save after `done` steps: every so many, where the model is the best so far, or to try again."""
-        is_best = measured is not None and measured.score >= self.best_score
+    def is_due(self, done: int, validation: Validation | None) -> bool:
+        """Return whether to save after `done` steps.
+
+        It is time every `every_steps`, if the model is the best so far, and if a failed save is due again.
+        """
+        is_best = validation is not None and validation.score >= self.best_score
         return is_best or done % self.every_steps == 0 or done == self.retry_at
 
-    def save(self, done: int, measured: Validation | None, insist: bool) -> bool:
-        """Write a checkpoint of `done` steps with what was measured there; whether that succeeded. A collective.
+    def save(self, done: int, validation: Validation | None, insist: bool) -> bool:
+        """Write a checkpoint of `done` steps with its validation, and return whether that succeeded. A collective.
 
-        What fails is said, and tried again after twice as many steps each time; to `insist` is to wait and try for
-        two minutes, and to raise CheckpointError then.
+        A failure is logged. The next try comes after 1 step, then after twice as many steps each time. With `insist`,
+        it waits and tries again for two minutes, and then raises CheckpointError.
         """
         began, pauses = time.perf_counter(), iter(_PAUSES_S if insist else ())
-        while (error := self._write(done, measured)) is not None:
+        while (error := self._write(done, validation)) is not None:
             if (pause_s := next(pauses, None)) is None:
                 break
-            self.log.say(f"step {done}: {error}; tried again in {pause_s} s")
+            self.log.say(f"step {done}: {error}; trying again in {pause_s} s")
             for _ in range(pause_s):
                 self.watch.heartbeat(f"waiting to write the checkpoint of step {done}")
                 time.sleep(1)
         if error is None:
             self.failed = self.retry_at = 0
-            self.best_score = max(self.best_score, measured.score if measured else -math.inf)
+            self.best_score = max(self.best_score, validation.score if validation else -math.inf)
             self.took_s = time.perf_counter() - began
             self.log.say(f"step {done}: checkpoint written in {self.took_s:.2f} s")
             return True
@@ -75,20 +78,20 @@ class Saver:
             raise error
         self.failed += 1
         self.retry_at = done + 2 ** min(self.failed - 1, 10)
-        self.log.say(f"step {done}: {error}; training goes on, and tries again after step {self.retry_at}")
+        self.log.say(f"step {done}: {error}; training continues, and tries again after step {self.retry_at}")
         return False
 
-    def make_up_for(self, resumed: checkpoint.Checkpoint, measured: Validation) -> None:
-        """Note what was measured of the checkpoint that the run resumed from."""
-        self.best_score = max(self.best_score, measured.score)
+    def add_validation(self, resumed: checkpoint.Checkpoint, validation: Validation) -> None:
+        """Record the validation of the checkpoint that the run resumed from."""
+        self.best_score = max(self.best_score, validation.score)
         if self.world.is_main:
             try:
-                checkpoint.add_validation(resumed, measured)
+                checkpoint.add_validation(resumed, validation)
             except CheckpointError as error:
-                self.log.say(f"step {resumed.step}: {error}; it does not count as the best")
+                self.log.say(f"step {resumed.step}: {error}; this checkpoint does not count as the best")
 
-    def _write(self, done: int, measured: Validation | None) -> CheckpointError | None:
-        """Write one checkpoint; what hindered it, or None. A collective with the same answer on all ranks."""
+    def _write(self, done: int, validation: Validation | None) -> CheckpointError | None:
+        """Write one checkpoint. Returns the error, or None. A collective with the same result on all ranks."""
         self.watch.heartbeat(f"the checkpoint of step {done}")
         weights = adapter_weights(self.module.model)
 
@@ -97,8 +100,8 @@ class Saver:
             if self.world.is_main:
                 save_adapter(self.module.model, target.adapter, {**self.adapter_facts, "step": done}, weights)
 
-        validation = measured.model_dump() if measured else None
-        state = {"data": self.plan.state(done), "validation": validation, "bad": self.bad, **self.run_facts}
+        row = validation.model_dump() if validation else None
+        state = {"data": self.plan.state(done), "validation": row, "bad": self.bad, **self.run_facts}
         try:
             checkpoint.save(self.folder, done, state, self.world, write, self.keep)
         except CheckpointError as error:

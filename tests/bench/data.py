@@ -1,10 +1,11 @@
-"""How fast pictures come in: the loader, packing and resuming, against what people use instead. One core, one run.
+"""Measure how fast pictures are loaded and packed and a run resumes, beside common alternatives. One core, one run.
 
     python tests/bench/data.py [--rounds 5] [--out tests/bench/data.md]
 
-Every contender takes the same packed pictures of the practice set (launch/quickstart.sh makes it) and gives batches of
-16 ready for the model: pixels and token ids. Rounds of all contenders are interleaved, since a machine is never quiet;
-the table has medians and the ratios of one run. Contenders that are not installed are named with the reason.
+Every contender reads the same packed pictures of the practice set (launch/quickstart.sh makes it) and returns batches
+of 16 samples that are ready for the model: pixels and token ids. The rounds of all contenders are interleaved, because
+the load of a machine always varies. The table has medians and the ratios of one run. A contender that is not installed
+is listed with the reason.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 16
 PHOTO_SIZES = ((640, 480), (1600, 1200))
-# The weights of a size are kept for the next picture of that size; this is where there is none.
+# The package keeps the resize weights of a size for the next picture of that size. This case has no such picture.
 NO_SIZE_TWICE = "kfood_dist where no two sizes are alike"
 PACKAGES = ("torch", "transformers", "webdataset", "pillow", "simplejpeg", "numpy", "mosaicml-streaming", "litdata")
 PROMPT = "이 음식의 이름은 무엇인가요? 음식 이름만 답하세요."
@@ -39,8 +40,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "data/practice/model"))
     parser.add_argument("--photos", type=Path, default=ROOT / "data/practice/images", help="pictures to pack")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each contender and round")
-    parser.add_argument("--out", type=Path, help="write the tables here, and the figures beside as JSON")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each contender's round")
+    parser.add_argument("--out", type=Path, help="write the tables to this file and the figures to a JSON file beside")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -63,7 +64,10 @@ def main() -> None:
 
 
 def compare(contenders: dict[str, Contender], rounds: int, seconds: float) -> dict[str, float]:
-    """Pictures per second of each contender: the median of its rounds, taken in turn, each in a process of its own."""
+    """Return each contender's pictures per second, the median of its rounds.
+
+    Contenders take turns, and each has its own process.
+    """
     context = multiprocessing.get_context("fork")
     pipes = {name: context.Pipe() for name in contenders}
     for name, make in contenders.items():
@@ -81,7 +85,7 @@ def compare(contenders: dict[str, Contender], rounds: int, seconds: float) -> di
 
 
 def answer_rounds(pipe: Any, make: Contender, seconds: float) -> None:
-    """Take one round for each word that comes through the pipe, and send back pictures per second."""
+    """Run one round for each word that arrives on the pipe, and send back pictures per second."""
     batches = endless(make)
     next(batches)
     pipe.send("ready")
@@ -101,7 +105,7 @@ def endless(make: Contender) -> Iterator[int]:
 
 
 def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders, and why others are not among them."""
+    """Return the contenders that can run, and for each of the others the reason why it cannot."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     from kfood_dist.data.batch.collate import StreamingCollator
@@ -133,7 +137,7 @@ def loaders(shards: Path, model: str, scratch: Path) -> tuple[dict[str, Contende
 
     def bare(decode: Callable[[bytes], Any]) -> Contender:
         def run() -> Iterator[int]:
-            keep_freed_memory()  # the bare limit has what the loader has
+            keep_freed_memory()  # the same setting as in the loader
             for start in range(0, len(jpegs) - BATCH, BATCH):
                 for jpeg in jpegs[start : start + BATCH]:
                     decode(jpeg)
@@ -165,7 +169,7 @@ def with_pillow(jpeg: bytes) -> Any:
 
 
 def batch_of(images: list[Any], names: list[str], processor: Any, tokenizer: Any) -> int:
-    """What a hand-written collate function does: the processor's pixels, the chat template, ids and labels."""
+    """Do the work of a hand-written collate function: the processor's pixels, the chat template, ids and labels."""
     import torch
 
     pixels = processor(images=images, return_tensors="pt")
@@ -198,7 +202,7 @@ def by_webdataset(shards: Path, split: Any, processor: Any, tokenizer: Any) -> I
 
     urls = [str(shards / shard.path) for shard in split.manifest.shards_of("train")]
     data = webdataset.WebDataset(urls, shardshuffle=False).shuffle(1000).decode("pil").to_tuple("jpg", "json")
-    return in_batches(((image, said["label"]) for image, said in data), processor, tokenizer)
+    return in_batches(((image, output["label"]) for image, output in data), processor, tokenizer)
 
 
 def by_dataset(jpegs: list[bytes], names: list[str], processor: Any, tokenizer: Any) -> Iterator[int]:
@@ -247,7 +251,7 @@ def by_litdata(jpegs: list[bytes], names: list[str], processor: Any, tokenizer: 
 
 
 def photographs(folder: Path, size: tuple[int, int], count: int = 40) -> list[bytes]:
-    """Pictures of a folder as JPEG files of this size."""
+    """Return pictures of a folder as JPEG files of this size."""
     from PIL import Image
 
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
@@ -266,8 +270,8 @@ def about_photographs(folder: Path) -> str:
     paths = [p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg")]
     width, height = (round(statistics.median(side)) for side in zip(*(Image.open(p).size for p in paths), strict=True))
     return (
-        f"\nPacked were 40 of the {len(paths)} pictures in `{folder.name}`, {width}×{height} in the median, resized to "
-        "the size named and stored at quality 90.\n"
+        f"\n40 of the {len(paths)} pictures in `{folder.name}` (median size {width}×{height}) were packed. They were "
+        "resized to the named size and stored at quality 90.\n"
     )
 
 
@@ -314,7 +318,10 @@ def packers(folder: Path, size: tuple[int, int]) -> dict[str, Contender]:
 
 
 def fidelity(folder: Path, size: tuple[int, int]) -> dict[str, tuple[float, float]]:
-    """PSNR in dB, least and median, of each result against the exactly resized picture before it was a JPEG."""
+    """Return the least and the median PSNR in dB of each result, compared with the exactly resized picture.
+
+    The exact picture is taken before JPEG compression.
+    """
     import numpy as np
 
     from kfood_dist.data.picture.images import prepare_jpeg

@@ -1,9 +1,10 @@
-"""How long a resume at the end of an epoch of 100 million samples takes, from the saved position to the first batch.
+"""Measure a resume at the end of an epoch of 100 million samples, from the saved position to the first batch.
 
     50,000 shards of 2,000 samples (hard links to one tar and one index) ──► fresh process: open, plan, resume, read
 
-The files are real and each is opened by its own name; only their bytes are the same, so that 100 million samples fit
-on one disk. Run it with `python tests/bench/data.py`, or alone: `python tests/bench/hundred_million.py --model DIR`.
+The files are real and each is opened by its own name. Only their bytes are the same, so that 100 million samples fit
+on one disk. `python tests/bench/data.py` runs this measurement too. To run only this one:
+`python tests/bench/hundred_million.py --model DIR`.
 """
 
 import argparse
@@ -22,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(shards: Path, out: Path) -> None:
-    """A packed folder of NUM_SHARDS × SAMPLES_PER_SHARD training samples, with the pictures of `shards`."""
-    from kfood_dist.data.shards.manifest import load_manifest, seal
+    """Write a packed folder of NUM_SHARDS × SAMPLES_PER_SHARD training samples with the pictures of `shards`."""
+    from kfood_dist.data.shards.manifest import load_manifest, with_checksum
     from kfood_dist.data.shards.reader import open_split
     from kfood_dist.data.shards.tars import Entry, save_index, write_tar
     from kfood_dist.system.files import file_sha256
@@ -35,9 +36,9 @@ def build(shards: Path, out: Path) -> None:
         for n in range(SAMPLES_PER_SHARD):
             i = n % len(split)
             sample, row = split.read(i), split.rows([i])[0]
-            said = json.dumps(sample.columns, ensure_ascii=False).encode()
+            output = json.dumps(sample.columns, ensure_ascii=False).encode()
             label, group, tokens = (int(row[name]) for name in ("label", "group", "tokens"))
-            yield Entry(f"train-{n:08d}", sample.pictures, said, label, group, tokens)
+            yield Entry(f"train-{n:08d}", sample.pictures, output, label, group, tokens)
 
     tar, index = out / "train-000000.tar", out / "train-000000.index.npy"
     save_index(index, write_tar(tar, entries()))
@@ -54,11 +55,11 @@ def build(shards: Path, out: Path) -> None:
         )
     raw = load_manifest(shards).raw | {"shards": listed}
     raw["splits"]["train"]["samples"] = NUM_SHARDS * SAMPLES_PER_SHARD
-    (out / "manifest.json").write_bytes(seal(raw))
+    (out / "manifest.json").write_bytes(with_checksum(raw))
 
 
 def resume(shards: Path, model: str) -> dict[str, Any]:
-    """Seconds of each part of a resume at the last full step of epoch 3, in this process."""
+    """Return the seconds of each part of a resume two steps before the end of epoch 3, in this process."""
     began = time.perf_counter()
     import torch  # noqa: F401
 
@@ -81,7 +82,7 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
     marks["open"] = time.perf_counter() - began
     order = build_order([len(split)], [1.0], index_hash=split.index_hash)
     plan = Plan(order, seed=0, ranks=8, micro_batch=16, accumulation=8)
-    saved = json.dumps(plan.state(4 * plan.steps_per_epoch - 2))  # as a checkpoint holds it, two steps before the end
+    saved = json.dumps(plan.state(4 * plan.steps_per_epoch - 2))  # as in a checkpoint, two steps before the end
     step = plan.resume(json.loads(saved))
     collator = StreamingCollator(split, template, DishTask("", "이름은?", split.classes))
     batches = stream(collator, plan.micro_batches(0, step, step + 2), num_workers=1)
@@ -91,7 +92,7 @@ def resume(shards: Path, model: str) -> dict[str, Any]:
 
 
 def measure(shards: Path, model: str) -> dict[str, Any]:
-    """Build the large folder in a temporary place and time a resume in a fresh process."""
+    """Build the large folder in a temporary folder and time a resume in a fresh process."""
     with tempfile.TemporaryDirectory(dir=shards.parent) as folder:
         large = Path(folder) / "large"
         build(shards, large)

@@ -1,9 +1,10 @@
-"""What checkpoints cost, how soon a requeued run is back, and how far a run resumed on other ranks strays. CPU or GPU.
+"""Measure the cost of checkpoints, the time to resume, and how far losses differ after a resume on other ranks.
 
     python tests/bench/resume.py [--model DIR] [--shards DIR] [--out tests/bench/resume.md]
 
-Needs the practice set (launch/quickstart.sh makes it). All runs are started as a user starts them, by launch/train.sh;
-the losses compared are those of the steps after the resume, without dropout, which is drawn by rank.
+Runs on a CPU or a GPU and needs the practice set (launch/quickstart.sh makes it). All runs start as a user starts
+them, with launch/train.sh. The compared losses are those of the steps after the resume. Dropout is off, because each
+rank draws its own.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, CUT = 10, 5
 GLOBAL_BATCH = 12
-MATRIX = [  # ranks and ZeRO stage before, ranks and stage after
+MATRIX = [  # ranks and ZeRO stage before the resume, ranks and ZeRO stage after it
     ((1, 0), (2, 2)),
     ((2, 2), (1, 0)),
     ((2, 2), (2, 1)),
@@ -59,7 +60,7 @@ class Run:
         self.ranks, self.stage = ranks, stage
 
     def train(self, ranks: int | None = None, stage: int | None = None) -> tuple[str, float]:
-        """Start it and wait; what it printed, and seconds from the start to the end of its first step."""
+        """Start the run and wait. Returns its output and the seconds from the start to the end of its first step."""
         words = ["--processes", str(ranks or self.ranks)]
         words += ["--set", f"train.zero_stage={self.stage if stage is None else stage}", "--set", f"run.dir={self.dir}"]
         began = time.time()
@@ -77,7 +78,7 @@ class Run:
         return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
 
     def cut(self, folder: Path) -> "Run":
-        """A copy as it was after step CUT."""
+        """Return a copy of the run as it was after step CUT."""
         shutil.copytree(self.dir, folder / "run")
         for path in (folder / "run" / "checkpoints").iterdir():
             if path.name != f"step-{CUT:08d}":
@@ -102,15 +103,15 @@ def main() -> None:
 
 
 def cost(folder: Path, args: argparse.Namespace) -> list[str]:
-    """A checkpoint after every second step: its seconds beside a step's, its bytes, and the way back."""
+    """Save after every second step. Returns a table: seconds of a step, a checkpoint and a restart, and bytes."""
     lines = [
         "| 4-bit, ZeRO-2 | a step | a checkpoint | of a step | bytes | start to first step | requeued, to first step |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for ranks in (1, 2):
         run = Run(folder / f"cost{ranks}", args, "4-bit, AdamW8bit", ranks, 2, save_every=2)
-        said, first_s = run.train()
-        save_s = statistics.median(float(s) for s in re.findall(r"checkpoint written in ([\d.]+) s", said))
+        output, first_s = run.train()
+        save_s = statistics.median(float(s) for s in re.findall(r"checkpoint written in ([\d.]+) s", output))
         step_s = statistics.median(row["step_seconds"] for row in run.rows()[1:])
         newest = max((run.dir / "checkpoints").glob("step-*"))
         num_bytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
@@ -124,7 +125,7 @@ def cost(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def elastic(folder: Path, args: argparse.Namespace) -> list[str]:
-    """The matrix: the largest relative distance of a loss after the resume from that of the uninterrupted run."""
+    """Return the matrix of the largest relative difference of a loss after the resume from the uninterrupted run's."""
     lines = [f"| resumed after step {CUT} of {STEPS} | " + " | ".join(KINDS) + " |", "|---|---:|---:|"]
     whole: dict[tuple[str, tuple[int, int]], Run] = {}
     for number, (before, after) in enumerate(MATRIX):

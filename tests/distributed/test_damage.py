@@ -1,4 +1,7 @@
-"""Pictures that rot after packing: replaced by the same others on any number of ranks, counted, named; or the end."""
+"""Pictures damaged after packing are replaced by the same samples on any number of ranks, counted and named.
+
+Too many of them end the run.
+"""
 
 import json
 import re
@@ -14,7 +17,7 @@ GLOBAL_BATCH = 8
 
 
 def rot(shards: Path, *ids: int, name: str = "train") -> list[str]:
-    """Flip a byte in the pictures of these samples of a split; returns their keys."""
+    """Invert a byte in the pictures of these samples of a split, and return their keys."""
     split = open_split(shards, name)
     with open(shards / split.manifest.shards_of(name)[0].path, "r+b") as tar:
         for i in ids:
@@ -43,7 +46,7 @@ def recipe_for(folder: Path, model: Path, shards: Path, num_workers: int, max_ba
     )
 
 
-def test_damaged_pictures_are_replaced_counted_and_named_alike_on_one_rank_and_on_two(
+def test_damaged_pictures_are_replaced_counted_and_named_on_one_rank_as_on_two(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
@@ -55,7 +58,7 @@ def test_damaged_pictures_are_replaced_counted_and_named_alike_on_one_rank_and_o
         rows = metrics(recipe.parent / "run")
         assert (
             sum(row["replaced"] for row in rows) == 2
-        )  # three steps of eight meet nearly every sample, these two among them
+        )  # three steps of eight samples read nearly every sample, and both of these
         assert [row["samples"] for row in rows] == [8, 16, 24]
         named[ranks] = sorted(re.findall(r"step \d+: \S+ replaced by another sample: .*crc32.*", output))
         losses[ranks] = [row["loss"] for row in rows]
@@ -64,12 +67,12 @@ def test_damaged_pictures_are_replaced_counted_and_named_alike_on_one_rank_and_o
     assert named[1] == named[2]
     assert losses[1] == pytest.approx(losses[2], rel=1e-5)
     train(recipe, 2, ["train.max_steps=4"])
-    for step in (3, 4):  # a run that is stopped often counts on
+    for step in (3, 4):  # a resumed run keeps the samples that were already found
         record = json.loads((recipe.parent / f"run/checkpoints/step-{step:08d}/state.json").read_text())
         assert sorted(record["bad"]) == keys
 
 
-def test_more_than_the_configured_share_stops_the_run_with_the_list(
+def test_more_damaged_samples_than_allowed_stop_the_run_with_their_list(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
@@ -79,24 +82,24 @@ def test_more_than_the_configured_share_stops_the_run_with_the_list(
     ended = try_train(recipe, 2)
     output = ended.output
     assert ended.statuses == (1, 1), output
-    told = re.search(
+    message = re.search(
         rf"kfood train: 3 of {num_samples} training samples cannot be read, more than data.max_bad_share", output
     )
-    assert told, output
-    listed = re.findall(r"^  (train-\d+): .*crc32", output[told.start() :], flags=re.MULTILINE)
+    assert message, output
+    listed = re.findall(r"^  (train-\d+): .*crc32", output[message.start() :], flags=re.MULTILINE)
     assert listed == keys
     assert "→ look at all of them with `kfood verify`" in output
     assert output.count("training samples cannot be read") == 2  # rank 0's, and rank 1's own line
 
 
-def test_what_a_measurement_leaves_out_counts_as_wrong_and_is_named(
+def test_a_sample_that_validation_skips_counts_as_wrong_and_is_named(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     keys = rot(shards, 1, 2, name="val")
     recipe = recipe_for(tmp_path / "of-2", tiny_model, shards, 1, 0.2, 2)
     output = train(recipe, 2, ["eval.every_steps=3", "eval.batch_size=1"])
-    named = re.findall(r"^validation: (\S+) left out: .*crc32", output, flags=re.MULTILINE)
+    named = re.findall(r"^validation: (\S+) skipped: .*crc32", output, flags=re.MULTILINE)
     assert sorted(named) == keys
     measured = re.search(r"step 3  val  .*samples (\d+)", output)
     assert measured and int(measured[1]) == len(open_split(shards, "val"))

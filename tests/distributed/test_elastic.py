@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks and another ZeRO stage as if nothing had happened."""
+"""A run resumes with another number of ranks and another ZeRO stage, and its loss curve stays the same."""
 
 import json
 import os
@@ -17,12 +17,12 @@ from kfood_dist.train.run import checkpoint
 STEPS, CUT = 6, 3
 RANKS_AND_STAGE = tuple[int, int]
 KINDS = {
-    # What a recipe trains by, and what does the carrying over exactly but for the order of adding.
+    # The first is a recipe's default. With the second, a resume is exact except for the order of additions.
     "nf4, adamw8bit": ({"quantization": "nf4"}, "adamw8bit"),
     "float32, adamw": ({"quantization": "none", "precision": "fp32"}, "adamw"),
 }
 RANKS = ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (3, 2), (4, 2))
-CHANGES = [  # 12 samples a step, cut into micro-batches of one; the default has one of each kind
+CHANGES = [  # 12 samples a step in micro-batches of one. The sweep runs the other cases.
     ("nf4, adamw8bit", (2, 2), (1, 0)),
     ("nf4, adamw8bit", (2, 2), (3, 2)),
     ("float32, adamw", (2, 3), (3, 2)),
@@ -38,7 +38,10 @@ SWEPT = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Callable[[str, RANKS_AND_STAGE], Path]:
-    """The folder of an uninterrupted run, made when it is first asked for; it keeps its checkpoint of step CUT."""
+    """Return a function that gives the folder of an uninterrupted run, which keeps its checkpoint of step CUT.
+
+    Each run is made when it is first needed.
+    """
     made: dict[tuple[str, RANKS_AND_STAGE], Path] = {}
 
     def get(kind: str, how: RANKS_AND_STAGE) -> Path:
@@ -50,7 +53,7 @@ def whole(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Callable[[st
                 tiny_model,
                 tiny_shards,
                 model=model,
-                lora={"dropout": 0.0},  # drawn by rank, it is another on other ranks
+                lora={"dropout": 0.0},  # each rank draws its own dropout
                 optim={"name": optimizer},
                 train={
                     "micro_batch_size": 1,
@@ -72,7 +75,9 @@ def whole(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Callable[[st
     [*CHANGES, *swept(SWEPT)],
     ids=[f"{kind}: {a[0]} ranks zero{a[1]} to {b[0]} ranks zero{b[1]}" for kind, a, b in CHANGES + SWEPT],
 )
-def test_the_curve_goes_on(tmp_path: Path, whole, kind: str, before: RANKS_AND_STAGE, after: RANKS_AND_STAGE) -> None:
+def test_the_loss_curve_continues_on_other_ranks(
+    tmp_path: Path, whole, kind: str, before: RANKS_AND_STAGE, after: RANKS_AND_STAGE
+) -> None:
     folder = whole(kind, before)
     run = tmp_path / "run"
     shutil.copytree(folder / "run", run)
@@ -83,18 +88,18 @@ def test_the_curve_goes_on(tmp_path: Path, whole, kind: str, before: RANKS_AND_S
     assert f"resumed after step {CUT}" in output
     facts = json.loads((run / "run.json").read_text())
     assert (facts["world_size"], facts["zero_stage"]) == after
-    assert facts["gradient_accumulation_steps"] == 12 // ranks  # the global batch stays
+    assert facts["gradient_accumulation_steps"] == 12 // ranks  # the global batch is unchanged
     mine, theirs = metrics(run), metrics(folder / "run")
     for name in ("step", "epoch", "samples", "learning_rate"):
         assert [row[name] for row in mine] == [row[name] for row in theirs]
     losses, expected = ([row["loss"] for row in rows] for rows in (mine, theirs))
     assert losses[:CUT] == expected[:CUT]
-    # Measured: 0.3% at most in 4 bits, where other kernels round otherwise and 8-bit moments are rounded once more.
+    # Measured: at most 0.3% in 4 bits. There other kernels round differently, and 8-bit moments are rounded again.
     assert losses == pytest.approx(expected, rel=1e-5 if kind.startswith("float32") else 0.01)
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_number_of_ranks_that_does_not_divide_is_refused(whole, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_of_ranks_that_does_not_divide_the_batch_is_refused(whole, capsys: pytest.CaptureFixture[str]) -> None:
     folder = whole("nf4, adamw8bit", (1, 0))
     assert main(["train", str(folder / "recipe.yaml"), "--processes", "5", "--set", "train.max_steps=7"]) == 2
     output = capsys.readouterr().err
@@ -102,10 +107,8 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused(whole, capsys: pytest
     assert "use one of [1, 2, 3, 4, 6, 12] ranks" in output
 
 
-def test_a_run_goes_on_again_and_again_on_whatever_ranks_there_are(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path
-) -> None:
-    """As a job that is preempted more than once; at the last the ranks are as many as the samples of a step."""
+def test_a_run_resumes_repeatedly_with_any_number_of_ranks(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+    """Like a job that is preempted more than once. The last run has as many ranks as a step has samples."""
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train={"save_every_steps": 1})
     cuts = []
     for step, ranks in enumerate((1, 2, 2, 4), start=1):
@@ -119,16 +122,16 @@ def test_a_run_goes_on_again_and_again_on_whatever_ranks_there_are(
 
 
 def run_blind(words: list[str]) -> int:
-    """`kfood WORDS` in a rank which, but for the first, sees no checkpoint."""
+    """Run `kfood WORDS` in a rank. All ranks except rank 0 see no checkpoint."""
     if os.environ["RANK"] != "0":
         checkpoint.newest = lambda folder: None
     return run_verb(words)
 
 
-def test_ranks_that_see_different_checkpoints_are_told_at_once(
+def test_ranks_that_see_different_checkpoints_are_refused_at_once(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
-    """As where each node has a run directory of its own: here rank 1 is blind to them."""
+    """As if each node had its own run directory: here rank 1 sees no checkpoint."""
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train={"max_steps": 1, "zero_stage": 0})
     train(recipe, 2)
     with training(recipe, 2, ["train.max_steps=2"], work=run_blind) as ranks:

@@ -1,4 +1,4 @@
-"""`kfood eval` on two ranks over gloo: the same bytes as on one, and mistakes told whichever rank meets them."""
+"""`kfood eval` on two ranks over gloo gives the same bytes as on one, and reports a fault that any rank finds."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from kfood_dist.data.shards.reader import open_split
 def launched(
     *words: str | Path, processes: int, timeout_s: float = 180, redirect: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """Run `launch/eval.sh`. One thread per rank: how many share a sum is no business of this test."""
+    """Run `launch/eval.sh` with one thread per rank: the number of threads must not change the sums of this test."""
     command = f'set -o pipefail; bash launch/eval.sh "$@" {redirect}'
     return subprocess.run(
         ["bash", "-c", command, "-", "--processes", str(processes), *map(str, words)],
@@ -32,9 +32,9 @@ def words(tiny_shards: Path, tiny_model: Path, tiny_adapter: Path) -> list[str |
     return ["--shards", tiny_shards, "--model", tiny_model, "--adapter", tiny_adapter, "--batch-size", "3"]
 
 
-def test_two_ranks_answer_as_one(words, tiny_shards: Path, tmp_path: Path):
-    """In 4-bit and bf16, where another batch could round to another answer."""
-    done = launched(*words, "--out", tmp_path / "2", processes=2, redirect="| true")  # nobody hears them
+def test_two_ranks_give_the_same_answers_as_one(words, tiny_shards: Path, tmp_path: Path):
+    """In 4-bit and bf16, another batch could round to another answer."""
+    done = launched(*words, "--out", tmp_path / "2", processes=2, redirect="| true")  # nothing reads the output
     assert done.returncode == 0, done.stderr
     alone = evaluate(*words, "--out", tmp_path / "1", ranks=1)
     assert alone.status == 0, alone.output
@@ -48,20 +48,20 @@ def test_two_ranks_answer_as_one(words, tiny_shards: Path, tmp_path: Path):
     for key in ("accuracy", "correct", "images", "wilson_95", "per_class", "confusions", "inputs"):
         assert reports[0][key] == reports[1][key]
 
-    # Two ranks reuse what one wrote: neither waits for the other.
+    # Two ranks reuse the report of one rank, and neither waits for the other.
     again = evaluate(*words, "--out", tmp_path / "1", ranks=2)
     assert again.status == 0, again.output
     assert again.output.count("reused ") == 1
 
 
-def test_more_ranks_than_batches(words, tmp_path: Path):
+def test_an_evaluation_may_have_more_ranks_than_batches(words, tmp_path: Path):
     ended = evaluate(*words, "--limit", "2", "--out", tmp_path / "out", ranks=2)
     assert ended.status == 0, ended.output
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["images"] == 2
 
 
-def test_a_fault_only_the_second_rank_meets_is_told(words, tiny_shards: Path, tmp_path: Path):
-    """The second batch, which is the second rank's, holds a picture with a flipped byte."""
+def test_a_fault_that_only_the_second_rank_finds_is_reported(words, tiny_shards: Path, tmp_path: Path):
+    """The second rank's batch has a picture with one inverted bit."""
     copy = shutil.copytree(tiny_shards, tmp_path / "shards")
     shards = open_split(copy, "test")
     tar = next(copy.glob("test-*.tar"))

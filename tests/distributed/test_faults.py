@@ -1,4 +1,4 @@
-"""A rank that is killed, wherever it is, takes the job down; a rank that stalls is named; a new start resumes."""
+"""A killed rank ends the job at any point, a stalled rank is named, and a new start resumes."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def write(folder: Path, model: Path, shards: Path, **train_section) -> Path:
 
 
 def rank(process: "subprocess.Popen[str]", number: int) -> psutil.Process:
-    """The process of one rank: the first of those with this RANK, which has the loader processes as children."""
+    """Return the process of one rank: the first with this RANK. The loader processes are its children."""
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
             if child.environ().get("RANK") == str(number):
@@ -38,14 +38,14 @@ def rank(process: "subprocess.Popen[str]", number: int) -> psutil.Process:
     raise AssertionError(f"no rank {number}")
 
 
-def test_a_rank_killed_in_a_step_a_collective_and_a_checkpoint(
+def test_a_rank_killed_in_a_step_a_collective_or_a_checkpoint_ends_the_run(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
-    """Launched for the collective, where the agent must end the others; in forked ranks for the rest."""
+    """Only the kill in a collective uses the real launcher, whose agent must end the others. The rest is forked."""
     recipe, run = write(tmp_path / "killed", tiny_model, tiny_shards), tmp_path / "killed" / "run"
 
     with training(recipe, 2) as ranks:
-        wait_until(ranks, lambda: num_steps(run) >= 3)  # in the fourth step
+        wait_until(ranks, lambda: num_steps(run) >= 3)  # rank 1 is now in the fourth step
         ranks.send(1, signal.SIGKILL)
         assert ranks.wait(60).statuses[1] == -signal.SIGKILL
 
@@ -86,7 +86,7 @@ def test_a_rank_that_stalls_is_named_and_ends_the_others(
     assert (run / f"stalled-rank-{1 - number:05d}.txt").is_file()
 
 
-def test_a_job_that_was_suspended_for_longer_than_a_rank_may_stall_goes_on(
+def test_a_job_suspended_for_longer_than_the_stall_timeout_continues(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
     recipe = write(tmp_path / "suspended", tiny_model, tiny_shards, stall_timeout_s=10)
@@ -104,7 +104,7 @@ def test_a_job_that_was_suspended_for_longer_than_a_rank_may_stall_goes_on(
     assert [row["loss"] for row in metrics(run)] == [row["loss"] for row in metrics(whole(2, 2))]
 
 
-def test_shards_that_vanish_are_named_and_a_new_start_resumes(
+def test_missing_shards_are_named_and_a_new_start_resumes(
     tmp_path: Path, tiny_model: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = tmp_path / "shards"
@@ -123,10 +123,10 @@ def test_shards_that_vanish_are_named_and_a_new_start_resumes(
     assert "resumed after step" in train(recipe, 2)
 
 
-def test_the_newest_checkpoint_is_the_one_of_most_steps_whatever_the_clocks_say(
+def test_the_newest_checkpoint_has_the_most_steps_whatever_its_date(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
-    """Nodes disagree about the time: files from the future, and the newest of them the oldest by its date."""
+    """Clocks of nodes can disagree. Here all dates are in the future, and the newest checkpoint has the oldest date."""
     recipe = write(tmp_path / "clocks", tiny_model, tiny_shards, max_steps=4, zero_stage=0)
     run = tmp_path / "clocks" / "run"
     train(recipe, 1)
@@ -137,7 +137,7 @@ def test_the_newest_checkpoint_is_the_one_of_most_steps_whatever_the_clocks_say(
 
 
 def run_elsewhere(words: list[str], host: str, behind_s: int) -> int:
-    """`kfood WORDS` on a host of another name, whose clock is behind: by as much again on each further rank."""
+    """Run `kfood WORDS` as on a host with another name and a late clock: `behind_s` seconds late, times rank + 1."""
     number = int(os.environ["RANK"])
     now, now_ns, behind_s = time.time, time.time_ns, behind_s * (1 + number)
     time.time = lambda: now() - behind_s
@@ -149,7 +149,7 @@ def run_elsewhere(words: list[str], host: str, behind_s: int) -> int:
 def test_clocks_that_disagree_and_other_hosts_change_nothing(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
-    """Ranks whose clocks are a day apart stop; on hosts of other names, whose clocks are a year behind, they go on."""
+    """Ranks whose clocks are a day apart stop. They resume on hosts with other names and clocks a year behind."""
     recipe, run = write(tmp_path / "hosts", tiny_model, tiny_shards), tmp_path / "hosts" / "run"
     with training(recipe, 2, work=partial(run_elsewhere, host="old", behind_s=86_400)) as ranks:
         wait_until(ranks, lambda: num_steps(run) >= 3)

@@ -1,4 +1,4 @@
-"""fp16 without DeepSpeed on a CPU: it learns; what overflows in the tower is harmless, elsewhere it is skipped.
+"""fp16 without DeepSpeed on a CPU: a run learns, a tower overflow is harmless, and other overflows skip the step.
 
 tests/gpu/test_fp16_zero.py does the same with DeepSpeed.
 """
@@ -44,22 +44,22 @@ def ordinary(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Path:
     return folder / "run"
 
 
-def test_it_learns_with_a_scaled_loss(ordinary: Path) -> None:
+def test_a_run_learns_with_a_scaled_loss(ordinary: Path) -> None:
     rows = metrics(ordinary)
     assert rows[0]["loss_scale"] == 2**16
-    assert sum(row["skipped"] for row in rows) <= 1  # the epoch's last step has few labels, and so larger gradients
+    assert sum(row["skipped"] for row in rows) <= 1  # the epoch's last step has few labels, so its gradients are larger
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 
-def test_what_overflows_in_the_vision_tower_changes_nothing(ordinary, tmp_path, tiny_model, tiny_shards) -> None:
+def test_an_overflow_in_the_vision_tower_changes_nothing(ordinary, tmp_path, tiny_model, tiny_shards) -> None:
     large = craft(tiny_model, tmp_path / "model", swell_tower)
     train(recipe_of(tmp_path, large, tiny_shards), 2)
     assert losses(tmp_path / "run") == pytest.approx(losses(ordinary), rel=1e-3)
     assert [row["skipped"] for row in metrics(tmp_path / "run")] == [row["skipped"] for row in metrics(ordinary)]
 
 
-def test_what_overflows_in_the_language_model_is_skipped_and_named(tmp_path, tiny_model, tiny_shards) -> None:
-    """One dish's token alone has a direction which the first layer blows up beyond fp16, within bf16."""
+def test_a_step_that_overflows_in_the_language_model_is_skipped_and_named(tmp_path, tiny_model, tiny_shards) -> None:
+    """Only one dish's token has a direction that the first layer amplifies beyond fp16, but not beyond bf16."""
     shards = open_split(tiny_shards, "train")
     dish, token = unique_token(tiny_model, shards)
 
@@ -67,12 +67,12 @@ def test_what_overflows_in_the_language_model_is_skipped_and_named(tmp_path, tin
         for name in (EMBEDDING, "visual.merger.mlp.2.weight", "visual.merger.mlp.2.bias"):
             weights[name].select(-1 if name == EMBEDDING else 0, 0).zero_()
         weights["model.layers.0.self_attn.o_proj.weight"][0].zero_()
-        weights[EMBEDDING][token, 0] = 64.0  # normalised: 16, the root of the width
+        weights[EMBEDDING][token, 0] = 64.0  # after normalisation 16, the square root of the width
         weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 8192.0
-        weights["model.layers.0.mlp.down_proj.weight"][:, 0] *= 2.0**-8  # so that no gradient is large
+        weights["model.layers.0.mlp.down_proj.weight"][:, 0] *= 2.0**-8  # keeps the gradients small
 
     large = craft(tiny_model, tmp_path / "model", change)
-    # Nothing may be learnt that leads into that direction, nor 4-bit blocks be coarse for the large numbers' sake.
+    # Training must not move other tokens into that direction, and large numbers would make 4-bit blocks coarse.
     sections: dict[str, Any] = {"model": {"quantization": "none"}, "lora": {"target_modules": ["q_proj", "v_proj"]}}
     recipe = recipe_of(tmp_path / "fp16", large, tiny_shards, **sections)
     output = train(recipe, 2)
@@ -90,7 +90,7 @@ def test_what_overflows_in_the_language_model_is_skipped_and_named(tmp_path, tin
     assert not any(row["skipped"] for row in metrics(tmp_path / "bf16" / "run"))
 
 
-def test_the_scale_comes_down_until_the_gradients_fit(tmp_path, tiny_model, tiny_shards) -> None:
+def test_the_loss_scale_is_halved_until_the_gradients_fit(tmp_path, tiny_model, tiny_shards) -> None:
     large = craft(tiny_model, tmp_path / "model", steepen_head)
     output = train(recipe_of(tmp_path, large, tiny_shards), 2)
     rows = metrics(tmp_path / "run")

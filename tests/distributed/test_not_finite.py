@@ -1,6 +1,6 @@
-"""A dish that makes the loss infinite: its steps are skipped on all ranks, and a run of nothing else ends.
+"""A dish that makes the loss NaN: its steps are skipped on all ranks, and too many of them in a row end the run.
 
-The dish's answer has a token that no other has, and the base model's embedding of that token is not a number.
+The dish's answer has a token that no other answer has. The base model's embedding of that token is NaN.
 """
 
 from itertools import pairwise
@@ -34,7 +34,7 @@ def shards(tiny_shards: Path) -> ShardSplit:
 
 @pytest.fixture(scope="module")
 def cursed(tmp_path_factory, tiny_model: Path, shards: ShardSplit) -> tuple[str, Path]:
-    """A dish, and a base model that its answer breaks."""
+    """Return a dish and a base model whose loss is NaN for that dish."""
     dish, token = unique_token(tiny_model, shards)
 
     def change(weights: dict[str, torch.Tensor]) -> None:
@@ -44,7 +44,7 @@ def cursed(tmp_path_factory, tiny_model: Path, shards: ShardSplit) -> tuple[str,
 
 
 def expected(recipe: Path, shards: ShardSplit, dish: str) -> dict[int, set[str]]:
-    """The steps, from 1, that hold the dish, and under which keys."""
+    """Return the steps, counted from 1, that contain the dish, with the keys of its samples."""
     plan, labels = preflight(load_recipe(recipe), world_size=2), labels_of(shards)
     keys = {step + 1: {shards.key(int(i)) for i in plan.ids(step) if labels[i] == dish} for step in range(STEPS)}
     return {step: found for step, found in keys.items() if found}
@@ -58,7 +58,7 @@ def finished(request, tmp_path_factory, tiny_shards: Path, cursed: tuple[str, Pa
     return recipe, train(recipe, 2)
 
 
-def test_exactly_the_steps_with_the_dish_are_skipped_and_its_samples_named(finished, shards, cursed) -> None:
+def test_only_the_steps_with_the_dish_are_skipped_and_its_samples_are_named(finished, shards, cursed) -> None:
     recipe, output = finished
     guilty = expected(recipe, shards, cursed[0])
     assert 0 < len(guilty) < STEPS
@@ -68,14 +68,14 @@ def test_exactly_the_steps_with_the_dish_are_skipped_and_its_samples_named(finis
     assert rows[-1]["skipped_in_all"] == len(guilty)
     for row in rows:
         assert (row["loss"] is None) == (row["grad_norm"] is None) == (row["step"] in guilty)
-    told = {int(line.split()[1]): line for line in output.splitlines() if " skipped: " in line}
-    assert told.keys() == guilty.keys()
+    message = {int(line.split()[1]): line for line in output.splitlines() if " skipped: " in line}
+    assert message.keys() == guilty.keys()
     for step, keys in guilty.items():
-        assert all(f"{key} (nan)" in told[step] for key in keys)
-        assert told[step].count("(nan)") == len(keys)
+        assert all(f"{key} (nan)" in message[step] for key in keys)
+        assert message[step].count("(nan)") == len(keys)
 
 
-def test_the_weights_stay_as_they_were_and_the_run_goes_on_from_them(finished, shards, cursed) -> None:
+def test_a_skipped_step_leaves_the_weights_unchanged(finished, shards, cursed) -> None:
     recipe, _ = finished
     run = recipe.parent / "run"
     rows = metrics(run)
@@ -94,10 +94,10 @@ def test_the_weights_stay_as_they_were_and_the_run_goes_on_from_them(finished, s
     assert unchanged == set(expected(recipe, shards, cursed[0])) - {1}
 
 
-def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(
+def test_too_many_skipped_steps_end_the_run_and_name_the_last_good_checkpoint(
     tmp_path: Path, tiny_shards: Path, shards: ShardSplit, cursed: tuple[str, Path]
 ) -> None:
-    for seed in range(50):  # until two steps are taken before the first is skipped
+    for seed in range(50):  # until step 3 is the first that is skipped
         sections = {**SECTIONS, "train": {**SECTIONS["train"], "zero_stage": 2, "max_skipped_steps": 0, "seed": seed}}
         recipe = write_recipe(tmp_path / "recipe.yaml", cursed[1], tiny_shards, **sections)
         first = min(expected(recipe, shards, cursed[0]))
@@ -109,5 +109,5 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(
     assert ended.status != 0, output
     assert f"step {first}: the loss is not finite for" in output
     assert "steps skipped in a row: 1, more than train.max_skipped_steps 0" in output
-    # Step 2 was taken with the weights of step 1; those of step 2 have never been used.
+    # Step 2 used the weights of step 1. No step has used the weights of step 2 yet.
     assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step-00000001 (delete step-00000002" in output

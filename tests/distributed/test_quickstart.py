@@ -1,4 +1,4 @@
-"""The main job, as a newcomer runs it: killed in the middle, run again to its end, and judged."""
+"""The quickstart as a newcomer runs it: killed in the middle, started again, run to its end and evaluated."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TIMEOUT_S = 1500
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files git knows, in a new folder, with this checkout's .venv."""
+    """Copy the files that git tracks, except tests/ and .ci/, to a new folder with a link to this checkout's .venv."""
     folder = tmp_path_factory.mktemp("checkout")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -44,7 +44,7 @@ def start(checkout: Path, log: Path) -> "subprocess.Popen[bytes]":
 
 @pytest.fixture(scope="module")
 def finished(checkout: Path) -> tuple[Path, str]:
-    """The run's folder, and what the resumed script printed."""
+    """Return the run's folder and the output of the second start."""
     run, log = checkout / "runs" / "quickstart", checkout / "log.txt"
     first = start(checkout, log)
     deadline = time.monotonic() + TIMEOUT_S
@@ -73,7 +73,7 @@ def test_the_tuned_model_names_the_dishes_and_the_base_does_not(finished: tuple[
     assert "TensorBoard: .venv/bin/tensorboard --logdir runs/quickstart/tensorboard" in output
 
 
-def test_what_was_killed_went_on_and_what_was_done_was_reused(finished: tuple[Path, str]) -> None:
+def test_a_killed_quickstart_resumes_and_reuses_its_finished_parts(finished: tuple[Path, str]) -> None:
     run, resumed = finished
     assert "resumed after step" in resumed
     assert "reused data/practice" in resumed
@@ -83,7 +83,7 @@ def test_what_was_killed_went_on_and_what_was_done_was_reused(finished: tuple[Pa
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_the_recipe_is_the_real_one(finished: tuple[Path, str]) -> None:
+def test_the_quickstart_trains_in_4_bit_with_deepspeed(finished: tuple[Path, str]) -> None:
     facts = json.loads((finished[0] / "run.json").read_text())
     assert (facts["world_size"], facts["distributed_type"], facts["zero_stage"]) in [
         (2, "DEEPSPEED", 2),
@@ -94,7 +94,7 @@ def test_the_recipe_is_the_real_one(finished: tuple[Path, str]) -> None:
     assert facts["optimizer"].endswith("AdamW8bit") and facts["optimizer_state_dtypes"] == ["uint8"]
 
 
-def test_tensorboard_holds_the_curves_accuracy_and_a_panel(finished: tuple[Path, str]) -> None:
+def test_tensorboard_has_the_curves_the_accuracy_and_a_picture_panel(finished: tuple[Path, str]) -> None:
     events = EventAccumulator(str(finished[0] / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
     tags = events.Tags()
     names = "loss learning_rate grad_norm samples_per_second label_tokens_per_second data_wait_share padding_share"

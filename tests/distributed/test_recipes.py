@@ -1,6 +1,6 @@
-"""Every shipped recipe goes through the real command; only model, data and length are made small.
+"""Every shipped recipe trains with the real command. Only the model, the data and the number of steps are small.
 
-test_quickstart.py runs the quickstart's as it is.
+test_quickstart.py runs the quickstart's recipe unchanged.
 """
 
 import json
@@ -41,7 +41,7 @@ def test_a_shipped_recipe_trains(recipe: Path, tmp_path: Path, tiny_model: Path,
     assert facts["quantization"] == "nf4"
     assert facts["optimizer_state_dtypes"] == ["uint8"]
     log = (run / "log.txt").read_text()
-    assert "accuracy" in log, "what is measured is measured after the last step too"
+    assert "accuracy" in log, "a run with validation must also validate after the last step"
     assert "published the adapter of step 2 of 2: the best by validation, " in log
     assert facts["published"]["step"] == json.loads((run / "adapter" / "kfood.json").read_text())["step"] == 2
     assert (run / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Samples that cannot fit are left out by name and counted, on two ranks, and stall neither."""
+"""Samples that cannot fit are skipped, named and counted on two ranks, and neither rank stalls."""
 
 from pathlib import Path
 
@@ -9,10 +9,12 @@ from sweep import swept
 
 from kfood_dist.data.plan.plan import MicroBatch
 
-IMAGE_TOKENS = 64 + 2  # a 224 px picture and its two brackets
+IMAGE_TOKENS = 64 + 2  # a 224 px picture and its start and end tokens
 
 
-def test_long_answers_are_refused_and_the_run_goes_on(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+def test_too_long_answers_are_skipped_and_the_run_continues(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+) -> None:
     collator = asking_dishes(tiny_model, tiny_shards)
     shards = collator.shards
     lengths = [collator[MicroBatch(0, 0, (i,), 0)].num_label_tokens for i in range(len(shards))]
@@ -29,7 +31,7 @@ def test_long_answers_are_refused_and_the_run_goes_on(tmp_path: Path, tiny_model
     )
     output = train(recipe, 2)
     assert sum(row["refused"] for row in metrics(tmp_path / "run")) == len(too_long)
-    named = {line.split(": ")[1].split()[0] for line in output.splitlines() if "left out" in line}
+    named = {line.split(": ")[1].split()[0] for line in output.splitlines() if " skipped: " in line}
     assert named == too_long
 
 

@@ -1,6 +1,7 @@
-"""Training and evaluation from a URL, read in place and copied: the same numbers, each file fetched once, none left.
+"""Training and evaluation from a URL, read directly or copied first, give the same numbers as from a folder.
 
-Here the base goes by its hub name, and lies in the hub's cache: no rank of any command asks the hub for it.
+A copy fetches each file once and is removed at the end. In the tests of copies the base model has a hub name and is in
+the hub's cache, and no rank of any command may ask the hub.
 """
 
 import json
@@ -22,7 +23,7 @@ NAME = "Someone/Tiny-VL"
 
 @pytest.fixture
 def cached(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The hub name of the tiny model, which lies in the cache of a hub that takes calls and never answers."""
+    """Put the tiny model into the cache of a hub that accepts connections and never answers. Yields its hub name."""
     put_into_cache(tiny_model, tmp_path / "home" / "hub", NAME)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
@@ -30,7 +31,7 @@ def cached(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
         yield Path(NAME)
         hub.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody has called
+        with pytest.raises(BlockingIOError):  # no process has connected
             hub.accept()
 
 
@@ -54,14 +55,16 @@ def recipe(folder: Path, model: Path, shards: str) -> Path:
     )
 
 
-def test_two_ranks_train_alike_from_a_url(tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole) -> None:
+def test_two_ranks_train_the_same_run_from_a_url(
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
+) -> None:
     with serving(tiny_shards) as server:
         train(recipe(tmp_path, tiny_model, server.url), 2)
     assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(whole(2, 0))]
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole(2, 0))
 
 
-def test_two_ranks_train_alike_from_a_copy_of_a_url(
+def test_two_ranks_train_the_same_run_from_a_copy_of_a_url(
     tmp_path: Path, cached: Path, tiny_shards: Path, whole: Whole
 ) -> None:
     copy_to = tmp_path / "node"
@@ -75,11 +78,11 @@ def test_two_ranks_train_alike_from_a_copy_of_a_url(
         assert json.loads((tmp_path / "run" / "adapter" / name).read_text())[key] == NAME
     for shard in load_manifest(tiny_shards).shards:
         expected = shard.bytes if shard.split in ("train", "val") else 0
-        assert fetched.get(shard.path, 0) == expected, "fetched once for both ranks, and only what is read"
+        assert fetched.get(shard.path, 0) == expected, "both ranks must share one fetch, and only the splits they read"
     assert list(copy_to.iterdir()) == []
 
 
-def test_an_evaluation_of_a_copied_split_says_the_same(
+def test_an_evaluation_of_a_copied_split_gives_the_same_predictions(
     tmp_path: Path, cached: Path, tiny_model: Path, tiny_shards: Path, tiny_adapter: Path
 ) -> None:
     options = ["--split", "test", "--adapter", tiny_adapter]

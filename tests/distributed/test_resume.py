@@ -1,4 +1,4 @@
-"""A run that was killed and started again ends as if nothing had happened, to the bit."""
+"""A run that was killed and started again ends bit-identical to the uninterrupted run."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def write(folder: Path, model: Path, shards: Path, **train_section) -> Path:
 
 
 def kill_launcher(process, run: Path) -> None:
-    """SIGKILL the launcher; all that it started ends with it."""
+    """Kill the launcher with SIGKILL, and check that all processes that it started end with it."""
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -50,7 +50,7 @@ def kill_launcher(process, run: Path) -> None:
     [(2, 2, True), (2, 0, False), (1, 0, False)],
     ids=["zero2, 2 ranks", "ddp, 2 ranks", "plain, 1 process"],
 )
-def test_killed_and_resumed_equals_uninterrupted(
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_run(
     tmp_path: Path,
     tiny_model: Path,
     tiny_shards: Path,
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, tiny_model: Path, tiny_sh
     ended = try_train(recipe, 1, ["train.max_steps=2"])
     output = ended.output
     assert ended.status == 2, output
-    assert "rank-00000.safetensors has not the bytes that were written" in output
+    assert "rank-00000.safetensors does not have the bytes that were written" in output
     assert "delete that checkpoint's folder" in output
     assert "Traceback" not in output
 
@@ -111,7 +111,7 @@ def test_a_second_start_in_the_same_run_directory_is_refused(
         refusal = capsys.readouterr().err
         assert "another process is training in" in refusal and "→" in refusal
 
-        # A job that Slurm started again may be kept out by its own last start, on a node that was lost.
+        # The last start of a requeued Slurm job may still hold the lock, on a node that was lost. So the job waits.
         monkeypatch.setenv("SLURM_JOB_ID", "1")
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         again = start(recipe, 1)
@@ -133,14 +133,14 @@ def test_another_recipe_base_model_and_data_set_are_refused_before_anything_star
     write_model(tmp_path / "base", seed=1)
     assert main(["pack", str(pictures), str(tmp_path / "shards"), "--split", "0.6,0.2,0.2"]) == 0
     capsys.readouterr()
-    for changed, told in (
+    for changed, message in (
         ("optim.learning_rate=0.5", "another recipe: optim.learning_rate was 0.001 and is now 0.5"),
         ("train.gradient_accumulation_steps=4", "global_batch was 4 and is now 8"),
         (f"model.base={tmp_path / 'base'}", "was trained on another base model: its fingerprint was "),
-        (f"data.shards={tmp_path / 'shards'}", "the checkpoint reads other data: "),
+        (f"data.shards={tmp_path / 'shards'}", "the checkpoint was written with other data settings: "),
     ):
         words = ["--processes", "1", "--set", changed, "--set", "train.max_steps=2"]
         assert launch.main(["train", str(recipe), *words]) == 2
         output = capsys.readouterr().err
-        assert told in output and output.startswith("launch train: ")
+        assert message in output and output.startswith("launch train: ")
     assert len(metrics(tmp_path / "run")) == 1

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves at that step on all ranks, says so, and goes on to the uninterrupted run's end."""
+"""A run that is asked to stop saves at that step on all ranks, reports it, and resumes to the uninterrupted result."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def exact(run: Path) -> list[list[float]]:
 
 @contextmanager
 def started_with_sighup(handler: signal.Handlers) -> Iterator[None]:
-    """What is started in the block begins with SIGHUP so: ignored as by `nohup`, or not, however the suite runs."""
+    """Start the block's processes with this SIGHUP handler: ignored as by `nohup`, or not. Then restore the suite's."""
     before = signal.signal(signal.SIGHUP, handler)
     try:
         yield
@@ -58,18 +58,18 @@ def started_with_sighup(handler: signal.Handlers) -> Iterator[None]:
 
 
 def family(process) -> list[psutil.Process]:
-    """The process and all that it started: torchrun's agent, ranks, loaders."""
+    """Return the process and all that it started: torchrun's agent, ranks and loaders."""
     return [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
 
 
-def test_a_run_under_nohup_outlives_its_terminal(
+def test_a_run_under_nohup_continues_when_its_terminal_closes(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole
 ) -> None:
-    """The terminal goes away, with it the console's reader, and all processes hear of it."""
+    """The terminal closes, so the output has no reader, and all processes get SIGHUP."""
     recipe = write(tmp_path / "whole", tiny_model, tiny_shards)
     run = tmp_path / "whole" / "run"
     run.mkdir()
-    (run / "STOP").touch()  # of an earlier run that was killed; a new one is not asked
+    (run / "STOP").touch()  # from an earlier, killed run: it must not stop the new one
     with started_with_sighup(signal.SIG_IGN):
         process = start(recipe, 2)
     wait_until(process, lambda: num_steps(run) >= 1)
@@ -95,7 +95,7 @@ def start_alone(recipe: Path, processes: int) -> "subprocess.Popen[str]":
 
 
 def ask_all(process, run: Path) -> None:
-    """As Slurm does: every process of the job hears it, loaders included."""
+    """Send the signals to every process of the job, including loaders, as Slurm does."""
     *started, launcher = family(process)
     for one in started:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
@@ -104,7 +104,7 @@ def ask_all(process, run: Path) -> None:
 
 
 def hang_up(process, run: Path) -> None:
-    """As a terminal does that is closed: every process of the group hears it."""
+    """Send SIGHUP to every process of the group, as a closed terminal does."""
     os.killpg(process.pid, signal.SIGHUP)
 
 
@@ -113,7 +113,7 @@ def hang_up(process, run: Path) -> None:
     [(2, 2, start, ask_all), (1, 0, start_alone, hang_up)],
     ids=["zero2, every process", "kfood train alone, hangup"],
 )
-def test_stopped_and_resumed_equals_uninterrupted(
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_run(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, whole: Whole, processes: int, zero_stage: int, begin, ask
 ) -> None:
     stopped = write(tmp_path / "stopped", tiny_model, tiny_shards, zero_stage=zero_stage)
@@ -139,7 +139,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert adapter_bytes(run) == adapter_bytes(whole(processes, zero_stage))
 
 
-def test_a_stopped_chain_does_not_begin_the_next_stage(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+def test_a_stopped_stage_does_not_start_the_next_stage(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
     first = write(tmp_path / "a", tiny_model, tiny_shards, zero_stage=0, max_steps=400)
     second = write(tmp_path / "b", tiny_model, tiny_shards, zero_stage=0)
     with started_with_sighup(signal.SIG_DFL):
@@ -151,10 +151,10 @@ def test_a_stopped_chain_does_not_begin_the_next_stage(tmp_path: Path, tiny_mode
     assert not (tmp_path / "b" / "run").exists()
 
 
-def test_asked_while_it_measures_a_run_saves_at_once_and_goes_on(
+def test_a_run_asked_to_stop_while_it_evaluates_saves_at_once_and_resumes(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
-    """The seconds before a preemption are too few for a long validation split."""
+    """The seconds before a preemption are not enough to evaluate a long validation split."""
     (tmp_path / "a").mkdir()
     recipe = write_recipe(
         tmp_path / "a" / "recipe.yaml",
@@ -165,25 +165,25 @@ def test_asked_while_it_measures_a_run_saves_at_once_and_goes_on(
     )
     run = tmp_path / "a" / "run"
     with training(recipe, 2) as ranks:
-        wait_until(ranks, lambda: num_steps(run) >= 2)  # this line is written once the step's question was answered
+        wait_until(ranks, lambda: num_steps(run) >= 2)  # the line is written after this step's check for STOP
         (run / "STOP").touch()
         ended = ranks.wait(120)
     assert ended.statuses == (75, 75), ended.output
-    assert "step 2: not measured, as the run is to stop" in ended.output and "accuracy" not in ended.output
+    assert "step 2: not evaluated, because the run stops" in ended.output and "accuracy" not in ended.output
     assert status(run) == {"state": "stopped", "step": 2}
     output = train(recipe, 2)
     assert "resumed after step 2" in output
     measured = re.findall(r"^step (\d+)  test  loss .*  accuracy ", output, flags=re.MULTILINE)
-    assert measured == ["2", "4"], output  # what was broken off is made up for
+    assert measured == ["2", "4"], output  # the interrupted evaluation of step 2 is repeated
     record = json.loads((run / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert 0 <= record["validation"]["accuracy"] <= 1
     assert status(run) == {"state": "finished", "step": 4}
 
 
-def test_stages_run_in_order_each_from_the_last_ones_adapter(
+def test_stages_run_in_order_each_from_the_adapter_of_the_last(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
-    """As launch/recipes/stages, without Slurm. The second learns at a rate at which no float32 changes."""
+    """Like launch/recipes/stages, without Slurm. The second stage's rate is so small that no float32 weight changes."""
     recipes, runs, learning_rates = [], [], (1e-3, 1e-30)
     for number, learning_rate in enumerate(learning_rates):
         folder = tmp_path / str(number)
@@ -204,7 +204,7 @@ def test_stages_run_in_order_each_from_the_last_ones_adapter(
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(status(run) == {"state": "finished", "step": 2} for run in runs)
     first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
-    assert any("lora_B" in name and first[name].any() for name in first), "it begins at zero"
+    assert any("lora_B" in name and first[name].any() for name in first), "lora_B is still at its initial zero"
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "already trained" in train(recipes[1], 1)
 

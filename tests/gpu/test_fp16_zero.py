@@ -1,4 +1,4 @@
-"""fp16 under DeepSpeed, which has it on a GPU alone: the tower is safe, and the loss scale comes down to what fits."""
+"""fp16 with DeepSpeed (only on a GPU): a tower overflow is harmless, and the loss scale falls until gradients fit."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ def run_of(folder: Path, model: Path, shards: Path, stage: int) -> list[dict[str
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_what_overflows_in_the_vision_tower_changes_nothing(stage, tmp_path, tiny_model, tiny_shards) -> None:
+def test_an_overflow_in_the_vision_tower_changes_nothing(stage, tmp_path, tiny_model, tiny_shards) -> None:
     ordinary = run_of(tmp_path / "ordinary", tiny_model, tiny_shards, stage)
     large = craft(tiny_model, tmp_path / "model", swell_tower)
     swollen = run_of(tmp_path / "swollen", large, tiny_shards, stage)
@@ -37,7 +37,7 @@ def test_what_overflows_in_the_vision_tower_changes_nothing(stage, tmp_path, tin
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_the_scale_comes_down_until_the_gradients_fit(stage, tmp_path, tiny_model, tiny_shards) -> None:
+def test_the_loss_scale_is_halved_until_the_gradients_fit(stage, tmp_path, tiny_model, tiny_shards) -> None:
     rows = run_of(tmp_path / "steep", craft(tiny_model, tmp_path / "model", steepen_head), tiny_shards, stage)
     assert rows[0]["skipped"] and not all(row["skipped"] for row in rows)
     for now, then in pairwise(rows):

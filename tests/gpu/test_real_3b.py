@@ -1,7 +1,8 @@
-"""The real 3B shape with random weights on one card: it trains and resumes at every stage, and what it costs is kept.
+"""A model of the real 3B shape with random weights trains and resumes on one GPU at every ZeRO stage.
 
-Skipped where there is no GPU. `KFOOD_GPU_REPORT=FILE` keeps the figures, one JSON line per variant. On a machine
-without a GPU the same code runs on a model of tiny sizes with `KFOOD_GPU_REHEARSAL=1`, to know that it would work.
+The tests are skipped if there is no GPU. `KFOOD_GPU_REPORT=FILE` appends the memory, the speed and the losses to FILE,
+one JSON line per variant. With `KFOOD_GPU_REHEARSAL=1` the same code runs on a tiny model on a machine without a GPU,
+to check the code itself.
 """
 
 import json
@@ -22,7 +23,7 @@ from kfood_dist.practice.tiny_model import build_config, preprocessor_settings, 
 REHEARSAL = os.environ.get("KFOOD_GPU_REHEARSAL") == "1"
 SHAPE = Path(__file__).resolve().parents[1] / "unit" / "qwen2_5_vl_3b.json"
 STEPS = 20
-# ZeRO stage (0: without DeepSpeed), the base's weights, whether activations are recomputed.
+# ZeRO stage (0: without DeepSpeed), quantisation of the base model, whether activations are recomputed.
 VARIANTS = [
     *((stage, weights, True) for weights in ("nf4", "none") for stage in range(4)),
     *((stage, "nf4", False) for stage in (0, 2)),
@@ -36,7 +37,7 @@ pytestmark = [
 
 
 def random_config(tokenizer: Any) -> Any:
-    """The real 3B configuration, with the practice tokenizer's ids for the special tokens."""
+    """Return the real 3B configuration with the practice tokenizer's ids for the special tokens."""
     from transformers import Qwen2_5_VLConfig
 
     tiny = build_config(tokenizer)
@@ -64,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: f"zero{v[0]}-{v[1]}-{'recompute' if v[2] else 'keep'}")
 def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Iterator[Path]:
-    """Twenty steps of 32 samples with one variant; its checkpoint at step 10 is kept."""
+    """Train one variant for 20 steps of 32 samples (8 in a rehearsal). A checkpoint is saved at step 10."""
     stage, weights, recompute = request.param
     folder = tmp_path_factory.mktemp("variant")
     section = {
@@ -82,7 +83,7 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shar
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_it_trains_and_says_what_it_cost(run: Path) -> None:
+def test_the_model_trains_and_reports_speed_and_memory(run: Path) -> None:
     facts, rows = json.loads((run / "run.json").read_text()), metrics(run)
     weights = load_recipe(run / "recipe.yaml").model.quantization
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -107,12 +108,12 @@ def test_it_trains_and_says_what_it_cost(run: Path) -> None:
             file.write(json.dumps(report, ensure_ascii=False) + "\n")
 
 
-def test_a_checkpoint_resumes(run: Path) -> None:
-    """CUDA's backward passes may add in another order from run to run, so losses agree closely, not to the bit."""
+def test_a_run_resumes_from_its_checkpoint(run: Path) -> None:
+    """The losses agree closely, not bit for bit: CUDA's backward passes may add in another order in each run."""
     before = [row["loss"] for row in metrics(run)]
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     output = launch(run.parent / "recipe.yaml", 1, gpu=True)
     assert f"resumed after step {STEPS // 2}" in output
     after = [row["loss"] for row in metrics(run)]
-    assert after[STEPS // 2] == pytest.approx(before[STEPS // 2], rel=1e-3)  # weights and data alone
+    assert after[STEPS // 2] == pytest.approx(before[STEPS // 2], rel=1e-3)  # only weights and data count here
     assert after == pytest.approx(before, rel=0.02)

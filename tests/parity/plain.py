@@ -1,4 +1,4 @@
-"""The training run again in plain PyTorch, without engine or loss module: what all ways to train are held against."""
+"""The same training in plain PyTorch, without engine and loss module. All ways to train are compared with it."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from kfood_dist.train.preflight import preflight
 
 
 def plain_losses(path: Path) -> list[float]:
-    """The loss of each step of a recipe, as one process takes them."""
+    """Return the loss of each step when one process trains a recipe."""
     recipe = load_recipe(path)
     plan, steps = preflight(recipe, world_size=1), recipe.train.max_steps
     template = build_template(recipe.model.base, recipe.data)

@@ -1,7 +1,7 @@
-"""A second row in each table: another family, task, trained part and loss, and two pictures in one sample.
+"""The second row of each table: another family, task, trained part and loss, and two pictures in one sample.
 
-Each follows the loss curve of a plain PyTorch loop, on one process, two with DDP, and under ZeRO; each ends in an
-adapter that evaluation takes.
+Each follows the loss curve of a plain PyTorch loop: in one process, in two with DDP, and with ZeRO. Each run ends with
+an adapter that the evaluation can load.
 """
 
 import csv
@@ -34,8 +34,9 @@ from kfood_dist.model.parts import apply_parts
 from kfood_dist.model.processor import build_template
 
 STEPS = 8
-NEAR = 1e-5  # relative, in float32 with float32 moments, where roundings do not spread
-WAYS = {"one-rank": (0, 1, 4), "ddp": (0, 2, 2), "zero2": (2, 2, 2), "zero3": (3, 2, 2)}  # stage, ranks, accumulation
+NEAR = 1e-5  # relative difference, in float32 with float32 moments, because roundings do not spread there
+# ZeRO stage, ranks, accumulation
+WAYS = {"one-rank": (0, 1, 4), "ddp": (0, 2, 2), "zero2": (2, 2, 2), "zero3": (3, 2, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(pictures: Path) -> Iterator[dict[str, Any]]:
-    """Two questions about each drawn picture, and one about each two of them."""
+    """Yield two questions about each drawn picture, and one about each picture paired with one of the other half."""
     paths = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("Img_*"))
     for path in paths:
         category, dish = path.split("/")[-3:-1]
@@ -59,7 +60,7 @@ def rows(pictures: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """Shards of those questions, packed from JSONL; the same from a CSV has the same bytes."""
+    """Return shards of those questions, packed from JSONL. A CSV of the same rows must pack to the same bytes."""
     folder = tmp_path_factory.mktemp("questions")
     listed = list(rows(pictures))
     lines = [json.dumps(row, ensure_ascii=False) for row in listed]
@@ -78,7 +79,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 
 
 class Rows:
-    """The recipe of each row, and the runs of it, made when they are first asked for."""
+    """The recipes of each row and their runs. Each run is made when it is first needed."""
 
     def __init__(self, folder: Path, model: Path, llava: Path, dishes: Path, questions: Path):
         whole = {"connector": {"train": "full", "learning_rate": 5e-4}}
@@ -120,7 +121,7 @@ def table(tmp_path_factory, tiny_model: Path, llava: Path, tiny_shards: Path, qu
 
 
 def apart(mine: list[float], plain: list[float]) -> float:
-    """The largest relative difference of two curves."""
+    """Return the largest relative difference between two curves."""
     return max(abs(a / b - 1) for a, b in zip(mine, plain, strict=True))
 
 
@@ -131,7 +132,7 @@ CASES += [("llava connector", "ddp"), ("mean", "one-rank")]
 
 
 @pytest.mark.parametrize(("row", "way"), [*CASES, *swept(case for case in ALL if case not in CASES)])
-def test_the_curve_is_that_of_plain_pytorch(table: Rows, row: str, way: str) -> None:
+def test_the_loss_curve_equals_that_of_plain_pytorch(table: Rows, row: str, way: str) -> None:
     mine, plain = [step["loss"] for step in metrics(table.run(row, way))], table.plain(row)
     assert plain[-1] < 0.9 * plain[0]
     print(f"{row} {way}: at most {apart(mine, plain):.1e}")
@@ -139,7 +140,7 @@ def test_the_curve_is_that_of_plain_pytorch(table: Rows, row: str, way: str) -> 
 
 
 @pytest.mark.parametrize(("row", "way"), [("llava", "zero2"), ("question", "zero2"), ("connector", "zero3")])
-def test_evaluation_takes_the_adapter(table: Rows, row: str, way: str, tmp_path: Path) -> None:
+def test_the_evaluation_loads_the_adapter(table: Rows, row: str, way: str, tmp_path: Path) -> None:
     run, (model, shards, _) = table.run(row, way), table.of_row[row]
     words = ["--shards", str(shards), "--model", str(model), "--adapter", str(run / "adapter"), "--split", "test"]
     assert main(["eval", *words, "--out", str(tmp_path)]) == 0
@@ -153,8 +154,8 @@ def test_evaluation_takes_the_adapter(table: Rows, row: str, way: str, tmp_path:
 
 
 @pytest.mark.parametrize(("row", "before", "after"), [("connector", "zero2", "one-rank"), ("llava", "zero3", "ddp")])
-def test_a_run_goes_on_with_another_engine_and_rank_count(table: Rows, row: str, before: str, after: str) -> None:
-    """Half of the steps here, half there; the learning rate is constant, as a longer run would stretch its decay."""
+def test_a_run_resumes_with_another_engine_and_rank_count(table: Rows, row: str, before: str, after: str) -> None:
+    """Each engine takes half of the steps. The rate is constant, because a longer run would stretch its decay."""
     recipe = table.recipe(row, before, name="-halved")
     stage, ranks, accumulation = WAYS[after]
     constant = "optim.schedule=constant"
@@ -167,8 +168,22 @@ def test_a_run_goes_on_with_another_engine_and_rank_count(table: Rows, row: str,
     assert apart(mine, other) < NEAR
 
 
+@pytest.mark.parametrize("way", ["zero3", *swept(["zero2", "ddp"])])
+def test_a_run_starts_from_a_connector_trained_in_full(table: Rows, way: str) -> None:
+    """The first loss is that of one process, under every engine."""
+    adapter = table.run("connector", "zero2") / "adapter"
+    start = [f"model.adapter={adapter}", "train.max_steps=1"]
+    first = []
+    for engine in ("one-rank", way):
+        recipe = table.recipe("connector", engine, name="-started")
+        assert f"starts from the adapter {adapter}, task dish, step {STEPS}" in train(recipe, WAYS[engine][1], start)
+        first += [step["loss"] for step in metrics(recipe.parent / "run")]
+    assert apart(first[1:], first[:1]) < NEAR
+    assert first[0] < 0.9 * table.plain("connector")[0]
+
+
 @pytest.mark.parametrize(("row", "way"), [("connector", "zero3"), ("llava connector", "ddp")])
-def test_plain_peft_loads_a_connector_that_was_trained_whole(table: Rows, row: str, way: str) -> None:
+def test_plain_peft_loads_a_fully_trained_connector(table: Rows, row: str, way: str) -> None:
     from peft import PeftModel
 
     recipe = load_recipe(table.recipe(row, way))
@@ -196,7 +211,7 @@ def test_plain_peft_loads_a_connector_that_was_trained_whole(table: Rows, row: s
     assert torch.allclose(plain, logits(ours), atol=1e-5)
     lora_alone = apply_parts(load_base(base, "none", "fp32", "sdpa", torch.device("cpu")), Parts(), recipe.lora)
     load_lora(lora_alone, adapter)
-    assert (plain - logits(lora_alone)).abs().max() > 1e-3, "the connector's weights count"
+    assert (plain - logits(lora_alone)).abs().max() > 1e-3, "the connector's weights must change the logits"
     assert (plain - untrained).abs().max() > 1e-2
 
 

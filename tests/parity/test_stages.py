@@ -1,13 +1,13 @@
-"""4-bit QLoRA and bf16 LoRA follow one loss curve: DDP, each ZeRO stage, CPU offload, one process, plain PyTorch.
+"""4-bit QLoRA and bf16 LoRA follow the same loss curve with DDP, each ZeRO stage, CPU offload and one process.
 
-What was measured, over 20 steps at the default learning rate:
+The reference is plain PyTorch. Measured over 20 steps at the default learning rate:
 
-* one process, two with DDP and the plain loop: at most 6.2e-8 apart. Gradients are bf16 numbers summed in float32,
-  where the order hardly matters.
-* the ZeRO stages: as near at the first step, then up to 0.38% apart. DeepSpeed does the same sums in
-  another order; where that turns one bf16 rounding round, the next forward pass differs in its last bits, and training
-  spreads it. With AdamW8bit its blocks lie elsewhere too: across tensors in ZeRO's flat partitions. In float32
-  test_cut.py holds all stages to 1e-5.
+* One process, two with DDP and the plain loop differ by at most 6.2e-8. Gradients are bf16 numbers summed in float32,
+  so the order hardly matters.
+* The ZeRO stages are as near at the first step, then up to 0.38% apart. DeepSpeed does the same sums in another order.
+  If that changes one bf16 rounding, the next forward pass differs in its last bits, and training spreads the
+  difference. The blocks of AdamW8bit also have other limits: in ZeRO's flat partitions they cross tensors. In float32,
+  test_cut.py requires 1e-5 of all ZeRO stages.
 """
 
 import json
@@ -22,8 +22,8 @@ from sweep import swept
 from kfood_dist.train.engine.zero_config import SHIPPED
 
 STEPS = 20
-EXACT, ROUNDED = 1e-6, 5e-3  # relative, as measured above
-WAYS = {  # ZeRO stage, ranks, accumulation: always 8 samples; and how near to the plain loop
+EXACT, ROUNDED = 1e-6, 5e-3  # relative, from the measurements above
+WAYS = {  # ZeRO stage, ranks, accumulation (always 8 samples a step), and the allowed difference from the plain loop
     "ddp": (0, 2, 2, EXACT),
     "one-rank": (0, 1, 4, EXACT),
     "zero1": (1, 2, 2, ROUNDED),
@@ -40,7 +40,7 @@ CASES += [("qlora", "zero2_offload")]
 
 
 class Runs:
-    """The runs of each recipe, made when they are first asked for."""
+    """The runs of each recipe. Each run is made when it is first needed."""
 
     def __init__(self, folder: Path, model: Path, shards: Path):
         self.folder, self.model, self.shards = folder, model, shards
@@ -71,7 +71,7 @@ class Runs:
             self.model,
             self.shards,
             model=RECIPES[name],
-            lora={"dropout": 0.0},  # it differs by rank on purpose, and would tell one rank from two
+            lora={"dropout": 0.0},  # dropout differs by rank on purpose, so one rank and two would differ
             optim={"name": OPTIMISERS[name], "learning_rate": 2e-4},
             train=section,
         )
@@ -83,7 +83,7 @@ def runs(tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> Runs:
 
 
 @pytest.mark.parametrize(("name", "way"), [*CASES, *swept(case for case in ALL if case not in CASES)])
-def test_the_curve_is_that_of_plain_pytorch(runs: Runs, name: str, way: str) -> None:
+def test_the_loss_curve_equals_that_of_plain_pytorch(runs: Runs, name: str, way: str) -> None:
     mine, plain = runs.losses(name, way), runs.plain_losses(name)
     assert plain[-1] < 0.8 * plain[0]
     apart = [abs(a / b - 1) for a, b in zip(mine, plain, strict=True)]
@@ -93,7 +93,7 @@ def test_the_curve_is_that_of_plain_pytorch(runs: Runs, name: str, way: str) -> 
 
 
 @pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", *swept(["zero1"])])
-def test_run_json_says_what_really_ran(runs: Runs, way: str) -> None:
+def test_run_json_records_what_really_ran(runs: Runs, way: str) -> None:
     facts = json.loads((runs.folder_of("qlora", way) / "run.json").read_text())
     stage = WAYS[way][0]
     assert facts["distributed_type"] == ("DEEPSPEED" if stage else "MULTI_CPU")
@@ -102,7 +102,7 @@ def test_run_json_says_what_really_ran(runs: Runs, way: str) -> None:
     assert set(facts["linear_layers"]["tower"]) == {"Linear"}
     assert facts["linear_layers"]["head"] == {"Linear": 1}
     assert facts["optimizer"] == "bitsandbytes.optim.adamw.AdamW8bit"
-    # bitsandbytes keeps moments of tensors under 4,096 numbers in 32 bits; ZeRO's flat partitions are larger.
+    # bitsandbytes keeps the moments of tensors under 4,096 numbers in 32 bits. ZeRO's flat partitions are larger.
     assert facts["optimizer_state_dtypes"] == (["uint8"] if stage else ["float32", "uint8"])
     assert facts["adapted_modules"] == 28
     assert facts["parameter_dtypes"]["tower"] == ["bfloat16"]

@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this folder; skipped with the reason where the packages are missing."""
+"""One Slurm for all tests of this folder. The tests are skipped with a reason if Slurm's packages are missing."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from mini_slurm import SITE, MiniSlurm, missing
 
 @pytest.fixture(autouse=True)
 def no_job_is_left(slurm: MiniSlurm) -> Iterator[None]:
-    """What a test leaves running, such as one that failed, must not hold up the next."""
+    """Cancel all jobs after each test, because a failed test may leave jobs that block the next test."""
     yield
     slurm.cancel_all()
 
@@ -17,7 +17,7 @@ def no_job_is_left(slurm: MiniSlurm) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
     if absent := missing():
-        pytest.skip(f"no {', '.join(absent)} here: apt-get install --no-install-recommends slurm-wlm munge")
+        pytest.skip(f"{', '.join(absent)} not found: apt-get install --no-install-recommends slurm-wlm munge")
     cluster = MiniSlurm(tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()
@@ -28,7 +28,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
 
 @pytest.fixture
 def set_site(slurm: MiniSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets values of the site.env that the jobs of this test read."""
+    """Return a function that sets values in the site.env of this test's jobs."""
 
     def write(**values: object) -> None:
         lines = [f'{"export " if name.startswith("SBATCH_") else ""}{name}="{value}"' for name, value in values.items()]

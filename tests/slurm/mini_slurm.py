@@ -1,4 +1,4 @@
-"""A real two-node Slurm on this machine: one controller and two node daemons of its own, ended by their own ids."""
+"""A real two-node Slurm on this machine: its own controller and two node daemons, which it ends by process id."""
 
 import getpass
 import os
@@ -21,7 +21,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def missing() -> list[str]:
-    """Slurm's commands that this machine lacks."""
+    """Return Slurm's commands that this machine does not have."""
     return [name for name in COMMANDS if _which(name) is None]
 
 
@@ -30,7 +30,7 @@ def _which(name: str) -> str | None:
 
 
 class MiniSlurm:
-    """The daemons and their folder."""
+    """The daemons of one Slurm and their folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -52,7 +52,7 @@ class MiniSlurm:
         }
 
     def version(self) -> tuple[int, ...]:
-        """Slurm's own, such as (22, 5)."""
+        """Return Slurm's version, for example (22, 5)."""
         return tuple(map(int, self.run("sbatch", "--version").split()[1].split(".")[:2]))
 
     def start(self) -> None:
@@ -72,7 +72,7 @@ class MiniSlurm:
             self.daemons[name] = subprocess.Popen([path, *words], stdout=log, stderr=log, env=self.environment)
 
     def cancel_all(self) -> None:
-        """Leave no job behind, neither in the queue nor on a node."""
+        """Cancel all jobs and kill their processes. Waits until the queue is empty."""
         self.run("scancel", "--user", getpass.getuser(), check=False)
         for process, _ in list(self._processes()):
             with suppress(psutil.NoSuchProcess):
@@ -90,7 +90,7 @@ class MiniSlurm:
                 process.wait(30)
 
     def lose_node(self, node: str) -> None:
-        """Let a node vanish: its daemon and everything that runs there."""
+        """Kill a node's daemon and all processes of jobs there, as if the node were lost."""
         daemon = self.daemons.pop(node)
         daemon.kill()
         daemon.wait()
@@ -101,7 +101,7 @@ class MiniSlurm:
                 process.kill()
 
     def kill(self, job: str) -> None:
-        """Let all processes of a job die before one of them can answer to it."""
+        """Kill all processes of a job. They are suspended first, so none can react to the death of another."""
         here = [process for process, its in self._processes() if its["SLURM_JOB_ID"] == job]
         for do in (psutil.Process.suspend, psutil.Process.kill):
             for process in here:
@@ -109,7 +109,7 @@ class MiniSlurm:
                     do(process)
 
     def _processes(self) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-        """All processes of this Slurm's jobs, with their environment."""
+        """Yield all processes of this Slurm's jobs with their environment."""
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 its = process.environ()
@@ -122,9 +122,9 @@ class MiniSlurm:
         return done.stdout.strip()
 
     def sbatch(self, *words: str | Path, sourced: bool = True, unset: Sequence[str] = ()) -> str:
-        """Submit from the checkout as a user does, by default after `source site.env`; returns the job's id.
+        """Submit a job from the checkout as a user does, and return its id.
 
-        Without the variables `unset`. Its log goes to the folder.
+        Runs `source site.env` first if `sourced`, and removes the variables `unset`. The log goes to this folder.
         """
         log = f"--output={self.folder}/%A_%a.log" if any("array" in str(w) for w in words) else self._log("%j")
         source = 'source "$KFOOD_SITE" && ' if sourced else ""
@@ -144,12 +144,12 @@ class MiniSlurm:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def facts(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the output of `scontrol show job` as a dictionary."""
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, timeout_s: float = 150) -> dict[str, str]:
-        """The facts of a job that has ended for good."""
+        """Wait until a job has ended finally, and return its facts."""
         self.until(lambda: self.facts(job)["JobState"] in ENDED, timeout_s, f"the end of job {job}", job)
         return self.facts(job)
 
@@ -162,7 +162,7 @@ class MiniSlurm:
             time.sleep(0.5)
 
     def ranks(self, job: str, node: str | None = None) -> list[psutil.Process]:
-        """The training processes of a job, one per node here, without their loaders."""
+        """Return the training processes of a job without their loaders: one per node in these tests."""
         of_job = {p.pid: (p, its) for p, its in self._processes() if its["SLURM_JOB_ID"] == job and "RANK" in its}
         return [
             process
@@ -171,7 +171,7 @@ class MiniSlurm:
         ]
 
     def pause(self, job: str) -> None:
-        """Let the ranks stand still. Slurm wakes them, too: with each of its signals it sends SIGCONT."""
+        """Suspend the ranks. Slurm can also wake them: it sends SIGCONT with each of its signals."""
         for rank in self.ranks(job):
             with suppress(psutil.NoSuchProcess):
                 rank.suspend()
@@ -195,7 +195,7 @@ export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
 
 def _three_free_ports() -> int:
-    """The first of three ports in a row that nothing listens on; by chance, as another suite may look, too."""
+    """Return the first of three free ports in a row. The choice is random, because another suite may look too."""
     while True:
         first = 16_000 + 3 * secrets.randbelow(5_000)
         with suppress(OSError), ExitStack() as probes:

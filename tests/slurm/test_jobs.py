@@ -15,7 +15,7 @@ STAGES = ROOT / "launch" / "recipes" / "stages"
 
 @pytest.fixture
 def stages(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> list[Path]:
-    """The first two of the shipped recipes with a tiny model and few steps."""
+    """Return the first two shipped stage recipes, with a tiny model and few steps."""
     paths = []
     for number in (1, 2):
         tree = {
@@ -34,8 +34,8 @@ def stages(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> list[Path]:
 
 
 def test_stages_run_as_dependent_jobs(slurm: MiniSlurm, stages: list[Path], tmp_path: Path) -> None:
-    said = slurm.run("bash", str(ROOT / "slurm/stages.sh"), f"--output={tmp_path}/%j.log", "--", *map(str, stages))
-    jobs = [[int(word) for word in line.replace(",", " ").split() if word.isdecimal()] for line in said.splitlines()]
+    output = slurm.run("bash", str(ROOT / "slurm/stages.sh"), f"--output={tmp_path}/%j.log", "--", *map(str, stages))
+    jobs = [[int(word) for word in line.replace(",", " ").split() if word.isdecimal()] for line in output.splitlines()]
     assert len(jobs) == 2
     for (trained, measured), run in zip(jobs, ("run1", "run2"), strict=True):
         for job in (trained, measured):
@@ -48,8 +48,8 @@ def test_stages_run_as_dependent_jobs(slurm: MiniSlurm, stages: list[Path], tmp_
     assert ended[0] <= began[1]
 
 
-def test_an_array_packs_as_one_process_does(slurm: MiniSlurm, pictures: Path, tmp_path: Path) -> None:
-    """With gaps, as one that is submitted again in part."""
+def test_an_array_packs_the_same_shards_as_one_process(slurm: MiniSlurm, pictures: Path, tmp_path: Path) -> None:
+    """The task numbers have gaps, as when a part of an array is submitted again."""
     job = slurm.sbatch("--array=3,5", "slurm/pack.sbatch", pictures, tmp_path / "array")
     for part in (3, 5):
         facts = slurm.wait(f"{job}_{part}")

@@ -1,4 +1,4 @@
-"""How a stopped job goes back to the queue, under a real Slurm. What waits before it begins stands for all."""
+"""How a stopped job returns to the queue, under a real Slurm. A packer that waits at its start represents all jobs."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from kfood_dist.cli import main
 
 @pytest.fixture
 def gate(set_site, tmp_path: Path) -> Path:
-    """A folder: each start of a packer leaves `TASK-RESTARTS` there, and waits for `open`."""
+    """Return a folder. Each start of a packer writes the file `TASK-RESTARTS` there and waits for the file `open`."""
     folder = tmp_path / "gate"
     folder.mkdir()
     script = folder / "wait"
@@ -33,13 +33,14 @@ def wait_for_start(slurm: MiniSlurm, job: str, gate: Path, name: str) -> None:
     slurm.until(lambda: (gate / name).exists(), 60, f"start {name}", f"{job}_{name.split('-')[0]}")
 
 
-def test_a_stopped_packer_leaves_the_others_of_its_array_alone(
+def test_a_stopped_packer_does_not_affect_the_other_tasks_of_its_array(
     slurm: MiniSlurm, gate: Path, pictures: Path, tmp_path: Path
 ) -> None:
     job = slurm.sbatch("--array=1-3", "slurm/pack.sbatch", pictures, tmp_path / "array")
     for task in (1, 2, 3):
         wait_for_start(slurm, job, gate, f"{task}-0")
-    (stopped,) = (task for task in (1, 2, 3) if slurm.facts(f"{job}_{task}")["JobId"] == job)  # as all together
+    # The task whose own id is the array's id.
+    (stopped,) = (task for task in (1, 2, 3) if slurm.facts(f"{job}_{task}")["JobId"] == job)
     slurm.run("scancel", "--signal=USR1", f"{job}_{stopped}")
     wait_for_start(slurm, job, gate, f"{stopped}-1")
     (gate / "open").touch()
@@ -52,10 +53,10 @@ def test_a_stopped_packer_leaves_the_others_of_its_array_alone(
     assert whole and whole == parts
 
 
-def test_an_unanswered_request_is_made_again(
+def test_a_failed_slurm_request_is_repeated(
     slurm: MiniSlurm, gate: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the controller restarts. Only what has happened is said."""
+    """The commands fail once, as when the controller restarts. The log reports a requeue only after it has happened."""
     for command in ("squeue", "scontrol"):
         path, once = tmp_path / "bin" / command, tmp_path / f"{command} has failed"
         path.parent.mkdir(exist_ok=True)
@@ -86,8 +87,8 @@ def test_a_job_that_may_not_be_requeued_ends(slurm: MiniSlurm, gate: Path, pictu
     assert "slurm: stopped, and not requeued: the job is RUNNING, Requeue=0" in slurm.log(f"{job}_1")
 
 
-def test_a_failure_is_the_nodes_fault_if_one_does_not_answer(slurm: MiniSlurm, set_site, tmp_path: Path) -> None:
-    """Slurm itself has not noticed: the script asks all nodes, requeues, and the second start succeeds."""
+def test_a_job_that_fails_is_requeued_if_a_node_does_not_answer(slurm: MiniSlurm, set_site, tmp_path: Path) -> None:
+    """Slurm itself has not noticed. The script asks all nodes and requeues the job, and the second start succeeds."""
     command = tmp_path / "command"
     command.write_text(
         "#!/bin/bash\n"
@@ -110,16 +111,16 @@ def test_a_failure_is_the_nodes_fault_if_one_does_not_answer(slurm: MiniSlurm, s
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
 
 
-def test_a_preempted_evaluation_begins_again(
+def test_a_preempted_evaluation_starts_again(
     slurm: MiniSlurm, set_site, tiny_model: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """Its first start never ends by itself, and does not end when it is warned."""
+    """The first start never ends by itself, and it ignores the warning."""
     command = tmp_path / "command"
     command.write_text(
         "#!/bin/bash\n"
         f"export PATH={Path(sys.executable).parent}:$PATH\n"
         '[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exec "$@"\n'
-        f'touch {tmp_path}/began; exec "${{@:1:4}}" sleep 1000\n'  # bash -c 'trap …' deaf
+        f'touch {tmp_path}/began; exec "${{@:1:4}}" sleep 1000\n'  # the first four words: bash -c 'trap …' deaf
     )
     command.chmod(0o755)
     set_site(KFOOD_CONTAINER=command)

@@ -1,4 +1,4 @@
-"""What site.env says about Python, under a real Slurm. Packing stands for all that a job runs."""
+"""The settings of site.env, under a real Slurm. Packing represents every command that a job runs."""
 
 import sysconfig
 import venv
@@ -10,7 +10,7 @@ from mini_slurm import MiniSlurm
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """A virtual environment with this one's packages; each Python started from it adds a line to its `started`."""
+    """Return a virtual environment with this one's packages. Each Python that starts in it logs a line to `started`."""
     folder = tmp_path / "env"
     venv.create(folder, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
@@ -21,7 +21,7 @@ def environment(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def container(tmp_path: Path, environment: Path) -> Path:
-    """Stands for `apptainer exec`: inside, the image's Python is on the PATH, and there is none of the host's."""
+    """Return a script in the role of `apptainer exec`. Inside it, only the image's Python can start, not the host's."""
     path = tmp_path / "container"
     path.write_text(
         "#!/bin/bash\n"
@@ -34,7 +34,7 @@ def container(tmp_path: Path, environment: Path) -> Path:
 
 
 def pack(slurm: MiniSlurm, pictures: Path, tmp_path: Path) -> str:
-    """Pack in a job; returns its log."""
+    """Pack in a job and return its log."""
     job = slurm.sbatch("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")
     facts = slurm.wait(f"{job}_1")
     log = slurm.log(f"{job}_1")
@@ -44,12 +44,12 @@ def pack(slurm: MiniSlurm, pictures: Path, tmp_path: Path) -> str:
 
 
 def starts(environment: Path) -> list[str]:
-    """Command lines of the Pythons started from a virtual environment."""
+    """Return the command line of each Python that was started in a virtual environment."""
     path = environment / "started"
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_the_named_environment_comes_before_the_checkouts(
+def test_the_environment_in_site_env_is_used_before_the_checkouts(
     slurm: MiniSlurm, set_site, environment: Path, pictures: Path, tmp_path: Path
 ) -> None:
     set_site(KFOOD_VENV=environment)
@@ -66,10 +66,10 @@ def test_a_container_brings_its_own_python(
     assert any("-m kfood_dist pack" in line for line in starts(environment))
 
 
-def test_an_environment_named_with_a_container_is_one_inside(
+def test_an_environment_named_with_a_container_is_looked_up_inside_it(
     slurm: MiniSlurm, set_site, container: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    """Nothing on the host is at its path until the container, which mounts it, has started."""
+    """The path does not exist on the host. It exists once the container, which mounts it, has started."""
     (tmp_path / "env").rename(tmp_path / "image")
     text = container.read_text().replace("PATH=", f"[ -e {tmp_path}/env ] || ln -s image {tmp_path}/env; PATH=")
     container.write_text(text.replace(f"PATH={tmp_path}/env/bin:", "PATH="))
@@ -78,7 +78,7 @@ def test_an_environment_named_with_a_container_is_one_inside(
     assert any("-m kfood_dist pack" in line for line in starts(tmp_path / "env"))
 
 
-def test_an_environment_that_is_not_there_is_told(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+def test_a_missing_environment_is_reported(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
     set_site(KFOOD_VENV=tmp_path / "nowhere")
     job = slurm.sbatch("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")
     facts = slurm.wait(f"{job}_1")
@@ -86,7 +86,9 @@ def test_an_environment_that_is_not_there_is_told(slurm: MiniSlurm, set_site, pi
     assert f"{tmp_path}/nowhere/bin/activate" in slurm.log(f"{job}_1")
 
 
-def test_what_sbatch_did_not_see_is_told(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+def test_settings_that_sbatch_did_not_see_are_reported(
+    slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path
+) -> None:
     set_site(SBATCH_TIMELIMIT=2, SBATCH_SIGNAL="USR1@20")
     words = ("--array=1", "--partition=gpu", "slurm/pack.sbatch", pictures, tmp_path / "shards")
     limits, logs = [], []
@@ -101,8 +103,11 @@ def test_what_sbatch_did_not_see_is_told(slurm: MiniSlurm, set_site, pictures: P
     assert line.startswith("slurm: sbatch did not see SBATCH_SIGNAL SBATCH_TIMELIMIT of ") and "`source " in line
 
 
-def test_cores_come_with_the_gpus(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
-    """A packer asks for no GPU, and for its cores by itself; where it does not, it has one if Slurm takes it at all."""
+def test_the_number_of_cores_follows_the_gpus(slurm: MiniSlurm, set_site, pictures: Path, tmp_path: Path) -> None:
+    """The site sets the cores per GPU. A packer can ask for no GPU and for its own number of cores.
+
+    If it asks only for no GPU, it gets one core on a Slurm before 23.02. A later Slurm may not accept the job.
+    """
     per_gpu = ("SBATCH_CPUS_PER_GPU", "SBATCH_MEM_PER_GPU")
     set_site(SBATCH_GRES="gpu:2", SBATCH_CPUS_PER_GPU=1)
     words = ("--array=1", "slurm/pack.sbatch", pictures, tmp_path / "shards")

@@ -1,6 +1,6 @@
 """Training jobs under a real Slurm: two nodes, warnings, preemption, a lost node, a cancelled and a failing job.
 
-Every run that was stopped must end with the adapter of the one that was not, to the byte.
+Every stopped run must end with the same adapter, byte for byte, as the uninterrupted run.
 """
 
 import json
@@ -22,7 +22,7 @@ SCRIPT = "slurm/train.sbatch"
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path):
-    """Writes a recipe of STEPS steps in a folder of its own; the run is in `run` beside it."""
+    """Return a function that writes a recipe of STEPS steps to a new folder. The run goes to `run` in that folder."""
 
     def write(**sections) -> Path:
         train = {"max_steps": STEPS, "zero_stage": 2, **sections.pop("train", {})}
@@ -43,7 +43,7 @@ def same(run: Path, whole: Path) -> bool:
 
 
 def was_warned(run: Path) -> bool:
-    """Also before it was seen to: the warning comes up to a minute early, and the run may have obeyed already."""
+    """Whether the run was warned, or has already stopped: the warning comes up to a minute early."""
     return (run / "STOP").exists() or "stopped after step" in (run / "log.txt").read_text()
 
 
@@ -51,7 +51,7 @@ def started_again(slurm: MiniSlurm, job: str) -> bool:
     return int(slurm.facts(job)["Restarts"]) >= 1
 
 
-def test_two_nodes_train_the_run_of_two_ranks(slurm: MiniSlurm, make, whole: Whole) -> None:
+def test_two_nodes_train_the_same_run_as_two_local_ranks(slurm: MiniSlurm, make, whole: Whole) -> None:
     recipe = make()
     job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
     facts = slurm.wait(job)
@@ -66,13 +66,15 @@ def test_two_nodes_train_the_run_of_two_ranks(slurm: MiniSlurm, make, whole: Who
     assert same(run, whole(2, 2))
 
 
-def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm, make, set_site, whole: Whole) -> None:
+def test_the_warning_before_the_time_limit_requeues_and_the_run_completes(
+    slurm: MiniSlurm, make, set_site, whole: Whole
+) -> None:
     set_site(SBATCH_TIMELIMIT=2, SBATCH_SIGNAL="USR1@60")
     recipe = make()
     run = recipe.parent / "run"
     job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
     wait_for_step(slurm, job, run, 1)
-    slurm.pause(job)  # so that the run is not done before the warning, which may come any time in half a minute
+    slurm.pause(job)  # else the run may end before the warning, which can come at any time within half a minute
     slurm.until(lambda: was_warned(run) or started_again(slurm, job), 90, "the warning", job)
     slurm.wake(job)
     slurm.until(lambda: started_again(slurm, job), 60, "the requeue", job)
@@ -92,8 +94,8 @@ def test_the_time_limits_warning_requeues_and_the_run_completes(slurm: MiniSlurm
     [("--partition=low", "--signal=USR1@20"), ("--partition=cancel",)],
     ids=["requeued, told by SIGUSR1", "cancelled, told by SIGTERM"],
 )
-def test_a_preempted_job_goes_on_when_the_other_has_ended(slurm: MiniSlurm, make, whole: Whole, how) -> None:
-    """Slurm tells a job that names no signal by SIGTERM, as it does all jobs without preempt_send_user_signal."""
+def test_a_preempted_job_resumes_when_the_other_job_has_ended(slurm: MiniSlurm, make, whole: Whole, how) -> None:
+    """Slurm sends SIGTERM to a job that names no signal, and to every job without preempt_send_user_signal."""
     recipe = make(train={"zero_stage": 0})
     run = recipe.parent / "run"
     job = slurm.sbatch("--nodes=1", "--exclusive", *how, SCRIPT, recipe, "--processes", "1")
@@ -135,7 +137,7 @@ def test_a_cancelled_job_stays_cancelled(slurm: MiniSlurm, make) -> None:
     assert "requeued" not in slurm.log(job).replace("not requeued", "")
 
 
-def test_a_rank_that_dies_takes_the_job_down(slurm: MiniSlurm, make) -> None:
+def test_a_rank_that_dies_ends_the_job(slurm: MiniSlurm, make) -> None:
     recipe = make(train={"max_steps": 400, "zero_stage": 0})
     run = recipe.parent / "run"
     job = slurm.sbatch(*JOB, SCRIPT, recipe, "--processes", "1")
@@ -149,15 +151,15 @@ def test_a_rank_that_dies_takes_the_job_down(slurm: MiniSlurm, make) -> None:
     slurm.until(lambda: not slurm.ranks(job), 10, "the ranks to end", job)
 
 
-def test_a_mistake_is_told_and_not_tried_again(slurm: MiniSlurm, make) -> None:
+def test_a_mistake_is_reported_and_not_retried(slurm: MiniSlurm, make) -> None:
     job = slurm.sbatch(*JOB, SCRIPT, make(lora={"ranks": 4}), "--processes", "1")
     facts = slurm.wait(job)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
     assert "lora.ranks: no such key" in slurm.log(job)
 
 
-def test_a_job_that_is_stopped_too_often_is_given_up(slurm: MiniSlurm, make, set_site) -> None:
-    """Here by hand, with the file STOP."""
+def test_a_job_that_is_stopped_too_often_is_not_requeued(slurm: MiniSlurm, make, set_site) -> None:
+    """The test stops the job with the file STOP."""
     set_site(KFOOD_MAX_STARTS=1)
     recipe = make(train={"max_steps": 400, "zero_stage": 0})
     job = slurm.sbatch("--nodes=1", SCRIPT, recipe, "--processes", "1")

@@ -9,22 +9,22 @@ from PIL import Image
 
 
 def picture(seed: int = 0, width: int = 96, height: int = 72) -> Image.Image:
-    """A smooth RGB picture, another for each seed."""
+    """Return a smooth RGB picture, a different one for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    """The image as a file of one kind."""
+    """Return the image as the bytes of a file of one format."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def tall_jpeg(width: int, height: int, progressive: bool = False) -> bytes:
-    """A JPEG of any height, made in little memory: 128 rows again and again; `width` is a multiple of 16.
+    """Return a JPEG of any height that repeats 128 rows, so making it takes little memory. `width` is a multiple of 16.
 
-    Each row of blocks is coded for itself (restart markers), so that it can be repeated.
+    Each row of blocks is coded independently (restart markers), so it can be repeated.
     """
     strip = encoded(picture(1, width, 128), restart_marker_rows=1, subsampling="4:2:0", progressive=progressive)
     parts, at = [strip[:2]], 2
@@ -45,7 +45,7 @@ def tall_jpeg(width: int, height: int, progressive: bool = False) -> bytes:
 
 
 def write_folder(root: Path, dishes: dict[str, int], first_seed: int = 0) -> Path:
-    """Write `{"category/dish": number of pictures}` as JPEGs under `root`, no two of them alike."""
+    """Write `{"category/dish": number of pictures}` as JPEGs under `root`. All pictures are different."""
     seed = first_seed
     for folder, number in dishes.items():
         (root / folder).mkdir(parents=True)
@@ -56,5 +56,5 @@ def write_folder(root: Path, dishes: dict[str, int], first_seed: int = 0) -> Pat
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by name."""
+    """Return the bytes of every file of a folder by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -1,4 +1,4 @@
-"""What a base model's small files say, in every form that people have them in: picture settings, chat template."""
+"""The small files of a base model (picture settings, chat template) are read in every form that users have."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SETTINGS = "preprocessor_config.json"
 
 @pytest.fixture
 def base(tmp_path: Path, tiny_model: Path) -> Path:
-    """A copy of the tiny model."""
+    """Return a copy of the tiny model."""
     return shutil.copytree(tiny_model, tmp_path / "model")
 
 
@@ -47,8 +47,8 @@ NAMES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("nested", [False, True], ids=["own file", "in processor_config.json"])
 @pytest.mark.parametrize("changes", NAMES, ids=lambda changes: ",".join(map(str, changes.values())))
-def test_a_processor_by_any_of_its_names_gives_the_same_pixels(base: Path, changes: dict, nested: bool) -> None:
-    """As uint8 patches where they are enough, and through the processor itself where it resizes."""
+def test_a_processor_gives_the_same_pixels_under_each_of_its_names(base: Path, changes: dict, nested: bool) -> None:
+    """The pixels go through uint8 patches if those are enough, and through the processor itself if it resizes."""
     from transformers import Qwen2VLImageProcessor
 
     edit(base / SETTINGS, **changes)
@@ -72,14 +72,14 @@ def test_a_processor_by_any_of_its_names_gives_the_same_pixels(base: Path, chang
 
 
 @pytest.mark.parametrize("text", ["[]", '{"size": 224}', '{"min_pixels": "few"}', '{"image_mean": [0.5]}', "{"])
-def test_settings_that_are_none_are_refused(base: Path, text: str) -> None:
+def test_invalid_picture_settings_are_refused(base: Path, text: str) -> None:
     (base / SETTINGS).write_text(text)
     with pytest.raises(ModelError, match=r"the image processor of .* cannot be read"):
         pictures_of(base)
 
 
 @pytest.mark.parametrize("kind", ["SomeImageProcessor", 5])
-def test_a_processor_with_code_of_its_own_is_refused_without_a_question(base: Path, kind: object) -> None:
+def test_a_processor_with_its_own_code_is_refused_without_a_prompt(base: Path, kind: object) -> None:
     edit(base / SETTINGS, image_processor_type=kind, auto_map={"AutoImageProcessor": "code.SomeImageProcessor"})
     with pytest.raises(ModelError, match="cannot be loaded"):
         pictures_of(base)
@@ -138,7 +138,7 @@ def put_alone_into_folder(folder: Path) -> None:
         put_alone_into_folder,
     ],
 )
-def test_a_chat_template_is_found_wherever_it_is_kept(base: Path, tiny_model: Path, put: Any) -> None:
+def test_a_chat_template_is_found_in_every_possible_file(base: Path, tiny_model: Path, put: Any) -> None:
     put_nowhere(base)
     with pytest.raises(ModelError, match=r"no chat template → use an Instruct model, with its chat_template\.jinja"):
         build_template(str(base), Data(shards="."))
@@ -149,8 +149,8 @@ def test_a_chat_template_is_found_wherever_it_is_kept(base: Path, tiny_model: Pa
     assert found == expected
 
 
-def test_the_processors_template_goes_before_the_tokenizers(base: Path) -> None:
-    """As in transformers' own processor. Derivatives keep a text model's template beside the tokenizer."""
+def test_the_processors_template_is_used_before_the_tokenizers(base: Path) -> None:
+    """transformers' own processor does the same. Derived models keep a text model's template with the tokenizer."""
     put_nowhere(base)
     edit(base / "tokenizer_config.json", chat_template=TEXT_ONLY["joins"])
     put_into_json(base)
@@ -176,7 +176,7 @@ def test_a_text_models_template_is_refused_in_one_line(base: Path, text: str) ->
     assert "\n" not in str(caught.value) and caught.value.remedy.startswith("use the chat template and tokenizer")
 
 
-def test_a_chat_template_that_cannot_be_read_is_told(base: Path) -> None:
+def test_an_unreadable_chat_template_is_reported(base: Path) -> None:
     for text in ("", "{", "{}", "[]", "5"):
         (base / "chat_template.json").write_text(text)
         with pytest.raises(ModelError, match=r"the chat template of .* cannot be read"):
@@ -186,7 +186,7 @@ def test_a_chat_template_that_cannot_be_read_is_told(base: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"), [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{")]
 )
-def test_a_damaged_tokenizer_is_told(base: Path, name: str, text: str) -> None:
+def test_a_damaged_tokenizer_is_reported(base: Path, name: str, text: str) -> None:
     (base / name).write_text(text)
     with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be read"):
         load_tokenizer(str(base))

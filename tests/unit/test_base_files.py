@@ -1,4 +1,4 @@
-"""A base model's files are known to be whole before a rank starts, and a whole one in the cache needs no network."""
+"""A base model's files are checked before a rank starts, and a complete model in the cache needs no network."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def sharded(tmp_path: Path, tiny_model: Path) -> Path:
-    """The tiny model in two shards."""
+    """Return the tiny model in two shards."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     cut(folder)
     return folder
@@ -58,7 +58,7 @@ def break_header(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "harm", "told"),
+    ("name", "harm", "message"),
     [
         (SHARD, Path.unlink, f"lacks {SHARD}"),
         (SHARD, lambda path: path.write_bytes(b""), f"{SHARD} is empty"),
@@ -82,22 +82,22 @@ def break_header(path: Path) -> None:
         ("chat_template.json", lambda path: path.write_text(POINTER), "chat_template.json is a git-lfs pointer"),
     ],
 )
-def test_a_file_that_is_not_whole_is_told_by_preflight_and_doctor(
-    sharded: Path, tiny_shards: Path, tmp_path: Path, name: str, harm: Any, told: str
+def test_an_incomplete_file_is_reported_by_preflight_and_doctor(
+    sharded: Path, tiny_shards: Path, tmp_path: Path, name: str, harm: Any, message: str
 ) -> None:
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", sharded, tiny_shards))
     preflight(recipe, 1)
     harm(sharded / name)
     with pytest.raises(ModelError) as caught:
         preflight(recipe, 1)
-    assert told in caught.value.what
+    assert message in caught.value.what
     assert "hf download" in caught.value.remedy and "git lfs pull" in caught.value.remedy
     (found,) = doctor.examine("model", lambda: doctor.check_model(str(sharded), tiny_shards))
-    assert found.level == doctor.FAULT and told in found.what
+    assert found.level == doctor.FAULT and message in found.what
 
 
 @pytest.mark.parametrize("harm", [truncate, append, lambda path: path.write_text(POINTER), Path.unlink])
-def test_a_single_file_is_looked_at_as_shards_are(tmp_path: Path, tiny_model: Path, harm: Any) -> None:
+def test_a_single_weight_file_is_checked_like_shards(tmp_path: Path, tiny_model: Path, harm: Any) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     require_base(str(folder))
     harm(folder / "model.safetensors")
@@ -105,15 +105,15 @@ def test_a_single_file_is_looked_at_as_shards_are(tmp_path: Path, tiny_model: Pa
         require_base(str(folder))
 
 
-def test_many_missing_shards_are_told_in_one_line(sharded: Path) -> None:
+def test_many_missing_shards_are_reported_in_one_line(sharded: Path) -> None:
     names = [f"model-{i:05d}-of-00038.safetensors" for i in range(1, 39)]
     edit(sharded / INDEX, weight_map={f"t{i}": name for i, name in enumerate(names)})
     with pytest.raises(ModelError, match=r"lacks model-00001-of-00038\.safetensors, .* and 34 more → "):
         require_base(str(sharded))
 
 
-def test_other_forms_of_the_small_files_are_whole_too(sharded: Path) -> None:
-    """A vocabulary in its two old files, and picture settings within processor_config.json."""
+def test_other_forms_of_the_small_files_count_as_complete(sharded: Path) -> None:
+    """The vocabulary may be in its two old files, and the picture settings in processor_config.json."""
     model = json.loads((sharded / "tokenizer.json").read_text())["model"]
     (sharded / "vocab.json").write_text(json.dumps(model["vocab"]))
     (sharded / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
@@ -127,7 +127,7 @@ def test_other_forms_of_the_small_files_are_whole_too(sharded: Path) -> None:
 
 
 def test_the_layout_of_the_hub_loads_to_the_same_model(tmp_path: Path, tiny_model: Path) -> None:
-    """Old parameter names, a flat config, rope_scaling of type mrope, two shards and an index."""
+    """That is: old parameter names, a flat config, rope_scaling of type mrope, two shards and an index."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     publish(folder)
     names = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -154,7 +154,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    """What this process asked of the network, which there is none of."""
+    """Block the network. Yields the list of this process's attempts to use it."""
     asked: list[object] = []
 
     def refuse(*args: object, **options: object) -> None:
@@ -168,10 +168,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     yield asked
 
 
-def test_a_whole_model_in_the_cache_asks_nothing_of_the_network(
+def test_a_complete_model_in_the_cache_uses_no_network(
     tiny_model, tiny_shards, tiny_adapter, pictures, tmp_path, cache, tried, capsys
 ) -> None:
-    """Config, tokenizer, picture settings, weights; in preflight, doctor, evaluation, prediction and training."""
+    """Preflight, doctor, eval and predict read config, tokenizer, picture settings and weights only from the cache."""
     snapshot = put_into_cache(tiny_model, cache, NAME)
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", Path(NAME), tiny_shards))
     assert located(NAME) == str(snapshot) and base_folder(NAME) == snapshot
@@ -185,7 +185,7 @@ def test_a_whole_model_in_the_cache_asks_nothing_of_the_network(
     assert tried == [], capsys.readouterr()
 
 
-def test_an_adapter_carries_the_hub_name(tiny_model, tiny_shards, tmp_path, cache, tried) -> None:
+def test_an_adapter_records_the_hub_name(tiny_model, tiny_shards, tmp_path, cache, tried) -> None:
     put_into_cache(tiny_model, cache, NAME)
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", Path(NAME), tiny_shards))
     model = adapted(Path(NAME))
@@ -198,7 +198,7 @@ def test_an_adapter_carries_the_hub_name(tiny_model, tiny_shards, tmp_path, cach
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("tokenizer.json", "tokenizer.json"),
         ("tokenizer_config.json", "tokenizer_config.json"),
@@ -207,18 +207,18 @@ def test_an_adapter_carries_the_hub_name(tiny_model, tiny_shards, tmp_path, cach
         ("chat_template.jinja", "its chat template"),
     ],
 )
-def test_an_incomplete_cache_without_a_network_says_how_to_complete_it(tiny_model, cache, tried, name, told) -> None:
+def test_an_incomplete_cache_without_network_is_refused_with_a_remedy(tiny_model, cache, tried, name, message) -> None:
     snapshot = put_into_cache(tiny_model, cache, NAME)
-    (snapshot / name).resolve().unlink()  # the link stays, as after a copy of the links alone
+    (snapshot / name).resolve().unlink()  # the link stays, as when only the links were copied
     assert base_folder(NAME) is None and located(NAME) == NAME
     with pytest.raises(ModelError) as caught:
         require_base(NAME)
-    assert f"in the hub cache ({snapshot}) is incomplete: lacks {told}" in caught.value.what
+    assert f"in the hub cache ({snapshot}) is incomplete: lacks {message}" in caught.value.what
     assert f"`hf download {NAME}`" in caught.value.remedy
 
 
-def test_a_damaged_file_in_the_cache_is_to_be_fetched_anew(tiny_model, cache, tried) -> None:
-    """The hub's client would take it for whole."""
+def test_the_remedy_for_a_damaged_cached_file_is_a_new_download(tiny_model, cache, tried) -> None:
+    """The hub's client would treat the file as complete."""
     snapshot = put_into_cache(tiny_model, cache, NAME)
     truncate((snapshot / "model.safetensors").resolve())
     with pytest.raises(ModelError, match=rf"hf download {NAME} model.safetensors --force-download"):
@@ -226,24 +226,24 @@ def test_a_damaged_file_in_the_cache_is_to_be_fetched_anew(tiny_model, cache, tr
     assert tried == []
 
 
-def test_a_hub_that_never_answers_is_given_up(cache, monkeypatch) -> None:
+def test_a_hub_that_never_answers_ends_in_a_timeout(cache, monkeypatch) -> None:
     monkeypatch.setattr(files, "HUB_TIMEOUT_S", 0.05)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: time.sleep(5))
     with pytest.raises(ModelError, match="neither a folder here, nor in the hub cache, nor reachable on the hub"):
         require_base(NAME)
 
 
-def test_what_the_hub_can_still_give_is_left_to_be_fetched(tiny_model, cache, monkeypatch) -> None:
+def test_a_file_that_the_hub_can_provide_is_only_a_warning(tiny_model, cache, monkeypatch) -> None:
     snapshot = put_into_cache(tiny_model, cache, NAME)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: None)
     (snapshot / "model.safetensors").unlink()
     require_base(NAME)
     (found,) = doctor.check_model(NAME, None)
-    assert (found.level, found.remedy) == (doctor.WARN, f"hf download {NAME}, or let training fetch it")
+    assert (found.level, found.remedy) == (doctor.WARN, f"hf download {NAME}, or let training download it")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "owner/..", "a b/c\0d", "x" * 300 + "/y"])
-def test_names_that_are_none_are_refused(cache, tried, name) -> None:
+def test_invalid_model_names_are_refused(cache, tried, name) -> None:
     assert base_folder(name) is None
     with pytest.raises(KfoodError):
         require_base(name)

@@ -1,4 +1,4 @@
-"""Checkpoints: only complete ones count, whatever a kill left behind."""
+"""Only complete checkpoints count, whatever files a kill leaves behind."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def save(folder: Path, step: int, keep: int = 2, accuracy: float | None = None) 
     return checkpoint.save(folder, step, {**FACTS, "validation": validation}, World(), write_some, keep)
 
 
-def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_found_and_older_ones_are_pruned(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "checkpoints") is None
     for step in (5, 10, 15, 100):
         save(tmp_path, step)
@@ -52,10 +52,10 @@ def test_the_newest_complete_one_is_found_and_older_ones_are_pruned(tmp_path: Pa
     record = newest.record()
     assert (record.format_version, record.step, record.data) == (checkpoint.FORMAT_VERSION, 100, {"epoch": 0})
     assert sorted(record.files) == ["adapter/adapter_model.safetensors", "engine/weights"]
-    newest.require_whole()
+    newest.require_undamaged()
 
 
-def test_the_best_by_validation_is_never_pruned_and_nor_is_the_newest(tmp_path: Path) -> None:
+def test_the_best_and_the_newest_checkpoint_are_never_pruned(tmp_path: Path) -> None:
     for step, accuracy in ((1, 0.2), (2, 0.8), (3, 0.5), (4, None), (5, 0.8), (6, 0.1), (7, None)):
         save(tmp_path, step, keep=1, accuracy=accuracy)
         best = checkpoint.best(tmp_path)
@@ -66,8 +66,8 @@ def test_the_best_by_validation_is_never_pruned_and_nor_is_the_newest(tmp_path: 
     assert best_step(tmp_path / "none", "val") == ""
 
 
-def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
-    """Names with spaces and a # too."""
+def test_the_suggested_next_command_can_be_pasted(tmp_path: Path) -> None:
+    """This includes names with spaces and a #."""
     tree = {"data": {"shards": "shards/my set"}, "model": {"base": "m"}, "run": {"dir": "runs/try #2"}}
     command = evaluation_command(build_recipe(tree, [], "recipe"), "test")
     assert shlex.split(command)[:2] == ["bash", "launch/eval.sh"]
@@ -78,7 +78,7 @@ def test_the_next_command_can_be_pasted(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB of its own."""
+    """Mount a separate file system of 1 MB. Yields its folder."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
@@ -91,7 +91,7 @@ def remount(disk: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
 
 
-def test_a_read_only_disk_is_an_error_of_ours_that_costs_no_checkpoint(small_disk: Path) -> None:
+def test_a_read_only_disk_raises_checkpoint_error_and_keeps_all_checkpoints(small_disk: Path) -> None:
     for step in (1, 2, 3):
         save(small_disk, step, keep=3)
     remount(small_disk, "ro")
@@ -103,7 +103,7 @@ def test_a_read_only_disk_is_an_error_of_ours_that_costs_no_checkpoint(small_dis
     assert save(small_disk, 4, keep=3).step == 4
 
 
-def test_only_a_disk_that_is_full_costs_older_checkpoints(small_disk: Path) -> None:
+def test_older_checkpoints_are_removed_only_if_the_disk_is_full(small_disk: Path) -> None:
     def fill(target: checkpoint.Checkpoint) -> None:
         (target.engine / "weights").write_bytes(bytes(300_000))
 
@@ -121,11 +121,11 @@ def test_only_a_disk_that_is_full_costs_older_checkpoints(small_disk: Path) -> N
     assert checkpoint.save(small_disk, 4, FACTS, World(), fill, keep=5).step == 4
 
 
-def test_what_was_measured_later_counts(tmp_path: Path) -> None:
+def test_a_validation_that_is_added_later_counts(tmp_path: Path) -> None:
     save(tmp_path, 1, accuracy=0.5)
     later = save(tmp_path, 2)
     checkpoint.add_validation(later, Validation(accuracy=0.75, loss=1.0))
-    later.require_whole()
+    later.require_undamaged()
     best = checkpoint.best(tmp_path)
     assert best is not None and (best[0].step, best[1].accuracy) == (2, 0.75)
 
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
     assert best is not None and best[0].step == 2
 
 
-def test_a_full_disk_frees_what_may_go_and_keeps_newest_and_best(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_only_the_newest_and_the_best_checkpoint(tmp_path: Path) -> None:
     for step, accuracy in ((1, 0.9), (2, 0.1), (3, 0.1), (4, 0.1)):
         save(tmp_path, step, keep=3, accuracy=accuracy)
 
@@ -149,13 +149,13 @@ def test_a_full_disk_frees_what_may_go_and_keeps_newest_and_best(tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
 
 
-def test_a_folder_that_may_not_be_written_to_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="could not be written"):
         save(tmp_path / "checkpoints", 1)
 
 
-def test_a_write_that_fails_leaves_the_previous_one_and_is_cleared_next_time(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_previous_checkpoint_and_can_be_repeated(tmp_path: Path) -> None:
     save(tmp_path, 5)
 
     def fail(target: checkpoint.Checkpoint) -> None:
@@ -180,8 +180,8 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
     assert save(tmp_path, 10).record().step == 10
 
 
-def test_what_lacks_its_marker_goes_with_the_next_save_and_nothing_else_does(tmp_path: Path) -> None:
-    """Half removed, or renamed when the disk was just full: it holds room that is wanted."""
+def test_the_next_save_removes_a_checkpoint_without_marker_and_nothing_else(tmp_path: Path) -> None:
+    """It was half removed, or renamed when the disk became full. It takes space that is needed."""
     half, copy = save(tmp_path, 1).folder, tmp_path / "step-00000001-copy"
     shutil.copytree(half, copy)
     for folder in (half, copy):
@@ -193,7 +193,7 @@ def test_what_lacks_its_marker_goes_with_the_next_save_and_nothing_else_does(tmp
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     made = save(tmp_path, 5)
     (made.folder / checkpoint.STATE_FILE).write_text(json.dumps({"format_version": 99}))
-    with pytest.raises(CheckpointError, match="format version 99; this is 2"):
+    with pytest.raises(CheckpointError, match="format version 99; this program reads 2"):
         made.record()
     shutil.rmtree(made.folder)
     with pytest.raises(CheckpointError, match=r"no readable state\.json"):
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
         lambda raw: raw.update(step=6),
     ],
 )
-def test_a_damaged_record_is_an_error_of_ours(tmp_path: Path, damage) -> None:
+def test_a_damaged_record_raises_checkpoint_error(tmp_path: Path, damage) -> None:
     made = save(tmp_path, 5)
     raw = json.loads((made.folder / checkpoint.STATE_FILE).read_text())
     damage(raw)
@@ -222,31 +222,31 @@ def test_a_damaged_record_is_an_error_of_ours(tmp_path: Path, damage) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", '"x"', "[" * 100_000, "\xff"])
-def test_what_is_no_record_at_all_is_an_error_of_ours(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_record_raises_checkpoint_error(tmp_path: Path, text: str) -> None:
     made = save(tmp_path, 5)
     (made.folder / checkpoint.STATE_FILE).write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=r"has no readable state\.json"):
         made.record()
 
 
-def test_a_file_that_is_missing_cut_or_altered_is_named(tmp_path: Path) -> None:
+def test_a_missing_truncated_or_altered_file_is_named(tmp_path: Path) -> None:
     made = save(tmp_path, 5)
     for name in made.record().files:
         path = made.folder / name
         whole = path.read_bytes()
         for bad in (whole[:-1], whole + b"x", bytes([whole[0] ^ 1]) + whole[1:]):
             path.write_bytes(bad)
-            with pytest.raises(CheckpointError, match=f"{name} has not the bytes that were written"):
-                made.require_whole()
+            with pytest.raises(CheckpointError, match=f"{name} does not have the bytes that were written"):
+                made.require_undamaged()
         path.unlink()
         with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
-            made.require_whole()
+            made.require_undamaged()
         path.write_bytes(whole)
-    made.require_whole()
+    made.require_undamaged()
 
 
 def save_for_ever(folder: Path, step: int, fragments: list[state.Fragment], optimizer: torch.optim.Optimizer) -> None:
-    """Write one checkpoint after another, each with its step in every number."""
+    """Write checkpoints without end. Every number in a checkpoint is its step."""
 
     def write(target: checkpoint.Checkpoint) -> None:
         fragments[0].tensor.detach().fill_(target.step)
@@ -260,7 +260,7 @@ def save_for_ever(folder: Path, step: int, fragments: list[state.Fragment], opti
 
 
 def kill_many_times(folder: Path, kills: int) -> None:
-    """Fork, write, kill, look: in a process of its own, so that forking meets no thread of torch's."""
+    """Fork a writer, kill it and check the folder, many times. Runs in a new process, without torch's threads."""
     torch.set_num_threads(1)
     fragments = [state.Fragment(torch.zeros(200_000).requires_grad_(), (state.Slice("a", 0, 200_000, 0),))]
     optimizer = torch.optim.AdamW([fragments[0].tensor])
@@ -276,26 +276,26 @@ def kill_many_times(folder: Path, kills: int) -> None:
         if newest is None:
             assert step == 1
             continue
-        newest.require_whole()
+        newest.require_undamaged()
         assert newest.step >= step - 1
         with state.Saved(newest.engine) as saved:
             weights = saved.read(state.WEIGHTS, state.Slice("a", 0, 200_000, 0))
         assert torch.equal(weights, torch.full((200_000,), float(newest.step)))
         step = newest.step + 1
-    assert step > kills / 4, step  # the kills were not all too early,
-    assert {"step-N whole", ".step-N.partial"} <= seen, seen  # and did fall into the writing
+    assert step > kills / 4, step  # not all kills came too early
+    assert {"step-N whole", ".step-N.partial"} <= seen, seen  # and some came during a write
 
 
-def test_a_kill_at_any_instant_of_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Sixty kills, spread over several rounds of writing, each going on from where the last one left off."""
+def test_a_kill_at_any_moment_of_writing_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+    """Sixty kills come at different times of writing. Each writer continues after the newest checkpoint."""
     code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import test_checkpoint, pathlib;"
     code += f"test_checkpoint.kill_many_times(pathlib.Path({str(tmp_path)!r}), 60)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_files_are_on_the_disk_before_the_marker_may_promise_them(tmp_path: Path, monkeypatch) -> None:
-    """As a power cut would tell: what was not synced before the rename may be missing after it."""
+def test_all_files_are_synced_before_the_marker_is_written(tmp_path: Path, monkeypatch) -> None:
+    """After a power cut, data that was not synced before the rename may be missing."""
     done: list[tuple[str, str]] = []
 
     def noted(what: str, real, name):
@@ -317,7 +317,7 @@ def test_the_files_are_on_the_disk_before_the_marker_may_promise_them(tmp_path: 
     assert ("sync", marker) in done[at + 2 :] and ("sync", str(tmp_path)) in done[at + 2 :]
 
 
-def test_what_is_pruned_is_no_checkpoint_from_the_first_moment(tmp_path: Path, monkeypatch) -> None:
+def test_pruning_removes_the_marker_first(tmp_path: Path, monkeypatch) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     marked, remove = [], shutil.rmtree
@@ -331,9 +331,9 @@ def test_what_is_pruned_is_no_checkpoint_from_the_first_moment(tmp_path: Path, m
     assert marked == [False] and [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_what_another_rank_could_not_write_is_an_error_on_all(tmp_path: Path) -> None:
+def test_a_write_error_of_one_rank_is_raised_on_all_ranks(tmp_path: Path) -> None:
     class FirstOfTwo(World):
-        def share(self, item):
+        def all_gather(self, item):
             return [item, ("No space left on device", True) if writing else None]
 
     writing = False

@@ -1,4 +1,4 @@
-"""What a Slurm job's variables say about its machines; a pure function, so every layout can be tried."""
+"""The machines of a Slurm job, read from its variables. The function is pure, so every layout can be tested."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import pytest
 
 from kfood_dist.errors import LaunchError
 from kfood_dist.system import cluster
-from kfood_dist.system.cluster import RESTART_PATIENCE_S, Cluster, outlast
+from kfood_dist.system.cluster import RESTART_PATIENCE_S, Cluster, take_with_patience
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -25,21 +25,23 @@ def read(resolves: bool = True, first: str | None = "gpu07", **changed: str | No
     return Cluster.from_environment(environment, lambda nodes: first, lambda name: resolves)
 
 
-def test_two_nodes_meet_at_the_first_ones_name() -> None:
+def test_two_nodes_meet_at_the_name_of_the_first() -> None:
     cluster = read()
     assert (cluster.num_machines, cluster.machine_rank, cluster.address) == (2, 1, "gpu07")
     assert cluster.port == 10_000 + 1234567 % 20_000
     assert not cluster.is_head and read(SLURM_NODEID="0").is_head
 
 
-def test_every_node_of_a_job_picks_one_port_and_another_job_another() -> None:
+def test_the_nodes_of_a_job_pick_the_same_port_and_another_job_a_different_one() -> None:
     assert read(SLURM_NODEID="0").port == read(SLURM_NODEID="1").port != read(SLURM_JOB_ID="1234568").port
 
 
-@pytest.mark.parametrize("first", ["gpu07", None])
-def test_a_name_that_does_not_resolve_gives_way_to_the_address(first: str | None) -> None:
+@pytest.mark.parametrize(
+    ("first", "why"), [("gpu07", "gpu07 does not resolve"), (None, r"scontrol cannot expand 'gpu\[07-08\]'")]
+)
+def test_the_address_is_used_if_the_name_does_not_resolve(first: str | None, why: str) -> None:
     assert read(resolves=False, first=first).address == "10.0.0.7"
-    with pytest.raises(LaunchError, match="does not resolve"):
+    with pytest.raises(LaunchError, match=f"the job's first node has no known address: {why}, and srun"):
         read(resolves=False, first=first, SLURM_LAUNCH_NODE_IPADDR=None)
 
 
@@ -59,9 +61,9 @@ def test_one_machine_is_a_cluster_of_one(changed: dict[str, str | None]) -> None
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
-        ({"SLURM_STEP_ID": None}, "has 2 nodes, but was started on this one alone"),
+        ({"SLURM_STEP_ID": None}, "has 2 nodes, but was started only on this node"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "8 tasks on 2 nodes"),
-        ({"SLURM_NODEID": "x"}, "SLURM_NODEID is 'x', no number"),
+        ({"SLURM_NODEID": "x"}, "SLURM_NODEID is 'x', not a number"),
     ],
 )
 def test_a_wrong_layout_is_refused(changed: dict[str, str | None], complaint: str) -> None:
@@ -71,7 +73,7 @@ def test_a_wrong_layout_is_refused(changed: dict[str, str | None], complaint: st
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds slept so far, none of which pass."""
+    """Replace the clock. Returns the list of seconds slept so far, without real waiting."""
     slept: list[float] = []
     clock = type("Clock", (), {"sleep": slept.append, "monotonic": lambda: sum(slept)})
     monkeypatch.setattr(cluster, "time", clock)
@@ -83,17 +85,17 @@ def succeeds_at(turn: int) -> Callable[[], bool]:
     return lambda: next(turns) == turn
 
 
-def test_a_lock_is_tried_once(waited: list[float]) -> None:
-    assert outlast(succeeds_at(1), "held") and not outlast(succeeds_at(2), "held")
+def test_a_job_that_was_not_restarted_tries_a_lock_once(waited: list[float]) -> None:
+    assert take_with_patience(succeeds_at(1), "held") and not take_with_patience(succeeds_at(2), "held")
     assert waited == []
 
 
-def test_a_job_that_was_started_again_outlasts_the_lock_of_a_lost_node(
+def test_a_restarted_job_waits_for_the_lock_of_a_lost_node(
     waited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert outlast(succeeds_at(4), "it is held")
+    assert take_with_patience(succeeds_at(4), "it is held")
     assert waited == [10, 10, 10]
     assert capsys.readouterr().out == "it is held; waiting\n" * 3
-    assert not outlast(lambda: False, "it is held")
+    assert not take_with_patience(lambda: False, "it is held")
     assert sum(waited) - 30 == RESTART_PATIENCE_S == 300

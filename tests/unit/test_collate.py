@@ -1,4 +1,4 @@
-"""The streaming collator: pixels as transformers computes them, padding, what is refused and what is replaced."""
+"""The streaming collator: pixels as in transformers, padding, refused samples and replaced samples."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ from kfood_dist.data.picture.patches import Patches, normalise_patches, patchify
 from kfood_dist.data.picture.processed import Processed
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.data.storage.base import OutOfReachError
+from kfood_dist.data.storage.base import UnreachableError
 from kfood_dist.errors import ModelError, RecipeError, ShardError
 
 
@@ -61,7 +61,7 @@ OTHER_PROCESSORS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", OTHER_PROCESSORS, ids=lambda settings: ",".join(settings))
-def test_a_processor_that_does_more_than_patches_is_used_itself(
+def test_a_processor_that_does_more_than_patches_computes_the_pixels_itself(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, settings: dict[str, Any]
 ) -> None:
     from PIL import Image
@@ -83,11 +83,11 @@ def test_a_processor_that_does_more_than_patches_is_used_itself(
     assert torch.equal(shown["pixel_values"], expected["pixel_values"])
 
 
-def test_a_processor_without_patches_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_processor_that_gives_no_patches_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     base = shutil.copytree(tiny_model, tmp_path / "model")
     settings = {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (base / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=r"gives no patches with their grid.* → use a Qwen2.5-VL"):
+    with pytest.raises(ModelError, match=r"does not return patches with their grid.* → use a Qwen2.5-VL"):
         pictures_of(base)
 
 
@@ -110,7 +110,7 @@ def test_a_batch_pads_to_its_longest_and_masks_the_padding(
     assert collator.template.decode(label) == names[longest]
 
 
-def test_for_generation_the_answers_are_off_and_padding_is_on_the_left(
+def test_a_batch_for_generation_has_no_answers_and_pads_on_the_left(
     tiny_model: Path, tiny_shards: Path, vision: Patches
 ) -> None:
     batch = asking_dishes(tiny_model, tiny_shards, for_generation=True)[MicroBatch(0, 0, (0, 1), 0)]
@@ -118,10 +118,10 @@ def test_for_generation_the_answers_are_off_and_padding_is_on_the_left(
     assert batch.attention_mask[:, -1].all()
 
 
-def test_a_sample_that_cannot_fit_is_refused_by_name_and_a_filler_keeps_the_rank_going(
+def test_a_sample_that_cannot_fit_is_refused_by_name_and_replaced_by_a_filler(
     tiny_model: Path, tiny_shards: Path, vision: Patches
 ) -> None:
-    collator = asking_dishes(tiny_model, tiny_shards, max_length=66)  # 64 image tokens and their two brackets
+    collator = asking_dishes(tiny_model, tiny_shards, max_length=66)  # 64 image tokens, and their start and end tokens
     batch = collator[MicroBatch(0, 0, (0, 1), 2)]
     why = "answer and image alone exceed data.max_length"
     assert batch.refused == ((collator.shards.key(0), why), (collator.shards.key(1), why))
@@ -131,7 +131,7 @@ def test_a_sample_that_cannot_fit_is_refused_by_name_and_a_filler_keeps_the_rank
 
 
 def rot(shards: Path, *ids: int) -> None:
-    """Flip a byte in the pictures of these training samples."""
+    """Change one bit in the pictures of these training samples."""
     split = open_split(shards, "train")
     with open(shards / split.manifest.shards_of("train")[0].path, "r+b") as tar:
         for i in ids:
@@ -143,13 +143,13 @@ def rot(shards: Path, *ids: int) -> None:
 
 @pytest.fixture
 def rotten(tmp_path: Path, tiny_shards: Path) -> Path:
-    """The packed pictures, samples 2 and 5 of the training split damaged."""
+    """Return the packed pictures with damaged training samples 2 and 5."""
     shards = shutil.copytree(tiny_shards, tmp_path / "rotten")
     rot(shards, 2, 5)
     return shards
 
 
-def test_a_damaged_sample_is_replaced_by_the_same_one_wherever_it_is_met(
+def test_a_damaged_sample_is_always_replaced_by_the_same_sample(
     tiny_model: Path, rotten: Path, vision: Patches
 ) -> None:
     collator = asking_dishes(tiny_model, rotten, unreadable="replace")
@@ -165,7 +165,7 @@ def test_a_damaged_sample_is_replaced_by_the_same_one_wherever_it_is_met(
     assert torch.equal(alone.labels, expected.labels)
 
 
-def test_a_substitute_that_is_damaged_too_is_passed_over(tiny_model: Path, rotten: Path, vision: Patches) -> None:
+def test_a_damaged_substitute_is_skipped(tiny_model: Path, rotten: Path, vision: Patches) -> None:
     candidates = substitutes(2, len(open_split(rotten, "train")))
     first, second = next(candidates), next(candidates)
     rot(rotten, first)
@@ -174,7 +174,7 @@ def test_a_substitute_that_is_damaged_too_is_passed_over(tiny_model: Path, rotte
     assert torch.equal(batch.pixels, expected.pixels)
 
 
-def test_measuring_stops_at_a_damaged_sample_and_validation_leaves_it_out(
+def test_evaluation_stops_at_a_damaged_sample_and_validation_skips_it(
     tiny_model: Path, rotten: Path, vision: Patches
 ) -> None:
     with pytest.raises(ShardError, match="crc32"):
@@ -187,7 +187,7 @@ def test_measuring_stops_at_a_damaged_sample_and_validation_leaves_it_out(
     assert (only_bad.ids, only_bad.num_label_tokens, len(only_bad.refused)) == ((), 0, 2)
 
 
-def test_a_sample_whose_index_is_damaged_is_replaced_or_left_out_by_name(
+def test_a_sample_with_a_damaged_index_is_replaced_or_refused_by_name(
     tmp_path: Path, tiny_model: Path, pictures: Path, vision: Patches
 ) -> None:
     shards = tmp_path / "shards"
@@ -205,7 +205,7 @@ def test_a_sample_whose_index_is_damaged_is_replaced_or_left_out_by_name(
 
 
 @pytest.mark.parametrize("unreadable", ["replace", "refuse", "stop"])
-def test_a_shard_out_of_reach_is_an_error_and_not_replaced_from_others(
+def test_an_unreachable_shard_is_an_error_and_its_samples_are_not_replaced(
     tmp_path: Path, tiny_model: Path, pictures: Path, vision: Patches, unreadable
 ) -> None:
     shards = tmp_path / "shards"
@@ -215,12 +215,12 @@ def test_a_shard_out_of_reach_is_an_error_and_not_replaced_from_others(
     collator[MicroBatch(0, 0, (1,), 0)]
     collator.shards.close()
     (shards / "train-000000.tar").unlink()
-    with pytest.raises(OutOfReachError, match=r"train-000000\.tar cannot be opened"):
+    with pytest.raises(UnreachableError, match=r"train-000000\.tar cannot be opened"):
         collator[MicroBatch(0, 1, (2,), 0)]
 
 
 @pytest.mark.parametrize(("number", "replaced"), [(errno.EIO, True), (errno.ESTALE, False), (errno.EACCES, False)])
-def test_a_bad_spot_on_a_disk_is_damage_and_a_lost_server_is_not(
+def test_a_bad_disk_block_counts_as_damage_and_a_lost_server_does_not(
     tiny_model: Path,
     tiny_shards: Path,
     vision: Patches,
@@ -241,7 +241,7 @@ def test_a_bad_spot_on_a_disk_is_damage_and_a_lost_server_is_not(
     if replaced:
         assert len(collator[MicroBatch(0, 0, (1,), 0)].replaced) == 1
     else:
-        with pytest.raises(OutOfReachError, match="cannot be read"):
+        with pytest.raises(UnreachableError, match="cannot be read"):
             collator[MicroBatch(0, 0, (1,), 0)]
     assert failed
 
@@ -257,7 +257,7 @@ def test_substitutes_are_other_samples_and_far_apart(num_samples: int, i: int) -
         assert min(abs(a - b) for a, b in combinations([i, *tried], 2)) > num_samples // 40
 
 
-def test_an_image_size_that_is_no_whole_number_of_tokens_is_refused(vision: Patches) -> None:
+def test_an_image_size_that_is_not_a_multiple_of_a_token_is_refused(vision: Patches) -> None:
     vision.spec.require_fitting(224)
     with pytest.raises(RecipeError, match="pack with --image-size 252 or 224"):
         vision.spec.require_fitting(230)

@@ -1,4 +1,4 @@
-"""`kfood compare` on reports as `kfood eval` writes them, whole, damaged and not about the same pictures."""
+"""`kfood compare` on reports of `kfood eval`: intact, damaged and about different pictures."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ DISHES = ("김밥", "파전", "된장찌개")
 
 
 def write(folder: Path, right: str, **facts: object) -> Path:
-    """A report whose i-th picture is right where `right[i]` is 1; dishes take turns."""
-    told = ((f"{i}", DISHES[i % 3], c == "1") for i, c in enumerate(right))
+    """Write a report whose i-th picture is right if `right[i]` is "1". The dishes take turns."""
+    message = ((f"{i}", DISHES[i % 3], c == "1") for i, c in enumerate(right))
     records = [
         Prediction(f"test-{i:>08}", f"{i}.jpg", dish, *(2 * [dish if is_right else "국"]), is_right, 0.5)
-        for i, dish, is_right in told
+        for i, dish, is_right in message
     ]
     folder.mkdir(parents=True)
     defaults = {"split": "test", "index_hash": "a" * 64, "model": "m", "adapter": None, "settings": {"prompt": "?"}}
@@ -40,7 +40,9 @@ def compare(*words: Path | str) -> int:
     return main(["compare", *map(str, words)])
 
 
-def test_base_beside_tuned(base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_base_and_tuned_reports_are_compared(
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "made" / "here"
     assert compare(base, tuned / "report.json", "--out", out) == 0
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
@@ -66,13 +68,13 @@ def test_a_dish_may_get_worse(base: Path, tuned: Path, tmp_path: Path):
     assert found["gain"] < 0
 
 
-def test_names_say_which_is_which(base: Path, tuned: Path, tmp_path: Path):
+def test_the_names_base_and_tuned_set_the_order(base: Path, tuned: Path, tmp_path: Path):
     half = write(tmp_path / "half", "111111000000")
     ordered = in_order([parse_name(f"tuned={tuned}"), parse_name(f"half={half}"), parse_name(f"base={base}")])
     assert [(named.name, named.report.correct) for named in ordered] == [("base", 2), ("half", 6), ("tuned", 11)]
 
 
-def test_unnamed_reports_go_first_to_last(base: Path, tuned: Path, tmp_path: Path):
+def test_unnamed_reports_keep_their_order(base: Path, tuned: Path, tmp_path: Path):
     half = write(tmp_path / "half", "111111000000")
     ordered = in_order([parse_name(str(path)) for path in (base, half, tuned)])
     assert [(named.name, named.report.correct) for named in ordered] == [("base", 2), ("report 2", 6), ("tuned", 11)]
@@ -90,10 +92,10 @@ def test_without_predictions_there_is_no_paired_test(base: Path, tuned: Path, tm
     assert json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["mcnemar"] is None
 
 
-def test_settings_that_differ_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_different_settings_are_reported(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     other = write(tmp_path / "other", "111111111101", settings={"prompt": "이름?"})
     assert compare(base, other, "--out", tmp_path / "out") == 0
-    assert "asked differently in prompt" in capsys.readouterr().out
+    assert "differ between the reports: prompt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_settings_that_differ_are_told(base: Path, tmp_path: Path, capsys: pytes
         ({}, "111", "number of pictures 12 and 3"),
     ],
 )
-def test_other_pictures_are_refused(base: Path, tmp_path: Path, capsys, facts, right, words):
+def test_reports_about_different_pictures_are_refused(base: Path, tmp_path: Path, capsys, facts, right, words):
     other = write(tmp_path / "other", right, **facts)
     assert compare(base, other, "--out", tmp_path / "out") == 2
     assert f"are not about the same pictures: {words}" in capsys.readouterr().err
@@ -125,8 +127,8 @@ def damage(folder: Path, **changes: object) -> None:
         ({"wilson_95": None}, "KeyError: 'wilson_95'"),
         ({"per_class": ["김밥"]}, "is damaged"),
         ({"format": "other"}, "is not a report of `kfood eval`"),
-        ({"version": 2}, "is of version 2; version 1 is read here"),
-        ({"predictions_sha256": "0"}, "predictions.jsonl beside it is not the one it was written with"),
+        ({"version": 2}, "has version 2, but this kfood reads 1"),
+        ({"predictions_sha256": "0"}, "predictions.jsonl beside it is not the file that it was written with"),
     ],
 )
 def test_damaged_reports_are_refused(base: Path, tuned: Path, tmp_path: Path, capsys, changes, words):
@@ -136,26 +138,26 @@ def test_damaged_reports_are_refused(base: Path, tuned: Path, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1]", b"[" * 100_000])
-def test_what_is_no_json_object_is_refused(base: Path, tmp_path: Path, capsys, content):
+def test_a_file_that_is_not_a_json_object_is_refused(base: Path, tmp_path: Path, capsys, content):
     (tmp_path / "x.json").write_bytes(content)
     assert compare(base, tmp_path / "x.json", "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith("kfood compare: ")
 
 
-def test_mistakes_of_the_command_line(base: Path, tuned: Path, tmp_path: Path, capsys):
-    for words, told in (
+def test_mistakes_on_the_command_line_are_reported(base: Path, tuned: Path, tmp_path: Path, capsys):
+    for words, message in (
         ([base], "has nothing to be compared with"),
         ([base, tmp_path / "none"], "cannot be read (No such file or directory)"),
         ([f"x={base}", f"x={tuned}"], "several reports have the name x"),
     ):
         assert compare(*words, "--out", tmp_path / "out") == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert compare(base, tuned, "--out", tmp_path / "file" / "below") == 2
     assert "file is not a folder" in capsys.readouterr().err
 
 
-def test_pages_escape_what_data_says(tmp_path: Path):
+def test_pages_escape_text_from_the_data(tmp_path: Path):
     for name in ("a", "b"):
         write(tmp_path / name, "01", model="<script>alert(1)</script>")
         damage(tmp_path / name, per_class={"<b>김밥": {"images": 2, "correct": 1, "accuracy": 0.5}})

@@ -1,4 +1,4 @@
-"""The recipe: what is refused, how it is said, and what survives a round trip."""
+"""The recipe: refused values, their messages, and values that survive saving and loading."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_defaults_are_the_stated_recipe(tmp_path: Path) -> None:
+def test_the_defaults_are_the_documented_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL))
     assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout) == (16, 32, 0.05)
     assert recipe.train.gradient_accumulation_steps == 8
@@ -28,7 +28,7 @@ def test_defaults_are_the_stated_recipe(tmp_path: Path) -> None:
     assert (recipe.data.image_size, recipe.model.quantization, recipe.optim.name) == (224, "nf4", "adamw8bit")
 
 
-def test_all_faults_are_reported_together_with_their_fix(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once_with_their_fixes(tmp_path: Path) -> None:
     path = write(tmp_path, "data: {shard: x, image_size: abc}\nmodel: {base: m}\nrun: {dir: r}\ntrainn: {a: 1}\n")
     with pytest.raises(RecipeError) as raised:
         load_recipe(path, ["train.zero_stage=7", "nonsense"])
@@ -45,7 +45,7 @@ def test_all_faults_are_reported_together_with_their_fix(tmp_path: Path) -> None
         assert part in text
 
 
-def test_a_micro_batch_that_no_machine_holds_is_refused(tmp_path: Path) -> None:
+def test_a_micro_batch_too_large_for_any_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train.micro_batch_size: input should be less than or equal to 65536"):
         load_recipe(write(tmp_path, MINIMAL), ["train.micro_batch_size=1000000000000"])
 
@@ -61,7 +61,7 @@ def test_a_micro_batch_that_no_machine_holds_is_refused(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         load_recipe(write(tmp_path, text))
 
@@ -87,7 +87,7 @@ TYPED = (
 
 @pytest.mark.parametrize("typed", TYPED)
 def test_a_text_key_takes_what_was_typed(tmp_path: Path, typed: str) -> None:
-    """In `--set`, in a saved recipe, and quoted in a file."""
+    """This holds for `--set`, for a saved recipe, and for quoted text in a file."""
     recipe = load_recipe(write(tmp_path, MINIMAL), [f"run.dir={typed}", f"data.prompt={typed}", f"data.shards={typed}"])
     assert (recipe.run.dir, recipe.data.prompt, recipe.data.shards) == (Path(typed), typed, typed)
     save_recipe(recipe, tmp_path / "saved.yaml")
@@ -107,11 +107,11 @@ def test_a_text_key_takes_what_was_typed(tmp_path: Path, typed: str) -> None:
         ('"첫 줄\n둘째 줄"', "첫 줄\n둘째 줄"),
     ],
 )
-def test_quotes_around_the_whole_text_are_no_part_of_it(tmp_path: Path, typed: str, value: str) -> None:
+def test_quotes_around_the_complete_text_are_removed(tmp_path: Path, typed: str, value: str) -> None:
     assert load_recipe(write(tmp_path, MINIMAL), [f"data.prompt={typed}"]).data.prompt == value
 
 
-def test_null_unsets_what_has_no_value_by_default(tmp_path: Path) -> None:
+def test_null_unsets_a_key_that_has_no_value_by_default(tmp_path: Path) -> None:
     text = MINIMAL.replace("base: m", "base: m, adapter: a") + "train: {max_steps: 5, deepspeed_config: ds.json}\n"
     nulls = ["model.adapter=null", "train.max_steps=null", "train.deepspeed_config=null"]
     recipe = load_recipe(write(tmp_path, text), nulls)
@@ -132,12 +132,12 @@ def test_null_unsets_what_has_no_value_by_default(tmp_path: Path) -> None:
         ("train.max_steps=2024-01-01", "not '2024-01-01'"),
         ("train.max_steps=yes", "not 'yes'"),
         ("train.max_steps=true", "train.max_steps: a number is needed, not true"),
-        ("train.max_steps=5 # five", "` #` begins a comment in YAML; leave it out, or put quotes around a text"),
+        ("train.max_steps=5 # five", "` #` begins a comment in YAML; leave it out, or put quotes around the text"),
         ("lora.target_modules=[q_proj] #x", "` #` begins a comment in YAML"),
-        ("data.mix=[{shards: try #2}]", "YAML ends the text at `try`, since ` #` begins a comment"),
+        ("data.mix=[{shards: try #2}]", "YAML ends the text at `try`, because ` #` begins a comment"),
         (
             "lora.target_modules=[10]",
-            "a text is needed, and YAML reads the number 10; put quotes around the whole text",
+            "a text is needed, but YAML reads the number 10; put quotes around all of it",
         ),
         ("model.quantization=nf4 # x", "not 'nf4 # x'"),
         ('run.dir="\\q"', "the value is not YAML; put quotes"),
@@ -155,7 +155,7 @@ def test_an_ambiguous_value_is_refused(tmp_path: Path, override: str, complaint:
         load_recipe(write(tmp_path, MINIMAL), [override])
 
 
-def test_a_number_or_truth_value_is_read_as_what_is_meant(tmp_path: Path) -> None:
+def test_an_unambiguous_number_or_truth_value_is_accepted(tmp_path: Path) -> None:
     overrides = ["train.max_steps=1_000", "optim.eps=1e-5", "train.gradient_checkpointing=no", "data.system="]
     recipe = load_recipe(write(tmp_path, MINIMAL), [*overrides, "run.dir = runs/x", "train.epochs = 3"])
     assert (recipe.train.max_steps, recipe.optim.eps, recipe.train.gradient_checkpointing) == (1000, 1e-5, False)
@@ -167,9 +167,9 @@ def test_a_number_or_truth_value_is_read_as_what_is_meant(tmp_path: Path) -> Non
     [
         (
             "dir: runs/try #2",
-            "line 4: YAML ends the text at `runs/try`, since ` #` begins a comment → put quotes around",
+            "line 4: YAML ends the text at `runs/try`, because ` #` begins a comment → put quotes around",
         ),
-        ("dir: 12", "run.dir: a text is needed, and YAML reads the number 12; put quotes around the whole text"),
+        ("dir: 12", "run.dir: a text is needed, but YAML reads the number 12; put quotes around all of it"),
         ("dir: 1e3", "YAML reads the number 1000.0; put quotes"),
         ("dir: true", "YAML reads the truth value true; put quotes"),
         ("dir: null", "YAML reads nothing (null); put quotes"),
@@ -183,7 +183,7 @@ def test_a_number_or_truth_value_is_read_as_what_is_meant(tmp_path: Path) -> Non
         ("dir: r\ntrain: {max_steps: 010}", "train.max_steps: 010 may be read as octal"),
     ],
 )
-def test_a_text_in_a_file_that_yaml_reads_otherwise_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_text_in_a_file_that_yaml_reads_differently_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(complaint)):
         load_recipe(write(tmp_path, MINIMAL.replace("{dir: r}", f"\n  {line}")))
 
@@ -214,11 +214,13 @@ def test_zero_stage_0_with_a_deepspeed_config_is_a_conflict(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_flash_attention_without_its_type_is_refused(tmp_path: Path, precision: str) -> None:
-    """It would fail at the first step, after the model was loaded."""
+def test_flash_attention_needs_bf16(tmp_path: Path, precision: str) -> None:
+    """It would fail at the first step, after the model is loaded."""
     flash = "model.attention=flash_attention_2"
-    told = r"model: flash_attention_2 has no float32, and .*; set model.precision=bf16, or model.attention=sdpa"
-    with pytest.raises(RecipeError, match=told):
+    message = (
+        r"model: flash_attention_2 does not support float32, and .*; set model.precision=bf16, or model.attention=sdpa"
+    )
+    with pytest.raises(RecipeError, match=message):
         load_recipe(write(tmp_path, MINIMAL), [flash, f"model.precision={precision}"])
     assert load_recipe(write(tmp_path, MINIMAL), [flash]).model.attention == "flash_attention_2"
 
@@ -229,7 +231,7 @@ def test_a_saved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "saved.yaml") == recipe
 
 
-def test_a_recipe_holds_what_differs_from_the_one_it_extends(tmp_path: Path) -> None:
+def test_a_recipe_overrides_the_keys_of_the_recipe_it_extends(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL + "optim: {learning_rate: 0.5, eps: 0.1}\n")
     (tmp_path / "sub").mkdir()
     upper = tmp_path / "sub" / "upper.yaml"
@@ -246,7 +248,7 @@ def test_a_key_within_a_key_is_set_and_extended(tmp_path: Path) -> None:
     assert load_recipe(upper, ["parts.connector.learning_rate=1.0e-3"]).parts.connector.learning_rate == 1e-3
     both = ["parts.tower.train=lora", "parts.tower.learning_rate=1.0e-3"]
     assert load_recipe(upper, both).parts.tower == Part(train="lora", learning_rate=1e-3)
-    with pytest.raises(RecipeError, match="connector is 'full' before, without keys of its own; set all of connector"):
+    with pytest.raises(RecipeError, match="connector is 'full', which has no keys; set all of connector"):
         load_recipe(upper, ["parts.connector=full", "parts.connector.learning_rate=1.0e-3"])
     with pytest.raises(RecipeError, match=r"parts.connector.rate: no such key"):
         load_recipe(upper, ["parts.connector.rate=1"])
@@ -262,12 +264,12 @@ def test_a_key_within_a_key_is_set_and_extended(tmp_path: Path) -> None:
         ("extends: none.yaml\n", r"none.yaml cannot be read"),
     ],
 )
-def test_a_recipe_extends_one_other(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_extends_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         load_recipe(write(tmp_path, text + MINIMAL))
 
 
-def test_the_stages_differ_in_what_they_say() -> None:
+def test_the_shipped_stages_differ_in_learning_rate_data_and_adapter() -> None:
     folder = Path(__file__).parents[2] / "launch" / "recipes"
     base = load_recipe(folder / "qwen2.5-vl-3b.yaml")
     stages = [load_recipe(folder / "stages" / f"{n}.yaml") for n in (1, 2, 3)]
@@ -277,7 +279,7 @@ def test_the_stages_differ_in_what_they_say() -> None:
     assert all(s.lora == base.lora and s.train == base.train for s in stages)
 
 
-def test_a_home_is_expanded_wherever_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_expanded_in_every_folder_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/chef")
     text = "data: {shards: ~/s, mix: [{shards: ~/t}]}\nmodel: {base: ~/m, adapter: ~/a}\nrun: {dir: ~nobody-here/r}\n"
     recipe = load_recipe(write(tmp_path, text))

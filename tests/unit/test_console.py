@@ -1,4 +1,4 @@
-"""The console may lose characters, its reader or its terminal; the work goes on, and log.txt has every line."""
+"""The console may lose characters, its reader or its terminal: the work continues, and log.txt has every line."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from running import ROOT, environment
 
 from kfood_dist.evaluate.predict import json_line
 
-# Prints more than a pipe holds through all that writes to a console; its exit status tells that it came to its end.
+# Prints more than a pipe can hold, in every way to write to a console. Exit status 7 shows that it reached its end.
 TALKS = """
 import logging, sys, warnings
 from tqdm import tqdm
@@ -31,7 +31,7 @@ raise SystemExit(7)
 
 
 def run(code: str, redirect: str = "", **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run `code` in a Python of its own, with a shell's redirection."""
+    """Run `code` in a new Python, with a shell's redirection."""
     return subprocess.run(
         ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {redirect}', sys.executable, code],
         capture_output=True,
@@ -49,7 +49,7 @@ def run(code: str, redirect: str = "", **variables: str) -> "subprocess.Complete
     ["2>&1 | head -2", "2>&1 | true", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", "1</dev/null 2<&1"],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "euc-kr:strict"])
-def test_a_console_that_cannot_be_written_to_ends_nothing(redirect: str, encoding: str) -> None:
+def test_work_continues_when_the_console_cannot_be_written(redirect: str, encoding: str) -> None:
     done = run(TALKS, redirect, PYTHONIOENCODING=encoding)
     assert done.returncode == 7
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
@@ -63,7 +63,7 @@ def test_a_console_that_cannot_be_written_to_ends_nothing(redirect: str, encodin
         ("ascii:strict", "\\u2013 \\uac08\\ube44\\ucc1c \\U0001f35a \\udcff"),
     ],
 )
-def test_what_an_encoding_lacks_is_shown_as_escapes(encoding: str, shown: str) -> None:
+def test_characters_missing_in_an_encoding_are_shown_as_escapes(encoding: str, shown: str) -> None:
     code = "from kfood_dist.system import console; console.best_effort(); print('– 갈비찜 🍚 \\udcff')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, env=environment() | {"PYTHONIOENCODING": encoding}, cwd=ROOT
@@ -72,7 +72,7 @@ def test_what_an_encoding_lacks_is_shown_as_escapes(encoding: str, shown: str) -
     assert done.stdout.decode(encoding.split(":")[0]) == shown + "\n"
 
 
-def test_a_terminal_that_went_away_ends_nothing() -> None:
+def test_work_continues_when_the_terminal_closes() -> None:
     ours, theirs = pty.openpty()
     code = "import time; from kfood_dist.system import console; console.best_effort(); print('on', flush=True)\n"
     code += "input()\nfor _ in range(1000): print('line', flush=True)\nraise SystemExit(7)"
@@ -87,7 +87,7 @@ def test_a_terminal_that_went_away_ends_nothing() -> None:
     assert process.returncode == 7
 
 
-def test_a_paused_reader_does_not_hold_up_training_but_a_slow_one_gets_all_of_the_rest() -> None:
+def test_a_paused_reader_does_not_block_training_and_a_slow_one_gets_all_other_output() -> None:
     code = "import sys; from kfood_dist.system import console; console.best_effort(waits=sys.argv[1] == 'waits')\n"
     code += "for _ in range(20_000): print('a line of some twenty')"
     start = [sys.executable, "-c", code]
@@ -101,8 +101,8 @@ def test_a_paused_reader_does_not_hold_up_training_but_a_slow_one_gets_all_of_th
     assert len(slow.communicate(timeout=60)[0].splitlines()) == 20_000 and slow.returncode == 0
 
 
-def test_no_file_takes_the_place_of_a_closed_console(tmp_path: Path) -> None:
-    """What a library or a child writes to descriptor 1 would otherwise land in the next file that is opened."""
+def test_no_file_takes_the_descriptor_of_a_closed_console(tmp_path: Path) -> None:
+    """Otherwise the output of a library or a child to descriptor 1 would go into the next file that is opened."""
     code = "import os, subprocess; from kfood_dist.system import console; console.best_effort()\n"
     code += f"file = open({str(tmp_path / 'shard')!r}, 'wb', buffering=0)\n"
     code += "print('printed', flush=True); os.write(1, b'of a library'); subprocess.run(['echo', 'of a child'])\n"
@@ -128,7 +128,7 @@ def test_the_log_has_every_line_that_the_console_had_or_lost(tmp_path: Path) -> 
     assert lines[-1] == f"RuntimeError: the end – 갈비찜 {tmp_path}" and "Traceback (most recent call last):" in lines
 
 
-def test_a_result_that_cannot_be_written_is_a_fault_and_a_reader_that_left_is_none(tiny_shards: Path) -> None:
+def test_an_unwritable_output_is_a_fault_and_a_reader_that_closes_is_not(tiny_shards: Path) -> None:
     order = (
         f"import sys; from kfood_dist.cli import main; sys.exit(main(['order', {str(tiny_shards)!r}, '--epoch', 'E']))"
     )
@@ -143,7 +143,7 @@ def test_a_result_that_cannot_be_written_is_a_fault_and_a_reader_that_left_is_no
         assert (helped.returncode, helped.stderr) == (0, "")
 
 
-def test_a_line_of_json_is_json_in_every_encoding() -> None:
+def test_a_json_line_is_valid_json_in_every_encoding() -> None:
     value = {"image": "\udcff café.jpg", "name": "갈비찜"}
     for encoding in ("utf-8", "ascii", "euc-kr", None):
         assert json.loads(json_line(value, encoding)) == value

@@ -1,4 +1,4 @@
-"""Which files are opened, what it takes to decode them, and what does not count."""
+"""The picture files that are read, the memory to decode them, and metadata that is ignored."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from kfood_dist.data.picture.images import ImageRejected, decode_rgb, prepare_jp
 
 
 def heic(image, **options):
-    """The image as a HEIC file."""
+    """Return the image as the bytes of a HEIC file."""
     from pillow_heif import from_pillow
 
     buffer = io.BytesIO()
@@ -31,7 +31,7 @@ def assert_shows(data, image, tolerance=4.0, **options):
     assert np.abs(packed(data, **options) - packed(encoded(image, "PNG"))).mean() < tolerance
 
 
-# --- what is read
+# --- formats
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
@@ -48,7 +48,10 @@ def test_every_kind_of_file_is_turned_upright(kind, orientation):
 
 
 def tiff(pixels, bits, photometric, extra=()):
-    """A plain TIFF of packed samples: (height, width, samples) of little-endian numbers, or bytes of 96×72 greys."""
+    """Return a plain TIFF of packed samples.
+
+    `pixels` has the shape (height, width, samples) with little-endian numbers, or is bytes of 96×72 grey values.
+    """
     height, width, samples = (72, 96, 1) if isinstance(pixels, bytes) else pixels.shape
     data = pixels if isinstance(pixels, bytes) else pixels.tobytes()
     tags = [(256, width), (257, height), (259, 1), (262, photometric), (277, samples), (278, height), (279, len(data))]
@@ -74,7 +77,7 @@ def in_12_bits(grey):
     ("data", "grey"),
     [
         (tiff(RGB_16, 16, 2), False),
-        (tiff(np.dstack([RGB_16, RGB_16[..., 0] * 0]), 16, 2, [(338, 3, 1, 2)]), False),  # an alpha that hides all
+        (tiff(np.dstack([RGB_16, RGB_16[..., 0] * 0]), 16, 2, [(338, 3, 1, 2)]), False),  # its alpha hides everything
         (tiff(GREY_16[..., None], 16, 1), True),
         (tiff(65535 - GREY_16[..., None], 16, 0), True),  # white is zero
         (tiff(255 - GREY[..., None], 8, 0), True),
@@ -87,12 +90,12 @@ def in_12_bits(grey):
         (encoded(Image.fromarray(GREY_16), "JPEG2000"), True),
     ],
 )
-def test_tiff_in_more_bits_or_pages_shows_what_it_holds(data, grey):
+def test_a_tiff_with_more_bits_or_pages_is_decoded_correctly(data, grey):
     assert_shows(data, picture(2).convert("L") if grey else picture(2))
 
 
 @pytest.mark.parametrize("values", [GREY.astype(np.float32) / 255, GREY.astype(np.int32) * 2**20])
-def test_values_without_a_white_are_refused(values):
+def test_pixel_values_without_a_defined_white_are_refused(values):
     with pytest.raises(ImageRejected, match=r"unreadable: a picture of mode [FI], which does not say what value"):
         prepare_jpeg(encoded(Image.fromarray(values), "TIFF"), 64)
 
@@ -186,7 +189,7 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("kind", UNUSED)
-def test_metadata_that_is_not_used_costs_no_picture(kind):
+def test_unused_metadata_never_rejects_a_picture(kind):
     assert_shows(UNUSED[kind], picture(2), tolerance=8)
 
 
@@ -202,13 +205,13 @@ def test_metadata_that_is_not_used_costs_no_picture(kind):
         jpeg_with(segment(0xE0, b"JFIF\0"), xmp=b"<tiff:Orientation>6</>"),
     ],
 )
-def test_the_orientation_counts_though_other_metadata_cannot_be_read(data):
-    """Orientation 6 is a quarter turn to the right."""
+def test_the_orientation_is_applied_if_other_metadata_is_unreadable(data):
+    """Orientation 6 means a quarter turn to the right."""
     assert_shows(data, picture(2).transpose(Image.Transpose.ROTATE_270))
 
 
-def test_colours_stay_as_they_are_stored_though_other_metadata_cannot_be_read():
-    """What says that a JPEG holds RGB or inverted CMYK is no mere metadata."""
+def test_colours_are_unchanged_if_other_metadata_is_unreadable():
+    """The marker that a JPEG holds RGB or inverted CMYK affects the pixels, so it must not be dropped."""
     broken = segment(0xE2, b"ICC_PROFILE\0")
     for image, options in ((picture(2), {"keep_rgb": True}), (picture(2).convert("CMYK"), {})):
         sound = encoded(image, quality=95, **options)
@@ -223,7 +226,7 @@ def test_a_damaged_picture_is_refused_with_and_without_its_metadata():
 
 # --- memory
 
-# The peak is the process's own (VmHWM); ru_maxrss would begin at that of the process that started it.
+# The peak is the process's own (VmHWM). ru_maxrss would begin at the value of the parent process.
 MEASURED = """
 import sys
 from kfood_dist.data.picture.images import prepare_jpeg
@@ -236,7 +239,7 @@ print(peak() - before - len(data))
 
 
 def peak_bytes(tmp_path, data, size=224, policy="squash"):
-    """How much memory a process takes on top of its libraries and the file to prepare a picture."""
+    """Return the bytes of memory that preparing a picture takes, without the libraries and the file itself."""
     for name, content in (("picture", data), ("small", encoded(picture(2)))):
         (tmp_path / name).write_bytes(content)
     command = [sys.executable, "-c", MEASURED, tmp_path / "picture", tmp_path / "small", str(size), policy]
@@ -244,15 +247,15 @@ def peak_bytes(tmp_path, data, size=224, policy="squash"):
 
 
 @pytest.mark.parametrize(("width", "height"), [(12_000, 9_000), (16_320, 12_240)])
-def test_a_phones_108_and_200_megapixels_take_little_memory(tmp_path, width, height):
-    """Decoded whole, they would be 324 and 599 MB; at 1/8 they are 5 and 9."""
+def test_pictures_of_108_and_200_megapixels_take_little_memory(tmp_path, width, height):
+    """At full size the pixels would take 324 and 599 MB. Decoded at 1/8 they take 5 and 9 MB."""
     data = tall_jpeg(width, height)
     assert peak_bytes(tmp_path, data) < 60e6
     assert peak_bytes(tmp_path, data, 448, "crop") < 100e6
 
 
-def test_a_progressive_jpeg_takes_its_coefficients(tmp_path):
-    """Two bytes for each sample, one and a half samples a pixel: 324 MB, however small it is decoded."""
+def test_a_progressive_jpeg_takes_the_memory_of_its_coefficients(tmp_path):
+    """The coefficients take 2 bytes a sample, 1.5 samples a pixel: 324 MB, also when it is decoded small."""
     assert 250e6 < peak_bytes(tmp_path, tall_jpeg(12_000, 9_008, progressive=True)) < 450e6
 
 
@@ -263,13 +266,13 @@ def undecoded(monkeypatch):
 
 
 def in_two_scans(data):
-    """A baseline JPEG whose first scan has one of its three components."""
+    """Return a baseline JPEG whose first scan has one of its three components."""
     at = data.index(b"\xff\xda") + 4
     return data[:at] + b"\1" + data[at + 1 :]
 
 
 def resized(data, width, height):
-    """A JPEG that says it has this size."""
+    """Return the JPEG with this size in its header."""
     at = next(data.index(marker) for marker in (b"\xff\xc0\0\x11", b"\xff\xc2\0\x11") if marker in data)
     return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
 
@@ -285,13 +288,13 @@ def resized(data, width, height):
         (encoded(Image.new("1", (15_000, 10_000)), "TIFF", compression="group4"), "more than 100,000,000 pixels"),
     ],
 )
-def test_what_takes_too_much_memory_is_refused_before_it_is_decoded(undecoded, data, detail):
+def test_a_picture_that_takes_too_much_memory_is_refused_before_decoding(undecoded, data, detail):
     with pytest.raises(ImageRejected, match=f"too_large: .*{detail}"):
         prepare_jpeg(data, 1024)
 
 
-def test_the_limit_is_of_what_is_decoded():
-    """400×400, decoded at 1/4 to 100×100; a small box of it is decoded whole."""
+def test_the_pixel_limit_counts_the_decoded_pixels():
+    """A picture of 400×400 is decoded at 1/4 to 100×100. For a small box of it, it is decoded at full size."""
     data = encoded(picture(2, 400, 400))
     assert prepare_jpeg(data, 32, max_pixels=10_000)
     with pytest.raises(ImageRejected, match="too_large: 400×400, 10,000 when decoded at 1/4, more than 9,999 pixels"):

@@ -1,4 +1,4 @@
-"""The README's commands are the ones the scripts run, in every language, and every file it names is there."""
+"""In every language, the README's commands are those of the scripts, and every file that it names exists."""
 
 import re
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from kfood_dist.cli import VERBS, build_parser
-from kfood_dist.train.resume import CHANGEABLE, CHANGEABLE_UNMEASURED
+from kfood_dist.train.resume import CHANGEABLE, CHANGEABLE_UNTIL_EVALUATED
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.ko.md")
 
 
 def commands(name: str) -> list[str]:
-    """All commands of a README's bash blocks, comments cut off."""
+    """Return all commands of a README's bash blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
 def quickstart_commands() -> list[str]:
-    """The commands launch/quickstart.sh runs, its variables filled in."""
+    """Return the commands of launch/quickstart.sh with its variables replaced."""
     text = (ROOT / "launch/quickstart.sh").read_text(encoding="utf-8").replace("\\\n", " ")
     variables = {**dict(re.findall(r"^(\w+)=(\S+)$", text, flags=re.MULTILINE))}
     lines = [line for line in text.splitlines() if line.startswith(("bash ", "$kfood "))]
@@ -34,22 +34,22 @@ def test_the_two_commands_come_first(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_steps_are_those_of_quickstart(name: str) -> None:
+def test_the_readme_steps_are_those_of_the_quickstart(name: str) -> None:
     steps = quickstart_commands()
     assert len(steps) == 7
     assert commands(name)[2:9] == steps
 
 
-def test_both_languages_name_the_same_commands() -> None:
+def test_both_languages_have_the_same_commands() -> None:
     assert commands("README.md") == commands("README.ko.md")
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_every_verb_option_and_file_named_exists(name: str) -> None:
+def test_every_named_verb_option_and_file_exists(name: str) -> None:
     for command in commands(name):
         words = command.split()
         for word in words:
-            if word == "slurm/site.env":  # a user's own
+            if word == "slurm/site.env":  # a user writes this file
                 continue
             if word.startswith(("launch/", "ds_configs/", "slurm/")) or word == "shards/kfood150.tsv":
                 assert (ROOT / word).is_file(), command
@@ -59,7 +59,7 @@ def test_every_verb_option_and_file_named_exists(name: str) -> None:
             assert all(w in options for w in words if w.startswith("--")), command
 
 
-def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in VERBS:
         with pytest.raises(SystemExit) as left:
             build_parser(verb).parse_args([verb, "--help"])
@@ -67,15 +67,15 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(capsys.readouterr().out.splitlines()) >= 5
 
 
-def test_the_keys_that_may_change_on_resume_are_those_the_readme_lists() -> None:
+def test_the_readme_lists_the_keys_that_may_change_on_resume() -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Resuming")[1].split("\n## ")[0]
     listed = {
         key for key in re.findall(r"`([a-z]+\.[a-z_]+)`", section.split("**What may change**")[1].split("Any other")[0])
     }
-    assert listed == CHANGEABLE | CHANGEABLE_UNMEASURED
+    assert listed == CHANGEABLE | CHANGEABLE_UNTIL_EVALUATED
 
 
-def test_links_lead_somewhere() -> None:
+def test_the_targets_of_links_exist() -> None:
     for readme in (*READMES, "ds_configs/README.md", "shards/README.md", "slurm/README.md"):
         folder = (ROOT / readme).parent
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / readme).read_text(encoding="utf-8")):
@@ -83,7 +83,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_memory_table_follows_from_the_published_sizes() -> None:
-    """ds_configs/README.md: each row's formula, computed here from hidden size, layers and inner width."""
+    """The test computes the formula of each row of ds_configs/README.md from hidden size, layers and inner width."""
     text = (ROOT / "ds_configs/README.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     of_row = {row[0]: row[2:] for row in rows if len(row) == 6}

@@ -1,4 +1,4 @@
-"""`kfood doctor`: each check finds what is there, names the remedy for what is not, and survives its own crash."""
+"""`kfood doctor`: each check reports what it finds and a remedy for each fault. A check that crashes is a finding."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def levels(findings) -> list[str]:
 
 
 def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path):
-    """The whole command: what the other tests need is what it checks. It reaches for no network, and leaves nothing."""
+    """The complete command checks what the other tests need. It uses no network and leaves no files."""
     nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "TMPDIR": str(tmp_path)}
     words = ["doctor", "--shards", str(tiny_shards), "--model", str(tiny_model)]
     done = subprocess.run(
@@ -41,7 +41,7 @@ def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "no faults"
-    assert done.stderr == ""  # such as advice to install `kernels`, which nothing here needs
+    assert done.stderr == ""  # for example no advice to install `kernels`, which nothing here needs
     assert all(line.split()[0] in (OK, WARN) for line in lines[:-1])
     assert all(" → " in line for line in lines if line.startswith(WARN))
     for found in ("NF4", "8-bit states", "deepspeed", "GiB free", "4 dishes at 224 px", "qwen2_5_vl"):
@@ -49,19 +49,19 @@ def test_this_machine_passes(tiny_shards: Path, tiny_model: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_faults_make_the_status_1_and_stop_no_check(tmp_path: Path, tiny_model: Path, capsys):
+def test_faults_give_status_1_and_all_checks_still_run(tmp_path: Path, tiny_model: Path, capsys):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
     assert main(["doctor", "--shards", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 fault"
     assert main(["doctor", "--shards", str(tmp_path / "none"), "--model", str(tmp_path / "model")]) == 1
     out = capsys.readouterr().out
-    assert "FAULT shards: shard folder" in out and "→ name the OUT of a `kfood pack SOURCE OUT`" in out
+    assert "FAULT shards: shard folder" in out and "→ name the OUT folder of a `kfood pack SOURCE OUT`" in out
     assert "lacks config.json" in out
     assert out.splitlines()[-1] == "2 faults"
 
 
-def test_only_tested_pythons_pass():
+def test_only_tested_python_versions_pass():
     assert [levels(doctor.check_python((3, minor))) for minor in (10, 11, 12, 13)] == [[FAULT], [OK], [OK], [FAULT]]
 
 
@@ -77,8 +77,8 @@ def test_a_check_that_crashes_is_a_finding():
     assert list(doctor.examine("shards", mistake)) == [Finding(FAULT, "shards: bad shard", "pack again")]
 
 
-def test_versions_outside_the_stated_range_are_faults(tmp_path: Path, monkeypatch):
-    """A distribution of its own that asks for what cannot be, beside what is there and what another platform needs."""
+def test_versions_outside_the_required_range_are_faults(tmp_path: Path, monkeypatch):
+    """A made-up distribution requires versions that do not exist, installed ones, and packages of other platforms."""
     info = tmp_path / "greedy-1.dist-info"
     info.mkdir()
     wanted = (
@@ -100,11 +100,11 @@ def test_versions_outside_the_stated_range_are_faults(tmp_path: Path, monkeypatc
     assert levels(doctor.check_packages()) == [OK]
 
 
-def test_four_bits_really_are_tried():
-    assert 0.05 < nf4_error(CPU) < 0.15  # four bits of a normal distribution; unquantised bf16 would be near 0.003
+def test_doctor_really_quantises_to_four_bits():
+    assert 0.05 < nf4_error(CPU) < 0.15  # four bits of a normal distribution (unquantised bf16 would be near 0.003)
 
 
-def test_eight_bit_states_really_are_tried():
+def test_doctor_really_steps_with_eight_bit_states():
     dtype, moved = adamw8bit_step(CPU)
     assert dtype == torch.uint8
     assert moved == pytest.approx(1.0, abs=0.02)  # Adam's first step is the learning rate
@@ -116,8 +116,8 @@ def test_wrong_arithmetic_is_a_fault(monkeypatch):
     assert levels(doctor.check_bitsandbytes()) == [FAULT, FAULT]
 
 
-def test_kernels_for_the_card_are_looked_for_in_torch_and_in_bitsandbytes(monkeypatch):
-    """CUDA 13 left Volta behind; the wheels for CUDA 12.6 have it, and lack Blackwell."""
+def test_torch_and_bitsandbytes_are_checked_for_kernels_of_the_gpu(monkeypatch):
+    """CUDA 13 dropped Volta. The wheels for CUDA 12.6 support Volta but not Blackwell."""
     cuda_13, cuda_12_6 = ("sm_75", "sm_90", "sm_120"), ("sm_50", "sm_60", "sm_70", "sm_90")
     volta, blackwell, maxwell = Gpu("Tesla V100", 7, 0), Gpu("RTX 5090", 12, 0), Gpu("GTX 980", 5, 2)
 
@@ -146,7 +146,7 @@ def test_kernels_for_the_card_are_looked_for_in_torch_and_in_bitsandbytes(monkey
         assert levels(doctor.check_bitsandbytes(found(gpu, cuda, ()))) == [OK, OK]
 
 
-def test_a_card_that_emulates_bf16_is_told(monkeypatch):
+def test_a_gpu_that_emulates_bf16_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (14 * 2**30, 15 * 2**30))
     turing, ampere = doctor.check_gpus(lambda: Gpus(2, (Gpu("Tesla T4", 7, 5), Gpu("A100", 8, 0)), "2", "13.0"))
     assert (turing.level, turing.remedy) == (WARN, "set model.precision=fp16")
@@ -154,7 +154,7 @@ def test_a_card_that_emulates_bf16_is_told(monkeypatch):
     assert (ampere.level, ampere.remedy) == (OK, "")
 
 
-def test_compiler(tmp_path: Path):
+def test_a_compiler_that_fails_is_reported(tmp_path: Path):
     assert compile_complaint(shutil.which("c++") or "c++") is None
     assert compile_complaint(str(tmp_path / "none")) == "No such file or directory"
     broken = tmp_path / "c++"
@@ -163,7 +163,7 @@ def test_compiler(tmp_path: Path):
     assert compile_complaint(str(broken)) == "fatal error: Python.h: No such file"
 
 
-def test_no_compiler_and_no_ninja(monkeypatch, tmp_path: Path):
+def test_a_missing_compiler_and_a_missing_ninja_are_warnings(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     found = list(doctor.check_compiler(tmp_path / "bin"))
@@ -172,12 +172,12 @@ def test_no_compiler_and_no_ninja(monkeypatch, tmp_path: Path):
     assert levels(found) == [WARN, WARN]
 
 
-def test_disk_and_shared_memory(tmp_path: Path):
+def test_the_room_on_disk_and_in_shared_memory_is_checked(tmp_path: Path):
     free = shutil.disk_usage(tmp_path).free / 2**30
     assert levels(doctor.check_disk(tmp_path, 0, free / 2)) == [OK]
     assert levels(doctor.check_disk(tmp_path, free / 2, free * 2)) == [WARN]
     assert levels(doctor.check_disk(tmp_path, free * 2, free * 3)) == [FAULT]
-    # No GPUs, no need: loader processes send bytes. NCCL's need is told where there is less.
+    # Without GPUs, no shared memory is needed, because loader processes send bytes. NCCL between GPUs needs some.
     assert levels(doctor.check_shared_memory(tmp_path / "none", num_gpus=1)) == [OK]
     (found,) = doctor.check_shared_memory(tmp_path / "none", num_gpus=4)
     assert str(found) == (
@@ -191,9 +191,7 @@ IN_A_SMALL_SHM = 'mount -t tmpfs -o size=4k,nr_inodes=$0 shm /dev/shm && exec "$
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm needs root")
-def test_a_dev_shm_without_room_for_a_semaphore_is_found_and_keeps_packing_from_several_processes(
-    pictures: Path, tmp_path: Path
-):
+def test_a_full_dev_shm_is_reported_and_limits_packing_to_one_process(pictures: Path, tmp_path: Path):
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = ["unshare", "-m", "bash", "-c", IN_A_SMALL_SHM, "1", sys.executable, *words]
         return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, cwd=ROOT)
@@ -209,21 +207,21 @@ def test_a_dev_shm_without_room_for_a_semaphore_is_found_and_keeps_packing_from_
 
 
 @pytest.mark.parametrize(
-    ("name", "level", "told"),
+    ("name", "level", "message"),
     [
         ("fine", OK, "temporary files and sockets in"),
         ("x" * 100, WARN, "AF_UNIX path too long"),
         ("none", WARN, "is used"),
     ],
 )
-def test_the_folder_for_temporary_files(tmp_path_factory, monkeypatch, name: str, level: str, told: str):
+def test_the_folder_for_temporary_files_is_checked(tmp_path_factory, monkeypatch, name: str, level: str, message: str):
     folder = tmp_path_factory.mktemp("t") / name
     if name != "none":
         folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
     (found,) = doctor.check_temporary_files()
-    assert found.level == level and told in found.what and str(folder) in found.what
+    assert found.level == level and message in found.what and str(folder) in found.what
     assert not list(folder.parent.glob("*/pymp-*"))
 
 
@@ -236,13 +234,13 @@ def test_a_damaged_shard_is_found(tiny_shards: Path, tmp_path: Path):
     assert found.level == FAULT and "bytes, not the" in found.what and "kfood verify" in found.remedy
 
 
-def test_pictures_that_do_not_fit_the_model_are_told(tiny_model: Path, pictures: Path, tmp_path: Path, capsys):
+def test_pictures_that_do_not_fit_the_model_are_reported(tiny_model: Path, pictures: Path, tmp_path: Path, capsys):
     assert main(["pack", str(pictures), str(tmp_path / "odd"), "--image-size", "50"]) == 0
     (found,) = doctor.examine("model", lambda: doctor.check_model(str(tiny_model), tmp_path / "odd"))
     assert found.level == FAULT and "50 is not a multiple of the model's 28 pixels" in found.what
 
 
-def test_torchvision_is_not_needed_but_must_load(tmp_path: Path, monkeypatch):
+def test_torchvision_is_optional_but_must_load_if_installed(tmp_path: Path, monkeypatch):
     info = tmp_path / "torchvision-0.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.0\n")

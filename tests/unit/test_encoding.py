@@ -1,4 +1,4 @@
-"""Korean text is read in the encoding that all of it speaks for, or refused with line and byte."""
+"""Korean text is read in the encoding that fits all of it, or refused with the line and the byte."""
 
 import csv
 import unicodedata
@@ -24,17 +24,17 @@ def test_a_text_is_read_in_the_encoding_it_was_written_in(text: str, encoding: s
 
 
 @pytest.mark.parametrize("text", ["crème brûlée", "Käse", "jalapeño", "à la carte", "ラーメン", "불고기,±5 °C 10 µm,½"])
-def test_what_is_no_hangul_stays_what_it_is(text: str) -> None:
+def test_text_without_hangul_is_unchanged(text: str) -> None:
     assert read_text(HEADER + text.encode(), "a.csv") == "image_path,label\n" + text
 
 
-def test_utf16_without_a_mark_is_told_whatever_its_first_letter_and_one_nul_does_not_make_it() -> None:
+def test_utf16_without_a_byte_order_mark_is_detected_and_one_nul_is_not_enough() -> None:
     text = "라벨,image_path,label\r\n가각,가.jpg,가가가\r\n"
     assert [read_text(text.encode(f"utf-16-{end}"), "a.csv") for end in ("le", "be")] == [text, text]
     assert read_text(("\0" + text).encode(), "a.csv") == "\0" + text
 
 
-def test_rare_syllables_and_signs_of_korean_windows_are_read() -> None:
+def test_rare_syllables_and_signs_of_korean_windows_are_read_correctly() -> None:
     text = "똠양꿍,펲,㎖ 湯 불고기\n"
     assert read_text(text.encode("cp949"), "a.csv") == text
 
@@ -72,14 +72,14 @@ def test_a_text_of_two_encodings_or_none_is_refused_with_line_and_byte(data: byt
         read_text(data, "a.csv")
 
 
-def test_what_fits_decides_where_all_of_it_may_be_either() -> None:
+def test_the_fits_check_decides_between_two_possible_encodings() -> None:
     data = "Aī\n".encode()  # A카 in CP949
     assert read_text(data, "a.csv") == "Aī\n"
     assert read_text(data, "a.csv", fits=lambda text: "카" in text) == "A카\n"
     assert read_text("회\n".encode("cp949"), "a.csv", fits=lambda text: "ȸ" in text) == "ȸ\n"
 
 
-def test_an_encoding_that_is_given_decides_and_must_fit() -> None:
+def test_a_given_encoding_is_used_and_must_fit() -> None:
     assert read_text("회,é\n".encode(), "a.csv", "utf-8") == "회,é\n"
     assert read_text("ﾗｰﾒﾝ\n".encode("shift-jis"), "a.csv", "shift-jis") == "ﾗｰﾒﾝ\n"
     with pytest.raises(SourceError, match=r"is not utf-8 here: line 2, byte 23 of the file"):
@@ -89,8 +89,8 @@ def test_an_encoding_that_is_given_decides_and_must_fit() -> None:
             require_encoding(name)
 
 
-def test_every_name_of_the_set_is_read_whatever_wrote_it(request: pytest.FixtureRequest) -> None:
-    """Also 회, whose bytes in CP949 are valid UTF-8."""
+def test_every_name_of_the_data_set_is_read_in_each_encoding(request: pytest.FixtureRequest) -> None:
+    """This includes 회, whose CP949 bytes are valid UTF-8."""
     with open(Path(request.config.rootpath) / "shards" / "kfood150.tsv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     names = {name for row in rows for name in (row["category"], row["name"], *row["aliases"].split("|"))}
@@ -101,7 +101,7 @@ def test_every_name_of_the_set_is_read_whatever_wrote_it(request: pytest.Fixture
     assert [name_text(name.encode()) for name in ("crème", "Käse", "ラーメン")] == ["crème", "Käse", "ラーメン"]
 
 
-def test_names_beside_it_decide_what_may_be_either() -> None:
+def test_neighbouring_names_decide_the_encoding_of_an_ambiguous_name() -> None:
     name = "카 cake".encode("cp949")
     assert name_text(name) == "ī cake"
     assert side_of([name, "구이".encode("cp949")]) == "cp949"

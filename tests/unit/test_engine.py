@@ -1,4 +1,4 @@
-"""The engine without DeepSpeed on a module of one weight: what is not finite is left out, and what fp16 remembers."""
+"""The engine without DeepSpeed on a module of one weight: steps that are not finite are skipped, and fp16's state."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from kfood_dist.train.engine.zero import ZeroEngine
 
 
 class Slope(torch.nn.Module):
-    """Its loss is weight × slope + offset, given as a batch: the gradient is the slope, whatever the loss."""
+    """A module of one weight. The loss of a batch (slope, offset) is weight × slope + offset: its gradient is slope."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def weight_of(engine: PlainEngine) -> float:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_an_infinite_loss_with_a_finite_gradient_is_left_out_whichever_micro_batch_it_is(precision: str) -> None:
+def test_a_loss_that_is_not_finite_in_any_micro_batch_skips_the_step(precision: str) -> None:
     engine = engine_of(precision)
     for micro_batches in ([(1.0, math.inf), (1.0, 0.0)], [(1.0, 0.0), (1.0, math.inf)], [(math.nan, 0.0), (1.0, 0.0)]):
         for i, batch in enumerate(micro_batches):
@@ -51,7 +51,7 @@ def test_an_infinite_loss_with_a_finite_gradient_is_left_out_whichever_micro_bat
     assert weight_of(engine) == 0.5
 
 
-def test_the_loss_scale_is_halved_by_an_overflow_and_can_be_carried_to_another_run() -> None:
+def test_an_overflow_halves_the_loss_scale_and_another_run_can_take_it_over() -> None:
     first = engine_of("fp16")
     assert first.scale_state["scale"] == 2**16
     first.micro_step((math.inf, 0.0), 1.0, last=True)
@@ -73,8 +73,8 @@ def test_only_fp16_scales_the_loss(precision: str) -> None:
     assert engine.step([0.25]).loss_scale is None
 
 
-def test_zero_tells_the_loss_scale_that_an_update_was_made_with() -> None:
-    """DeepSpeed's own scaler in an engine that only says what fp16 on a GPU would: an overflow, and no update."""
+def test_the_zero_engine_reports_the_loss_scale_of_each_update() -> None:
+    """DeepSpeed's own scaler runs in a fake engine that reports an overflow and no update, like fp16 on a GPU."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     scaler = DynamicLossScaler(
@@ -91,7 +91,7 @@ def test_zero_tells_the_loss_scale_that_an_update_was_made_with() -> None:
             return True
 
         def step(self) -> None:
-            scaler.cur_scale /= 2  # as update_scale does, which wants a process group to say so
+            scaler.cur_scale /= 2  # as update_scale does, which needs a process group to log it
 
         def was_step_applied(self) -> bool:
             return False
@@ -112,7 +112,7 @@ def test_zero_tells_the_loss_scale_that_an_update_was_made_with() -> None:
     assert scaler.cur_scale == state["scale"] == 2.0**14
 
 
-def test_a_large_gradient_is_clipped_and_told_as_it_was() -> None:
+def test_a_large_gradient_is_clipped_and_its_norm_before_clipping_is_reported() -> None:
     module = Slope()
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     engine = PlainEngine(Accelerator(cpu=True), module, optimizer, max_grad_norm=0.5, precision="fp32")
@@ -121,7 +121,7 @@ def test_a_large_gradient_is_clipped_and_told_as_it_was() -> None:
     assert weight_of(engine) == pytest.approx(0.5)
 
 
-def test_a_checkpoint_carries_the_loss_scale(tmp_path: Path) -> None:
+def test_a_checkpoint_saves_the_loss_scale(tmp_path: Path) -> None:
     first = engine_of("fp16")
     first.micro_step((math.inf, 0.0), 1.0, last=True)
     first.step([0.25])

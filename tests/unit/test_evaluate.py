@@ -1,4 +1,4 @@
-"""`kfood eval` in one process: what it asks, what it writes, what it reuses, what it refuses before weights load."""
+"""`kfood eval` in one process: its settings, its output, the reuse of reports, and refusals before weights load."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from kfood_dist.evaluate import panel
 from kfood_dist.evaluate import rank as ask
 from kfood_dist.evaluate.evaluation import Evaluation, check, find_earlier
 from kfood_dist.evaluate.generate import Answerer, load_answerer
-from kfood_dist.evaluate.main import conclude
+from kfood_dist.evaluate.main import write_results
 from kfood_dist.evaluate.metrics import Prediction
 from kfood_dist.evaluate.settings import Settings, resolve_settings
 from kfood_dist.model.objective.answer import AnswerLoss
@@ -34,7 +34,7 @@ EXACT = ("--set", "model.quantization=none", "--set", "model.precision=fp32")
 
 @pytest.fixture
 def words(tiny_shards: Path, tiny_model: Path, tiny_adapter: Path, tmp_path: Path) -> list[str]:
-    """The command line of an evaluation of the tiny adapter, into tmp_path/out."""
+    """Return the command line that evaluates the tiny adapter into tmp_path/out."""
     named = {"shards": tiny_shards, "model": tiny_model, "adapter": tiny_adapter, "out": tmp_path / "out"}
     return ["eval", *(word for name, value in named.items() for word in (f"--{name}", str(value)))]
 
@@ -61,7 +61,7 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     return report, [json.loads(line) for line in lines]
 
 
-def test_what_an_evaluation_writes(words, tiny_shards, tmp_path, capsys):
+def test_an_evaluation_writes_report_predictions_page_and_tensorboard(words, tiny_shards, tmp_path, capsys):
     assert main([*words, "--tensorboard", str(tmp_path / "tb"), "--step", "7"]) == 0
     report, records = read(tmp_path / "out")
     shards = open_split(tiny_shards, "test")
@@ -82,26 +82,26 @@ def test_what_an_evaluation_writes(words, tiny_shards, tmp_path, capsys):
     (accuracy,) = events.Scalars("test/accuracy")
     assert (accuracy.step, accuracy.value) == (7, pytest.approx(report["accuracy"]))
     (image,) = events.Images("test/predictions")
-    assert image.width == 4 * 200 and image.height >= 4 * 200  # 16 pictures, four in a row
+    assert image.width == 4 * 200 and image.height >= 4 * 200  # 16 pictures, four per row
     (text,) = events.Tensors("test/predictions/text_summary")
     table = text.tensor_proto.string_val[0].decode()
     shown = [records[i] for i in panel.spread(16, len(records))]
     assert all(f"| {r['label']} | {r['prediction']} |" in table for r in shown)
 
 
-def test_the_same_question_is_not_asked_twice(words, tmp_path, capsys):
+def test_the_same_evaluation_is_not_run_twice(words, tmp_path, capsys):
     assert main([*words, "--limit", "5"]) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
     assert main([*words, "--limit", "5", "--tensorboard", str(tmp_path / "tb")]) == 0
     assert capsys.readouterr().out.startswith("reused ")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    assert len(list((tmp_path / "tb").iterdir())) == 1  # what the first run did not log is logged now
+    assert len(list((tmp_path / "tb").iterdir())) == 1  # the first run did not log this, so it is logged now
     assert main([*words, "--limit", "5", "--tensorboard", str(tmp_path / "tb")]) == 0
     assert len(list((tmp_path / "tb").iterdir())) == 1
 
 
-def test_another_question_is_not_answered_from_memory(words, tiny_adapter, tiny_model, tmp_path, monkeypatch):
+def test_a_changed_evaluation_does_not_reuse_a_report(words, tiny_adapter, tiny_model, tmp_path, monkeypatch):
     assert main([*words, "--limit", "2"]) == 0
 
     def answered(*changed: str) -> bool:
@@ -129,7 +129,7 @@ def test_another_question_is_not_answered_from_memory(words, tiny_adapter, tiny_
 
 
 def test_confidence_is_the_probability_of_the_answer(words):
-    """Against the training loss of the very same text: -log p(answer and its end token)."""
+    """The confidence must equal exp(-training loss) of the same text, its answer and end token."""
     task, answerer, collator = load([*words, *EXACT])
     answers = answerer.answer(collator[micro_batch(*range(6))])
     checked = 0
@@ -140,7 +140,7 @@ def test_confidence_is_the_probability_of_the_answer(words):
 
 
 def likelihood(task: Evaluation, answerer: Answerer, i: int, text: str) -> float:
-    """p(text and its end token) under the training loss, for picture i."""
+    """Return p(text and its end token) from the training loss, for picture i."""
 
     pictures = answerer.template.pictures
     batch = StreamingCollator(task.shards, answerer.template, task.task)[micro_batch(i)]
@@ -159,7 +159,7 @@ def likelihood(task: Evaluation, answerer: Answerer, i: int, text: str) -> float
     return float(torch.exp(-loss))
 
 
-def test_greedy_answers_end_where_training_ends_them(words):
+def test_greedy_answers_end_at_the_end_token_of_training(words):
     _, answerer, collator = load([*words, *EXACT])
     answers = answerer.answer(collator[micro_batch(*range(len(collator.shards)))])
     names = {dish.name for dish in collator.shards.classes}
@@ -167,7 +167,7 @@ def test_greedy_answers_end_where_training_ends_them(words):
     assert all("<|" not in answer.text for answer in answers)
 
 
-def test_a_base_that_ships_sampling_and_penalties_is_still_asked_greedily(words, tiny_model, tmp_path):
+def test_sampling_and_penalties_of_a_base_model_do_not_change_the_greedy_answers(words, tiny_model, tmp_path):
     plain = main([*words, *EXACT, "--limit", "4"])
     model = shutil.copytree(tiny_model, tmp_path / "spiced")
     spice = json.loads((model / "generation_config.json").read_text())
@@ -219,16 +219,16 @@ def test_settings_come_from_the_adapter_then_the_recipe_then_the_defaults(tiny_a
     assert settings_of("--set", "data.image_size=112").image_size == 112
 
 
-def test_precision_that_an_adapters_attention_lacks_is_refused(tiny_adapter, tmp_path):
+def test_a_precision_that_the_adapters_attention_does_not_support_is_refused(tiny_adapter, tmp_path):
     adapter = facts_of(tiny_adapter, tmp_path / "a", attention="flash_attention_2", precision="bf16")
     words = ["--adapter", adapter, "--set", "model.precision=fp16"]
-    with pytest.raises(RecipeError, match=r"the settings of adapter .*flash_attention_2 has no float32"):
+    with pytest.raises(RecipeError, match=r"the settings of adapter .*flash_attention_2 does not support float32"):
         settings_of(*words)
     assert settings_of(*words, "--set", "model.attention=sdpa").attention == "sdpa"
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "message"),
     [
         (["--set", "data.prompt=다른 물음"], "contradicts adapter"),
         (["--set", "model.precison=fp32"], "did you mean precision?"),
@@ -240,78 +240,77 @@ def test_precision_that_an_adapters_attention_lacks_is_refused(tiny_adapter, tmp
         (["--out", "{file}"], "--out {file}: {file} is not a folder"),
     ],
 )
-def test_mistakes_are_told_before_torch_computes(words, tmp_path, capsys, extra, told):
+def test_mistakes_are_reported_before_torch_computes(words, tmp_path, capsys, extra, message):
     (tmp_path / "file").write_text("")
     file = str(tmp_path / "file")
     assert main([*words, *(word.replace("{file}", file) for word in extra)]) == 2
-    assert told.replace("{file}", file) in capsys.readouterr().err
+    assert message.replace("{file}", file) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"image_size": 56}, "are 224 pixels wide, not 56"),
-        ({"resize": "crop"}, "were resized by 'squash', the adapter's by 'crop'"),
+        ({"resize": "crop"}, "were resized by 'squash', but the adapter's by 'crop'"),
         ({"resize": "melt"}, "resize 'melt' is unknown"),
         ({"max_length": 60}, "data.max_length 60 is too short for a picture of 224 pixels"),
         ({"max_length": "long"}, "kfood.json: max_length"),
     ],
 )
-def test_pictures_that_are_not_the_adapters_are_refused(words, tiny_adapter, tmp_path, capsys, changes, told):
+def test_pictures_that_do_not_match_the_adapter_are_refused(words, tiny_adapter, tmp_path, capsys, changes, message):
     assert main([*words, "--adapter", facts_of(tiny_adapter, tmp_path / "a", **changes)]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_task_is_named_as_the_remedy(words, tiny_adapter, tmp_path, capsys):
-    """Not data.task, which the adapter fixes."""
-    assert (
-        main([*words, "--adapter", facts_of(tiny_adapter, tmp_path / "a", task="question", prompt="{question}")]) == 2
-    )
-    told = capsys.readouterr().err
-    assert "was trained on the task question, which needs the column question" in told
-    assert told.endswith("→ name an adapter of the task dish or name other shards\n")
-    with pytest.raises(RecipeError, match=r"^data.task question needs .* → set data.task=dish or name other shards$"):
+    """The remedy is not data.task, because the adapter fixes the task."""
+    adapter = facts_of(tiny_adapter, tmp_path / "a", task="question", prompt="{question}")
+    assert main([*words, "--adapter", adapter]) == 2
+    message = capsys.readouterr().err
+    assert "was trained on the task question, which needs the column question" in message
+    assert message.endswith("→ name an adapter of the task dish or use other shards\n")
+    with pytest.raises(RecipeError, match=r"^data.task question needs .* → set data.task=dish or use other shards$"):
         require_columns("question", ("category", "label"), "shards")
 
 
-def test_damaged_facts_are_refused(words, tiny_adapter, tmp_path, capsys):
+def test_a_damaged_kfood_json_is_refused(words, tiny_adapter, tmp_path, capsys):
     copy = shutil.copytree(tiny_adapter, tmp_path / "a")
-    for content, told in (("{", "cannot be read"), ("[]", "is not a JSON object")):
+    for content, message in (("{", "cannot be read"), ("[]", "is not a JSON object")):
         (copy / "kfood.json").write_text(content)
         assert main([*words, "--adapter", str(copy)]) == 2
-        assert f"kfood.json {told}" in capsys.readouterr().err
+        assert f"kfood.json {message}" in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_base_is_refused(words, tiny_adapter, tmp_path, capsys):
+def test_an_adapter_of_another_base_model_is_refused(words, tiny_adapter, tmp_path, capsys):
     from safetensors.numpy import load_file, save_file
 
     copy = shutil.copytree(tiny_adapter, tmp_path / "a")
     tensors = load_file(tiny_adapter / "adapter_model.safetensors")
     name = next(n for n in tensors if "layers.3" in n and n.endswith("q_proj.lora_A.weight"))
-    for changed, told in (
+    for changed, message in (
         ({name: np.zeros((16, 2048), np.float32)}, "has 256 features, not (16, 2048)"),
         ({name: np.zeros(16, np.float32)}, "has 256 features, not (16,)"),
         ({name.replace("layers.3", "layers.35"): tensors[name]}, "layers.35.self_attn.q_proj is not in it"),
     ):
         save_file(tensors | changed, copy / "adapter_model.safetensors")
         assert main([*words, "--adapter", str(copy)]) == 2
-        assert told in capsys.readouterr().err
-    for tensors_found, told in (
+        assert message in capsys.readouterr().err
+    for tensors_found, message in (
         ({n: t for n, t in tensors.items() if n != name}, f"it lacks {name}"),
-        (tensors | {"base_model.model.v_head.weight": tensors[name]}, "knows no base_model.model.v_head.weight"),
+        (tensors | {"base_model.model.v_head.weight": tensors[name]}, "does not have base_model.model.v_head.weight"),
         (tensors | {name: tensors[name][:8]}, f"{name} is (8, 256), not (16, 256)"),
     ):
         save_file(tensors_found, copy / "adapter_model.safetensors")
         assert main([*words, "--adapter", str(copy)]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (copy / "adapter_model.safetensors").write_bytes(b"cut")
     assert main([*words, "--adapter", str(copy)]) == 2
     assert f"adapter {copy} is damaged" in capsys.readouterr().err
 
 
-def test_a_picture_too_long_is_refused_alone(words, pictures):
-    """One packed picture is larger than the rest, so that it alone cannot fit."""
+def test_only_the_picture_that_is_too_long_is_refused(words, pictures):
+    """One packed picture is larger than the rest, so only this one cannot fit."""
     task, answerer, collator = load(words)
     large = prepare_jpeg(next(pictures.rglob("Img_*")).read_bytes(), 448)
 
@@ -321,7 +320,7 @@ def test_a_picture_too_long_is_refused_alone(words, pictures):
             return [sample._replace(pictures=(large,)) if i == 1 else sample for i, sample in found]
 
     collator.shards = OneLarge(task.shards.manifest, "test")
-    answerer.template.max_length = 120  # holds 64 image tokens and some text, not 256
+    answerer.template.max_length = 120  # enough for 64 image tokens and some text, not for 256 image tokens
     assert list(ask.answer_batch(collator, answerer, (0, 1, 2))) == [0, 2]
     assert ask.answer_batch(collator, answerer, (1,)) == {}
 
@@ -330,19 +329,19 @@ def record_of(task: Evaluation, i: int, text: str) -> Prediction:
     return ask.make_record(task.shards.key(i), task.shards.read(i).columns, task.task, text, 0.9)
 
 
-def test_refused_pictures_count_as_wrong_by_name(words, tmp_path):
+def test_refused_pictures_count_as_wrong_and_are_named(words, tmp_path):
     task = check(parse([*words, "--limit", "3"]))
     right = {i: record_of(task, i, task.shards.read(i).columns["label"]) for i in (0, 2)}
     parts = [ask.Part({0: right[0]}, [1], 1.0), ask.Part({2: right[2]}, [], 1.0)]
-    conclude(task, parts, World(), torch.device("cpu"))
+    write_results(task, parts, World(), torch.device("cpu"))
     report, records = read(tmp_path / "out")
     assert (report["correct"], report["images"], report["refused"]) == (2, 3, ["test-00000001"])
     assert [(r["raw"], r["correct"]) for r in records][1] == ("", False)
-    with pytest.raises(AssertionError, match="a picture was left out"):
-        conclude(task, parts[:1], World(), torch.device("cpu"))
+    with pytest.raises(AssertionError, match="a picture has no record"):
+        write_results(task, parts[:1], World(), torch.device("cpu"))
 
 
-def test_a_report_is_there_before_tensorboard_is_tried(words, tmp_path, monkeypatch):
+def test_the_report_is_written_before_tensorboard(words, tmp_path, monkeypatch):
     task = check(parse([*words, "--limit", "1", "--tensorboard", str(tmp_path / "tb")]))
     parts = [ask.Part({0: record_of(task, 0, "x")}, [], 1.0)]
 
@@ -351,14 +350,14 @@ def test_a_report_is_there_before_tensorboard_is_tried(words, tmp_path, monkeypa
 
     monkeypatch.setattr(panel, "log", full)
     with pytest.raises(OSError, match="No space left"):
-        conclude(task, parts, World(), torch.device("cpu"))
+        write_results(task, parts, World(), torch.device("cpu"))
     assert read(tmp_path / "out")[0]["images"] == 1
 
 
 # Panel
 
 
-def test_the_font_is_fontconfigs_if_it_has_hangul(tmp_path, monkeypatch):
+def test_the_font_of_fontconfig_is_used_if_it_has_hangul(tmp_path, monkeypatch):
     answer = tmp_path / "fc-match"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert panel.hangul_font() is None  # fontconfig is not installed
@@ -369,8 +368,8 @@ def test_the_font_is_fontconfigs_if_it_has_hangul(tmp_path, monkeypatch):
     assert panel.hangul_font() == "/nowhere.ttf"
 
 
-def test_a_search_for_fonts_that_takes_too_long_is_given_up(monkeypatch):
-    """fc-match makes its cache first."""
+def test_a_font_search_that_takes_too_long_is_stopped(monkeypatch):
+    """fc-match may first have to build its cache."""
 
     def hang(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
@@ -379,7 +378,7 @@ def test_a_search_for_fonts_that_takes_too_long_is_given_up(monkeypatch):
     assert panel.hangul_font() is None
 
 
-def test_the_panel_draws_names_where_a_font_has_hangul(tmp_path):
+def test_the_panel_draws_names_if_a_font_has_hangul(tmp_path):
     record = Prediction("k", "s", "김밥", "파|전<b>", "x", False, 0.5)
     assert "| 1 | 김밥 | 파·전·b· | ✗ |" in panel.caption_table([record])
     jpeg = prepare_jpeg(_png(), 56)
@@ -391,12 +390,12 @@ def test_the_panel_draws_names_where_a_font_has_hangul(tmp_path):
         assert (panel.draw([(record, jpeg)], font) != panel.draw([(record, jpeg)], None)).any()
 
 
-def test_a_font_without_hangul_is_not_taken(tmp_path):
+def test_a_font_without_hangul_is_recognised(tmp_path):
     fonts = sorted(Path("/usr/share/fonts").rglob("DejaVuSans.ttf"))
     if not fonts:
         pytest.skip("DejaVu Sans, a font without Hangul, is not installed")
     assert not panel.has_hangul(str(fonts[0]))
-    record = Prediction("k", "s", "Gimbap", "Pajeon", "x", True, 0.5)  # it does have these letters
+    record = Prediction("k", "s", "Gimbap", "Pajeon", "x", True, 0.5)  # the font has these letters
     drawn = [panel.draw([(record, prepare_jpeg(_png(), 56))], font) for font in (None, str(fonts[0]))]
     assert (drawn[0] != drawn[1]).any()
 
@@ -411,7 +410,7 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-def test_a_step_logged_again_is_replaced(tmp_path):
+def test_logging_a_step_again_replaces_it(tmp_path):
     samples = [(Prediction("k", "s", "김밥", "김밥", "김밥", True, 0.5), prepare_jpeg(_png(), 56))]
     assert not panel.is_logged(tmp_path, "test", 7)
     for accuracy, step in ((0.25, 7), (0.5, 7), (0.75, 17)):
@@ -428,7 +427,7 @@ def test_pictures_are_chosen_evenly():
     assert panel.spread(16, 3) == [0, 1, 2]
 
 
-def test_reuse_needs_no_torch(words, tmp_path):
+def test_reusing_a_report_imports_no_torch(words, tmp_path):
     import subprocess
 
     base = [w for w in words if w not in ("--adapter", words[words.index("--adapter") + 1])]

@@ -1,4 +1,4 @@
-"""The fork server of the tests: a rank that dies or hangs ends its test with its log, and nothing leaks to the next."""
+"""The tests' fork server: a rank that dies or hangs ends its test with its log, and no state leaks to the next test."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def pids(output: str) -> list[int]:
     return [int(line.split()[-1]) for line in output.splitlines() if " has pid " in line]
 
 
-def test_ranks_that_hang_end_with_what_they_said(tmp_path: Path) -> None:
+def test_ranks_that_hang_are_killed_and_their_output_is_shown(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ranks did not end within 2 s:\nrank 0 has pid \d+\nrank 1 ") as raised:
         run_ranks(say_and, "hang", **how(tmp_path), timeout_s=2)
     found = pids(str(raised.value))
@@ -44,7 +44,7 @@ def test_ranks_that_hang_end_with_what_they_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("do", "status"), [("exit", 3), ("raise", 1), ("die", -signal.SIGSEGV)])
-def test_a_rank_that_fails_ends_the_others_with_what_they_said(tmp_path: Path, do: str, status: int) -> None:
+def test_a_rank_that_fails_ends_the_others_and_all_output_is_kept(tmp_path: Path, do: str, status: int) -> None:
     ended = run_ranks(say_and, do, **how(tmp_path), grace_s=0.5)
     assert ended.statuses == (-signal.SIGKILL, status)
     assert ("RuntimeError: a fault of rank 1" in ended.output) == (do == "raise")
@@ -61,7 +61,7 @@ def test_a_test_that_fails_leaves_no_rank(tmp_path: Path) -> None:
 
 
 def tell_and_change() -> None:
-    """Print what this rank finds as it begins; then change all of it."""
+    """Print the state that this rank finds at its start, then change all of it."""
     print(
         json.dumps(
             {
@@ -89,7 +89,7 @@ def tell_and_change() -> None:
     torch.zeros(1 << 20).share_memory_()
 
 
-def test_nothing_of_one_test_is_met_by_the_next(tmp_path: Path) -> None:
+def test_no_state_of_one_run_leaks_into_the_next(tmp_path: Path) -> None:
     before = set(os.listdir("/dev/shm")), sorted(os.environ), os.getcwd()
     first, second = (run_ranks(tell_and_change, **how(tmp_path)) for _ in range(2))
     assert first.statuses == second.statuses == (0, 0), first.output + second.output

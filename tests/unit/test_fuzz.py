@@ -1,7 +1,7 @@
-"""Damaged and hostile manifests, indexes and recipes: an error of our own with its remedy, never a traceback or a hang.
+"""Damaged and hostile manifests, indexes and recipes end in a KfoodError with a remedy, never in a traceback or a hang.
 
-Bytes are flipped, cut, inserted and exchanged; JSON, index rows and YAML are also changed as what they are, and sealed
-and hashed again, so that the checks behind the checksums are reached.
+Bytes are flipped, cut off, inserted, erased and repeated. Values in JSON, index rows and YAML are changed too, with new
+checksums, so that the checks behind the checksums are reached.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pictures import write_folder
 
 from kfood_dist.config.recipe import load_recipe
-from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.manifest import load_manifest, with_checksum
 from kfood_dist.data.shards.reader import INDEX_DTYPE, open_split
 from kfood_dist.data.shards.sample import Sample, cut
 from kfood_dist.data.shards.tars import Entry, write_tar
@@ -35,7 +35,7 @@ from kfood_dist.pack.options import PackOptions
 from kfood_dist.pack.split import parse_fractions
 
 INDEX = "train-000000.index.npy"
-# Half a minute for one example is a hang, on however busy a machine: each takes milliseconds.
+# An example takes milliseconds, so half a minute is a hang, even on a busy machine.
 fuzzing = settings(
     max_examples=3 * settings().max_examples,
     deadline=30_000,
@@ -53,12 +53,12 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy whose manifest or index each example replaces."""
+    """Return a copy. Each example replaces its manifest or an index."""
     return shutil.copytree(packed, tmp_path_factory.mktemp("fuzzed") / "out")
 
 
 def use(folder: Path) -> None:
-    """Everything that reads a packed folder; only errors of our own may come out, and verify only tells."""
+    """Call everything that reads a packed folder. Only KfoodError may be raised, and verify only returns findings."""
     for split in ("train", "test"):
         try:
             shards = open_split(folder, split)
@@ -100,7 +100,9 @@ def mutated(data: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
 
 @fuzzing
 @given(changes=mutations)
-def test_manifest_bytes(packed: Path, folder: Path, changes: list[tuple[str, float, bytes]]) -> None:
+def test_changed_manifest_bytes_are_refused(
+    packed: Path, folder: Path, changes: list[tuple[str, float, bytes]]
+) -> None:
     original = (packed / "manifest.json").read_bytes()
     damaged = mutated(original, changes)
     (folder / "manifest.json").write_bytes(damaged)
@@ -112,21 +114,23 @@ def test_manifest_bytes(packed: Path, folder: Path, changes: list[tuple[str, flo
 
 @fuzzing
 @given(changes=mutations, named=st.booleans())
-def test_index_bytes(packed: Path, folder: Path, changes: list[tuple[str, float, bytes]], named: bool) -> None:
+def test_changed_index_bytes_raise_only_our_errors(
+    packed: Path, folder: Path, changes: list[tuple[str, float, bytes]], named: bool
+) -> None:
     put_index(packed, folder, mutated((packed / INDEX).read_bytes(), changes), named)
     use(folder)
 
 
 def put_index(packed: Path, folder: Path, data: bytes, named: bool = True) -> None:
-    """Write an index, and a manifest that agrees with it if `named`."""
+    """Write an index, and a manifest that matches it if `named`."""
     (folder / INDEX).write_bytes(data)
     manifest = json.loads((packed / "manifest.json").read_text(encoding="utf-8"))
     if named:
         manifest["shards"][0]["index"].update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (folder / "manifest.json").write_bytes(seal(manifest))
+    (folder / "manifest.json").write_bytes(with_checksum(manifest))
 
 
-# What the bytes say
+# Values
 
 json_values = st.recursive(
     st.none()
@@ -141,7 +145,7 @@ json_values = st.recursive(
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON or YAML tree."""
+    """Return every place in a JSON or YAML tree."""
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [path] * bool(path) + [place for key, child in children for place in places(child, (*path, key))]
 
@@ -167,13 +171,13 @@ def encodable(value: Any) -> bool:
 
 @fuzzing
 @given(data=st.data(), value=json_values.filter(encodable), gone=st.booleans())
-def test_manifest_values_under_a_true_checksum(
+def test_changed_manifest_values_with_a_correct_checksum_raise_only_our_errors(
     packed: Path, folder: Path, data: st.DataObject, value: Any, gone: bool
 ) -> None:
     shutil.copy(packed / INDEX, folder / INDEX)
     manifest = json.loads((packed / "manifest.json").read_text(encoding="utf-8"))
     place = data.draw(st.sampled_from(places(manifest)))
-    (folder / "manifest.json").write_bytes(seal(changed(manifest, place, value, gone)))
+    (folder / "manifest.json").write_bytes(with_checksum(changed(manifest, place, value, gone)))
     use(folder)
 
 
@@ -182,7 +186,7 @@ fields = st.sampled_from([name for name in INDEX_DTYPE.names or () if name != "k
 
 @fuzzing
 @given(row=st.integers(0, 2), field=fields, share=st.floats(0, 1), key=st.binary(max_size=24))
-def test_index_values_under_a_true_checksum(
+def test_changed_index_values_with_a_correct_checksum_raise_only_our_errors(
     packed: Path, folder: Path, row: int, field: str, share: float, key: bytes
 ) -> None:
     index = np.load(packed / INDEX).copy()
@@ -221,15 +225,15 @@ def other_indexes(index: np.ndarray) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", other_indexes(np.zeros(3, INDEX_DTYPE)))
-def test_an_index_that_is_something_else(packed: Path, folder: Path, kind: str) -> None:
+def test_a_file_that_is_not_an_index_is_refused(packed: Path, folder: Path, kind: str) -> None:
     put_index(packed, folder, other_indexes(np.load(packed / INDEX))[kind])
     with pytest.raises(ShardError, match=r"index\.npy .* → "):
         open_split(folder, "train").read(0)
     use(folder)
 
 
-def test_an_index_that_promises_terabytes_takes_no_memory(packed: Path, folder: Path) -> None:
-    """In a process of its own, which may not have more than 2 GiB."""
+def test_an_index_that_declares_terabytes_takes_little_memory(packed: Path, folder: Path) -> None:
+    """The index is read in a new process, which may use at most 2 GiB."""
     index = np.load(packed / INDEX).copy()
     index["size"] = 2**32 - 1
     index["offset"] = 2**63
@@ -247,7 +251,7 @@ def test_an_index_that_promises_terabytes_takes_no_memory(packed: Path, folder: 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The bytes of a sample of two pictures."""
+    """Return the bytes of a sample of two pictures."""
     tar = tmp_path_factory.mktemp("run") / "a.tar"
     write_tar(tar, [Entry("train-00000000", (b"one", b"two"), b'{"label": "x"}', 0, 0, 1)])
     return tar.read_bytes()[: 6 * 512]
@@ -255,17 +259,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @fuzzing
 @given(changes=mutations, place=st.integers(0, 6 * 512 - 1), digits=st.binary(min_size=1, max_size=12))
-def test_a_run_under_a_true_checksum(
+def test_changed_sample_bytes_with_a_correct_checksum_raise_only_expected_errors(
     run: bytes, changes: list[tuple[str, float, bytes]], place: int, digits: bytes
 ) -> None:
-    """A packer elsewhere may have written anything: its tar's header too, under a checksum of its own."""
+    """Another program may have written any bytes, also a changed tar header with a correct checksum."""
     assert len(cut("train-00000000", run).pictures) == 2
     header = place - place % 512
     damaged = bytearray(run[:place] + digits + run[place + len(digits) :])
     summed = sum(damaged[header : header + 512]) - sum(damaged[header + 148 : header + 156]) + 8 * 32
     resealed = damaged[: header + 148] + b"%06o\0 " % summed + damaged[header + 156 :]
     for data in (mutated(run, changes), bytes(resealed)):
-        with contextlib.suppress(ValueError, RecursionError):  # what a reader of samples expects
+        with contextlib.suppress(ValueError, RecursionError):  # a reader of samples expects these errors
             assert isinstance(cut("train-00000000", data), Sample)
 
 
@@ -283,7 +287,7 @@ RECIPE: dict[str, Any] = {
 
 
 def load(path: Path, *overrides: str) -> None:
-    """Load a recipe: either it is one, or one error names it and the remedy."""
+    """Load a recipe. It must load, or raise one RecipeError with a remedy."""
     try:
         load_recipe(path, overrides)
     except RecipeError as error:
@@ -293,7 +297,7 @@ def load(path: Path, *overrides: str) -> None:
 
 @fuzzing
 @given(changes=mutations)
-def test_recipe_bytes(tmp_path: Path, changes: list[tuple[str, float, bytes]]) -> None:
+def test_changed_recipe_bytes_raise_only_recipe_error(tmp_path: Path, changes: list[tuple[str, float, bytes]]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(mutated(yaml.safe_dump(RECIPE, allow_unicode=True).encode("utf-8"), changes))
     load(path)
@@ -301,24 +305,26 @@ def test_recipe_bytes(tmp_path: Path, changes: list[tuple[str, float, bytes]]) -
 
 @fuzzing
 @given(data=st.data(), value=json_values.filter(encodable), gone=st.booleans())
-def test_recipe_values(tmp_path: Path, data: st.DataObject, value: Any, gone: bool) -> None:
+def test_changed_recipe_values_raise_only_recipe_error(
+    tmp_path: Path, data: st.DataObject, value: Any, gone: bool
+) -> None:
     path = tmp_path / "recipe.yaml"
     tree = json.loads(json.dumps(RECIPE))
     tree = changed(tree, data.draw(st.sampled_from(places(tree))), value, gone)
-    path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML, and says NaN and the like as they are
+    path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML, and json.dumps keeps NaN and infinity
     load(path)
 
 
 @fuzzing
 @given(text=st.text(max_size=30), key=st.sampled_from(["", "train.seed=", "data.mix=", "data=", "x.y=", "run.dir.z="]))
-def test_overrides(tmp_path: Path, text: str, key: str) -> None:
+def test_random_overrides_raise_only_recipe_error(tmp_path: Path, text: str, key: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE, allow_unicode=True), encoding="utf-8")
     load(path, key + text)
 
 
 def laughs(depth: int) -> str:
-    """Each line holds the one before ten times: a few hundred bytes that stand for 10 to the power of `depth`."""
+    """Return YAML in which each line repeats the line before ten times: few bytes expand to 10 ** `depth` items."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, depth)]
     return "\n".join(lines) + f"\ndata: {{shards: *a{depth - 1}, mix: *a{depth - 1}}}\n"
@@ -353,7 +359,7 @@ HOSTILE: dict[str, str | bytes] = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_recipe(tmp_path: Path, kind: str) -> None:
+def test_a_hostile_recipe_raises_only_recipe_error(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "recipe.yaml"
     text = HOSTILE[kind]
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
@@ -363,19 +369,19 @@ def test_a_hostile_recipe(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", ["[" * 5000, "&a [*a]", "!!python/name:os.system", "9" * 10_000, "\x00", "{a: b: c}"])
-def test_a_hostile_override(tmp_path: Path, text: str) -> None:
+def test_a_hostile_override_raises_only_recipe_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE, allow_unicode=True), encoding="utf-8")
     for key in ("train.seed", "data.mix", "data.prompt", "nowhere.x"):
         load(path, f"{key}={text}")
 
 
-def test_the_recipe_that_is_fuzzed_is_sound(tmp_path: Path) -> None:
+def test_the_unchanged_recipe_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE, allow_unicode=True), encoding="utf-8")
     assert load_recipe(path).train.seed == 3
 
 
-def test_the_folder_that_is_fuzzed_is_sound(packed: Path) -> None:
+def test_the_unchanged_folder_is_valid(packed: Path) -> None:
     assert verify(packed) == []
     use(packed)

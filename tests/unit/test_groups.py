@@ -1,4 +1,4 @@
-"""Look-alikes: exact on any set of hashes, and sensible on pictures."""
+"""Near-duplicates: the groups are exact for any set of hashes, and sensible for pictures."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 
 from kfood_dist.data.picture.images import prepare_jpeg
 from kfood_dist.pack.groups import ALIKE, NEAR, group_pictures, near_pairs
-from kfood_dist.pack.place import leaked_at_random
+from kfood_dist.pack.place import count_random_split_leaks
 from kfood_dist.pack.prepare import Place, Prepared, perceptual_hash
 from kfood_dist.pack.sources import Record
 from kfood_dist.pack.split import assign_splits, parse_fractions
@@ -26,7 +26,7 @@ def made(source: str, hashed: int = 0, sha256: str | None = None, label: str = "
 
 
 def joined(*singles: Prepared) -> Prepared:
-    """One sample of several pictures."""
+    """Return one sample of several pictures."""
     first, *more = (single.record for single in singles)
     return Prepared(
         replace(first, more=tuple(more)), "chunk", tuple(place for single in singles for place in single.places)
@@ -47,7 +47,7 @@ hashes = st.lists(
 
 
 @given(hashes, st.integers(0, 7))
-def test_near_pairs_are_those_of_brute_force(values: list[int], distance: int) -> None:
+def test_near_pairs_equal_those_of_brute_force(values: list[int], distance: int) -> None:
     array = np.array(values, dtype=np.uint64)
     expected = [
         (i, j)
@@ -59,7 +59,7 @@ def test_near_pairs_are_those_of_brute_force(values: list[int], distance: int) -
 
 
 @given(hashes, st.integers(0, 3), st.randoms())
-def test_groups_are_the_connected_look_alikes_in_any_order(values: list[int], step: int, random) -> None:
+def test_groups_are_the_connected_near_duplicates_in_any_order(values: list[int], step: int, random) -> None:
     pictures = [made(f"구이/{i % 2}/Img_{i // 2 * (step + 1):04d}.jpg", value) for i, value in enumerate(values)]
     parent = list(range(len(pictures)))
 
@@ -84,14 +84,14 @@ def test_groups_are_the_connected_look_alikes_in_any_order(values: list[int], st
     assert group_pictures([pictures[i] for i in order]) == [groups[i] for i in order]
 
 
-def test_equal_bytes_are_one_group_though_cut_differently() -> None:
-    """Two copies whose crop boxes differ look different when packed."""
+def test_pictures_of_equal_bytes_are_one_group_whatever_their_crop() -> None:
+    """Two copies with different crop boxes look different after packing."""
     one, two, three = made("a.jpg", 0, "5" * 64), made("b.jpg", 2**64 - 1, "5" * 64), made("c.jpg", 2**32 - 1)
     groups = group_pictures([one, two, three])
     assert groups[0] == groups[1] == int("5" * 13, 16) != groups[2]
 
 
-def test_samples_are_one_group_if_any_two_of_their_pictures_are_alike() -> None:
+def test_samples_are_one_group_if_any_two_of_their_pictures_are_near_duplicates() -> None:
     far = [0, 2**64 - 1, 0x00000000FFFFFFFF, 0xFFFFFFFF00000000, 0x0000FFFF0000FFFF]
     a, b, c, d, e = (made(f"{name}.jpg", value) for name, value in zip("abcde", far, strict=True))
     first, second, third = joined(a, b), joined(c, made("b.jpg", far[1])), joined(d, e)
@@ -104,10 +104,11 @@ def test_samples_are_one_group_if_any_two_of_their_pictures_are_alike() -> None:
         joined(a, made("d/Img_0001.jpg", c.places[0].perceptual_hash)),
         joined(b, made("d/Img_0002.jpg", 2**32 - 256)),
     ]
-    assert len(set(group_pictures(pages))) == 1  # neighbours by number, though neither comes first
+    # Neighbours by number, although neither is the first picture of its sample.
+    assert len(set(group_pictures(pages))) == 1
 
 
-def test_numbers_alone_join_nothing_and_neighbours_need_one_series() -> None:
+def test_numbers_alone_join_no_pictures_and_neighbours_must_be_of_one_series() -> None:
     far = [0, 2**64 - 1, 0x00000000FFFFFFFF, 0xFFFFFFFF00000000]
     assert len(set(group_pictures([made(f"d/Img_{i:04d}.jpg", value) for i, value in enumerate(far)]))) == 4
     alike = flipped(0, list(range(ALIKE)))
@@ -119,12 +120,12 @@ def test_numbers_alone_join_nothing_and_neighbours_need_one_series() -> None:
         assert len(set(groups)) == expected, (first, second)
 
 
-def test_thousands_of_equal_hashes_are_one_group_without_a_square_of_work() -> None:
+def test_thousands_of_equal_hashes_are_grouped_without_quadratic_work() -> None:
     pictures = [made(f"d/{i}x.jpg", i % 2) for i in range(20_000)]
     assert len(set(group_pictures(pictures))) == 1
 
 
-def test_a_picture_stays_in_its_group_when_it_is_stored_brighter_smaller_or_turned_a_little() -> None:
+def test_a_brighter_smaller_or_slightly_rotated_copy_stays_near() -> None:
     noise = np.random.default_rng(1).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
     variants = [image, image.resize((400, 300)), ImageEnhance.Brightness(image).enhance(1.15)]
@@ -143,8 +144,8 @@ def packed(image: Image.Image) -> bytes:
     return prepare_jpeg(buffer.getvalue(), 224)
 
 
-def test_practice_pictures_fall_into_many_groups(tmp_path: Path) -> None:
-    """Drawn pictures of one dish are numbered without gaps and look related; they must not become one group."""
+def test_practice_pictures_form_many_groups(tmp_path: Path) -> None:
+    """Drawn pictures of one dish are numbered without gaps and look similar. They must not become one group."""
     list(write_pictures(tmp_path, DISHES[:3], 30, seed=0))
     pictures = [
         made(path.relative_to(tmp_path).as_posix(), perceptual_hash(prepare_jpeg(path.read_bytes(), 224)))
@@ -155,17 +156,17 @@ def test_practice_pictures_fall_into_many_groups(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_what_a_random_split_would_leak_is_counted(size: int) -> None:
-    """Two hundred plates of `size` photographs each: dealt singly, nearly every one has its sisters in train."""
+def test_the_pictures_that_a_random_split_would_leak_are_counted(size: int) -> None:
+    """There are 200 plates with `size` photographs each. Split at random, most pictures have another one in train."""
     pictures = [
         made(f"d/{plate}-{shot}x.jpg", 0, f"{plate * 10 + shot:064x}") for plate in range(200) for shot in range(size)
     ]
     groups = [plate for plate in range(200) for _ in range(size)]
     fractions = parse_fractions("0.8,0.1,0.1")
-    leaked = leaked_at_random(pictures, groups, fractions, seed=0)
-    assert leaked == leaked_at_random(pictures, groups, fractions, seed=0)
+    leaked = count_random_split_leaks(pictures, groups, fractions, seed=0)
+    assert leaked == count_random_split_leaks(pictures, groups, fractions, seed=0)
     held_out = len(pictures) // 10
-    # A picture is alone in its split with probability 0.2 to the power of its sisters.
+    # With probability 0.2 ** (size - 1), none of the other pictures of its plate is in train.
     expected = held_out * (1 - 0.2 ** (size - 1))
     assert set(leaked) == {"val", "test"}
     assert all(abs(count - expected) <= 0.15 * held_out for count in leaked.values())

@@ -1,4 +1,4 @@
-"""A base model that was saved again is the same model, and one that computes otherwise is another."""
+"""A base model that was saved again is the same model. A model that computes something else is another model."""
 
 import json
 import shutil
@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from kfood_dist.errors import CheckpointError
-from kfood_dist.model.identity import config_changes, fingerprint, fingerprint_of_files, read_config
+from kfood_dist.model.identity import config_changes, fingerprint, legacy_fingerprint, read_config
 from kfood_dist.train.resume import require_same_base
 from kfood_dist.train.run import checkpoint
 
-# As the model is published, and as transformers 4.5x saves it: twice, with leftovers, and in another place.
+# The published config, and the form that transformers 4.5x saves: keys twice, old keys, and keys in other places.
 FLAT = {
     "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": "bfloat16",
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -38,7 +38,7 @@ NESTED = {
 
 
 def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of a config with another value at a path such as `vision_config.window_size`."""
+    """Return a copy of a config with another value at a path such as `vision_config.window_size`."""
     copy: dict[str, Any] = json.loads(json.dumps(config))
     *parents, key = path.split(".")
     at = copy
@@ -54,7 +54,7 @@ def test_the_published_config_and_its_saved_forms_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         ("rope_theta", 10000.0, "text_config.rope_parameters.rope_theta was 1000000.0 and is now 10000.0"),
         ("rms_norm_eps", 1e-5, "text_config.rms_norm_eps was 1e-06 and is now 1e-05"),
@@ -64,14 +64,14 @@ def test_the_published_config_and_its_saved_forms_mean_the_same() -> None:
         ("image_token_id", 7, "image_token_id was 151655 and is now 7"),
     ],
 )
-def test_a_setting_that_changes_what_is_computed_is_named(path: str, value: Any, told: str) -> None:
+def test_a_setting_that_changes_the_computation_is_named(path: str, value: Any, message: str) -> None:
     (change,) = config_changes(FLAT, changed(FLAT, path, value))
-    assert change.startswith(told)
+    assert change.startswith(message)
 
 
 @pytest.fixture
 def saved_again(tiny_model: Path, tmp_path: Path) -> Path:
-    """The same weights through transformers: several shards, an index, other metadata, and a config written anew."""
+    """Return the same weights, saved by transformers: several shards, an index, other metadata and a new config."""
     copy = shutil.copytree(tiny_model, tmp_path / "again")
     (copy / "model.safetensors").unlink()
     model = AutoModelForImageTextToText.from_pretrained(tiny_model, dtype="auto")
@@ -82,9 +82,9 @@ def saved_again(tiny_model: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_the_fingerprint_is_of_the_tensors_alone(tiny_model: Path, saved_again: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_only_on_the_tensors(tiny_model: Path, saved_again: Path, tmp_path: Path) -> None:
     known, tensors = fingerprint(tiny_model), load_file(tiny_model / "model.safetensors")
-    assert fingerprint(saved_again) == known != fingerprint_of_files(saved_again)
+    assert fingerprint(saved_again) == known != legacy_fingerprint(saved_again)
     renamed = {
         f"model.{n}" if n.startswith("visual.") else n.replace("model.", "model.language_model.", 1): t
         for n, t in tensors.items()
@@ -106,7 +106,7 @@ def test_the_fingerprint_is_of_the_tensors_alone(tiny_model: Path, saved_again: 
 
 
 def written_for(base: Path, folder: Path, **facts: Any) -> checkpoint.Checkpoint:
-    """A checkpoint's record of a run on `base`."""
+    """Write the record of a checkpoint of a run on `base`."""
     folder.mkdir()
     record = {
         "format_version": checkpoint.FORMAT_VERSION, "step": 1, "data": {}, "world_size": 1, "distributed_type": "NO",
@@ -116,7 +116,7 @@ def written_for(base: Path, folder: Path, **facts: Any) -> checkpoint.Checkpoint
     return checkpoint.Checkpoint(folder, 1)
 
 
-def test_a_run_goes_on_with_a_saved_copy_of_its_base_and_with_no_other(
+def test_a_run_resumes_with_a_saved_copy_of_its_base_model_and_no_other(
     tiny_model: Path, saved_again: Path, tmp_path: Path
 ) -> None:
     begun = written_for(tiny_model, tmp_path / "step-1")
@@ -134,11 +134,11 @@ def test_a_run_goes_on_with_a_saved_copy_of_its_base_and_with_no_other(
         require_same_base(other, tiny_model, "base")
 
 
-def test_a_checkpoint_of_before_resumes_on_the_very_files_it_was_made_with(
+def test_an_older_checkpoint_resumes_only_with_exactly_its_own_files(
     tiny_model: Path, saved_again: Path, tmp_path: Path
 ) -> None:
-    older = {"base_fingerprint": fingerprint_of_files(tiny_model), "base_config": None}
+    older = {"base_fingerprint": legacy_fingerprint(tiny_model), "base_config": None}
     begun = written_for(tiny_model, tmp_path / "step-1", **older)
     require_same_base(begun, tiny_model, "base")
-    with pytest.raises(CheckpointError, match=r"another base model: .* knows that model by its very files"):
+    with pytest.raises(CheckpointError, match=r"another base model: .* identifies that model by its exact files"):
         require_same_base(begun, saved_again, "base")

@@ -23,7 +23,7 @@ RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 160, 60), (40, 60, 200), (255, 255
 
 
 def quarters(width=120, height=80):
-    """Red and green above, blue and white below: shows which way is up and which is left."""
+    """Return a picture with red and green above, blue and white below. It shows if a result is turned or mirrored."""
     image = Image.new("RGB", (width, height))
     for i, colour in enumerate((RED, GREEN, BLUE, WHITE)):
         left, top = i % 2 * width // 2, i // 2 * height // 2
@@ -32,7 +32,7 @@ def quarters(width=120, height=80):
 
 
 def corners(pixels):
-    """The colours well inside the four quarters, row by row."""
+    """Return the colours in the middle of the four quarters, row by row."""
     height, width, _ = pixels.shape
     return [tuple(pixels[y, x]) for y in (height // 4, height * 3 // 4) for x in (width // 4, width * 3 // 4)]
 
@@ -42,7 +42,7 @@ def assert_colours(found, expected, tolerance=12):
     assert difference <= tolerance, f"{found} is not {expected}"
 
 
-# What a camera stores for each EXIF orientation (TIFF 6.0): the upright picture, turned the other way.
+# For each EXIF orientation (TIFF 6.0), the transpose from the upright picture to the one that a camera stores.
 STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,7 +64,7 @@ def test_exif_orientation_is_applied(orientation):
     assert_colours(corners(prepared), [RED, GREEN, BLUE, WHITE])
 
 
-def test_the_aspect_ratio_of_a_turned_picture_is_the_upright_one():
+def test_the_aspect_ratio_of_a_turned_picture_is_that_of_the_upright_picture():
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = Image.new("RGB", (400, 200), RED)
@@ -72,7 +72,7 @@ def test_the_aspect_ratio_of_a_turned_picture_is_the_upright_one():
     assert_colours([pixels[32, 4], pixels[4, 32]], [(114, 114, 114), RED])
 
 
-def test_a_broken_exif_block_does_not_cost_the_picture():
+def test_a_picture_with_a_broken_exif_block_is_still_used():
     text = PngInfo()
     text.add_text("Raw profile type exif", "\nexif\n4\nno hexadecimal digits")
     with_text = encoded(quarters(), "PNG", pnginfo=text)
@@ -103,7 +103,7 @@ def test_a_broken_exif_block_does_not_cost_the_picture():
         ("RGBA", "PNG"),
     ],
 )
-def test_every_kind_of_file_comes_out_as_the_same_rgb_square(mode, kind):
+def test_every_format_and_mode_becomes_the_same_rgb_square(mode, kind):
     image = {"P": lambda: quarters().quantize(16), "LAB": lambda: as_lab(quarters())}.get(
         mode, lambda: quarters().convert(mode)
     )()
@@ -119,14 +119,14 @@ def as_lab(image):
 
 
 def hidden(alpha=0):
-    """The picture in colour, all of it transparent."""
+    """Return a colour picture that is completely transparent."""
     image = picture(1).convert("RGBA")
     image.putalpha(alpha)
     return image
 
 
 def bmp_with_alpha(image):
-    """A 32-bit BMP with a BITMAPV5HEADER and an alpha mask, which Pillow does not write."""
+    """Return a 32-bit BMP with a BITMAPV5HEADER and an alpha mask. Pillow cannot write one."""
     width, height = image.size
     pixels = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).tobytes("raw", "BGRA")
     masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -157,8 +157,8 @@ def test_an_alpha_that_hides_everything_is_ignored(kind, policy):
     assert np.abs(found - wanted).mean() < 12
 
 
-def test_what_is_hidden_with_nothing_beneath_is_refused():
-    """libwebp keeps no hidden colours unless told to: each row of blocks is nearly one colour."""
+def test_a_transparent_picture_without_hidden_colours_is_refused():
+    """Without the option `exact`, libwebp drops hidden colours: each row of blocks becomes nearly one colour."""
     empty = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     blank = Image.new("P", (64, 64))
     for data in (
@@ -172,7 +172,7 @@ def test_what_is_hidden_with_nothing_beneath_is_refused():
             prepare_jpeg(data, 64)
 
 
-def test_what_is_hidden_in_the_box_alone_is_ignored_too():
+def test_an_alpha_that_hides_only_the_crop_box_is_ignored_too():
     image = picture(1, 200, 100).convert("RGBA")
     alpha = Image.new("L", (200, 100), 255)
     alpha.paste(0, (100, 0, 200, 100))
@@ -184,7 +184,7 @@ def test_what_is_hidden_in_the_box_alone_is_ignored_too():
     assert np.abs(found - wanted).mean() < 1
 
 
-def test_transparent_parts_lie_on_white():
+def test_transparent_parts_become_white():
     image = Image.new("RGBA", (80, 80), (*RED, 0))
     image.paste((*RED, 255), (0, 0, 40, 80))
     palette = Image.new("P", (80, 80), 1)
@@ -200,7 +200,7 @@ def test_16_bit_grey_keeps_its_gradations():
     assert_colours(pixels[32, [0, 16, 32, 48, 63], 0], (grey[0, [0, 16, 32, 48, 63]] >> 8), tolerance=6)
 
 
-def test_policies_do_what_they_say_to_a_wide_picture():
+def test_each_resize_policy_treats_a_wide_picture_as_documented():
     image = Image.new("RGB", (400, 200), GREEN)
     image.paste(RED, (0, 0, 60, 200))
     data = encoded(image, "PNG")
@@ -221,7 +221,7 @@ def test_any_shape_fills_the_square(shape, policy):
 
 
 def test_scaled_decoding_stays_close_to_full_decoding():
-    """The same pixels as a PNG, which decodes in full only: the difference must not be seen (over 38 dB)."""
+    """A PNG of the same pixels is always decoded at full size. The difference must be invisible (over 38 dB)."""
     image = picture(2, 1600, 1200)
     jpeg = encoded(image, quality=95)
     same_as_png = encoded(Image.open(io.BytesIO(jpeg)), "PNG")
@@ -232,7 +232,7 @@ def test_scaled_decoding_stays_close_to_full_decoding():
 
 
 def test_fine_detail_survives_scaled_decoding():
-    """A pattern just below what the target can show is gone if the decoder scaled to less than twice the target."""
+    """The pattern is just coarse enough for the target. It is lost if the decoder scales below twice the target."""
     x = np.arange(1024)
     stripes = (127 + 100 * np.sin(2 * np.pi * x * 20 / 1024)).astype(np.uint8)
     image = Image.fromarray(np.repeat(stripes[None], 1024, axis=0)).convert("RGB")
@@ -253,12 +253,12 @@ def test_fine_detail_survives_scaled_decoding():
         (encoded(Image.new("1", (20000, 20000)), "PNG"), "too_large"),
     ],
 )
-def test_what_cannot_be_used_says_why_in_one_word(data, reason):
+def test_an_unusable_picture_is_rejected_with_a_one_word_reason(data, reason):
     with pytest.raises(ImageRejected) as rejected:
         prepare_jpeg(data, 64)
     assert rejected.value.reason == reason
     assert rejected.value.detail
-    assert "0x" not in rejected.value.detail.replace("0x…", "")  # no address that differs from run to run
+    assert "0x" not in rejected.value.detail.replace("0x…", "")  # no memory address, because it differs in each run
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -281,13 +281,13 @@ def test_limits_are_inclusive_and_can_be_set():
         prepare_jpeg(encoded(picture(4, 100, 101)), 64, max_pixels=10_000)
 
 
-def test_the_same_bytes_come_out_each_time_and_quality_counts():
+def test_the_result_is_deterministic_and_depends_on_the_quality():
     data = encoded(picture(5, 300, 200))
     assert prepare_jpeg(data, 64) == prepare_jpeg(data, 64)
     assert len(prepare_jpeg(data, 64, quality=30)) < len(prepare_jpeg(data, 64, quality=95))
 
 
-def test_the_packed_jpeg_is_plain_and_carries_no_metadata():
+def test_the_packed_jpeg_is_baseline_rgb_without_metadata():
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(io.BytesIO(prepare_jpeg(encoded(picture(6), exif=exif), 64))) as image:
@@ -296,7 +296,7 @@ def test_the_packed_jpeg_is_plain_and_carries_no_metadata():
         assert "progressive" not in image.info
 
 
-def test_decoding_something_else_is_refused():
+def test_decoding_anything_but_a_complete_jpeg_is_refused():
     for data in (b"", b"junk", encoded(picture(7), "PNG"), encoded(picture(7))[:300]):
         with pytest.raises(ImageRejected, match="unreadable"):
             decode_rgb(data)
@@ -313,14 +313,14 @@ def test_decoding_something_else_is_refused():
         ("PIL.Image.open", "PNG", "squash"),
     ],
 )
-def test_want_of_memory_is_no_fault_of_a_picture(monkeypatch, decoder, kind, policy):
+def test_a_lack_of_memory_does_not_reject_a_picture(monkeypatch, decoder, kind, policy):
     data = encoded(picture(8), kind)
     monkeypatch.setattr(decoder, lambda *_, **__: bytes(1 << 62))
     with pytest.raises(MemoryError):
         prepare_jpeg(data, 64, policy)
 
 
-def test_want_of_memory_is_no_fault_of_a_packed_picture(monkeypatch):
+def test_a_lack_of_memory_does_not_reject_a_packed_picture(monkeypatch):
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: bytes(1 << 62))
     with pytest.raises(MemoryError):
         decode_rgb(encoded(picture(8)))
@@ -330,7 +330,7 @@ def test_want_of_memory_is_no_fault_of_a_packed_picture(monkeypatch):
 
 
 def quadrants(width=400, height=300, **save):
-    """Red, green, blue and white quarters, as a JPEG file."""
+    """Return a picture file with red, green, blue and white quarters, a JPEG by default."""
     image = Image.new("RGB", (width, height))
     for i, colour in enumerate(COLOURS):
         image.paste(
@@ -347,7 +347,7 @@ COLOURS = ((220, 30, 30), (30, 220, 30), (30, 30, 220), (240, 240, 240))
 @pytest.mark.parametrize("policy", RESIZE_POLICIES)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("quarter", range(4))
-def test_a_box_is_all_that_is_kept(policy, kind, quarter):
+def test_only_the_crop_box_is_kept(policy, kind, quarter):
     box = (quarter % 2 * 200 + 10, quarter // 2 * 150 + 10, 180, 130)
     rgb = decode_rgb(prepare_jpeg(quadrants(format=kind), 32, policy, box=box)).astype(int)
     assert np.abs(rgb[12:20, 4:28] - COLOURS[quarter]).max() < 12
@@ -355,7 +355,7 @@ def test_a_box_is_all_that_is_kept(policy, kind, quarter):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_box_is_of_the_upright_picture(orientation, kind):
+def test_a_crop_box_refers_to_the_upright_picture(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = quadrants(format=kind, exif=exif.tobytes())
@@ -380,7 +380,7 @@ def test_a_box_is_of_the_upright_picture(orientation, kind):
         ((10, 10, 3, 60), None),
     ],
 )
-def test_a_box_is_clipped_to_the_picture(box, usable):
+def test_a_crop_box_is_clipped_to_the_picture(box, usable):
     assert usable_box(box, 100, 80) == usable
     data = quadrants(100, 80)
     assert prepare_jpeg(data, 32, box=box) == prepare_jpeg(data, 32, box=usable)
@@ -400,7 +400,7 @@ def test_a_png_is_decoded_once_and_not_before_its_size_is_checked(monkeypatch, b
 
 
 def test_a_small_box_of_a_large_picture_is_decoded_at_twice_the_target(monkeypatch):
-    """A part of a 4,000-pixel picture to 224 px: no scaled decoding may fall below 448 pixels of the box."""
+    """A box of a 4,000-pixel picture becomes 224 px. Scaled decoding must leave at least 448 pixels of the box."""
     seen = []
     decode = simplejpeg.decode_jpeg
     monkeypatch.setattr(
@@ -415,13 +415,13 @@ def test_a_small_box_of_a_large_picture_is_decoded_at_twice_the_target(monkeypat
         brightness, colour = seen
         seen.clear()
         assert brightness[1] >= width and brightness[0] >= height
-        assert brightness[1] < 4000, "decoded whole"
+        assert brightness[1] < 4000, "decoded at full size"
         assert colour[1] >= width / 2 and colour[0] >= height / 2
-        assert colour[1] < brightness[1], "decoded larger than it is stored"
+        assert colour[1] < brightness[1], "the colour planes were decoded larger than stored"
 
 
-def test_every_colour_becomes_the_jfif_standards():
-    """In float64 by the formula of the standard, and no purest colour wraps around."""
+def test_colour_conversion_follows_the_jfif_standard():
+    """The expected values are computed in float64 by the standard's formula. Pure colours must not overflow."""
     steps = np.array([0, 1, 77, 128, 200, 254, 255], dtype=np.uint8)
     rgb = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     red, green, blue = np.moveaxis(rgb.astype(float), -1, 0)
@@ -430,8 +430,8 @@ def test_every_colour_becomes_the_jfif_standards():
     assert np.abs(_colour(rgb) - exact.clip(0, 255)).max() <= 0.52
 
 
-def test_colour_takes_little_more_memory_than_its_result():
-    """A small box of a picture of 100 million pixels is decoded unscaled: in float32 that would be gigabytes."""
+def test_colour_conversion_takes_little_more_memory_than_its_result():
+    """A small box of a picture of 100 million pixels is decoded unscaled. In float32 that would take gigabytes."""
     rgb = np.zeros((2000, 3000, 3), dtype=np.uint8)
     tracemalloc.start()
     result = _colour(rgb)
@@ -440,7 +440,7 @@ def test_colour_takes_little_more_memory_than_its_result():
     assert peak < result.nbytes + 2 * 2**20
 
 
-# --- brightness and colour by themselves
+# --- brightness and colour resized separately
 
 
 def pillow_alone(data, size=224):
@@ -453,8 +453,11 @@ def psnr(a, b):
 
 @pytest.mark.parametrize("size", [(640, 480), (1600, 1200), (333, 517), (224, 224), (100, 900)])
 @pytest.mark.parametrize("sampling", ["4:2:0", "4:2:2", "4:4:4"])
-def test_the_quick_way_is_nearly_as_near_to_the_exactly_resized_picture_as_pillows_own_jpeg(size, sampling):
-    """Within 2 dB, both above 40: on drawn forms; tests/bench/README.md has the figures of real photographs."""
+def test_the_fast_path_is_nearly_as_exact_as_pillows_own_jpeg(size, sampling):
+    """On drawn forms, ours may be at most 2 dB below Pillow's, and must be above 40 dB.
+
+    tests/bench/README.md has the figures of real photographs.
+    """
     forms = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     image = Image.fromarray(forms).resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -476,7 +479,7 @@ def test_other_kinds_of_jpeg_look_the_same(save):
     assert psnr(decode_rgb(prepare_jpeg(buffer.getvalue(), 64)), pillow_alone(buffer.getvalue(), 64)) > 30
 
 
-def test_decoding_gives_pillows_values():
+def test_decoding_gives_the_same_values_as_pillow():
     for data in (quadrants(), quadrants(progressive=True), quadrants(101, 67)):
         assert (decode_rgb(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
     grey = io.BytesIO()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfood_dist.data.task.dish import DishClass, clean, is_match, load_classes, normalise, stands_for_two
+from kfood_dist.data.task.dish import DishClass, clean, find_ambiguous_answer, is_match, load_classes, normalise
 from kfood_dist.errors import SourceError
 
 
@@ -43,7 +43,7 @@ def test_only_hangul_counts_as_a_syllable():
     assert normalise("BBQ" + "가" * 13 + "_1") == "BBQ" + "가" * 12
 
 
-def test_either_half_and_every_alias_is_right_and_nothing_near_it():
+def test_each_half_and_each_alias_is_right_and_similar_names_are_wrong():
     dish = DishClass("떡국_만두국", "국", ("만둣국",))
     for answer in ("떡국_만두국", "떡국", "만두국", " 만둣국 "):
         assert is_match(answer, dish)
@@ -51,7 +51,7 @@ def test_either_half_and_every_alias_is_right_and_nothing_near_it():
         assert not is_match(answer, dish)
 
 
-def test_halves_are_those_of_a_hangul_name_of_a_class_list():
+def test_only_hangul_names_of_a_class_list_have_halves():
     for name in ("french_toast", "LA갈비_소갈비", "김치_1", "떡국_soup"):
         dish = DishClass(name, "")
         assert dish.accepted() == {name}
@@ -61,25 +61,25 @@ def test_halves_are_those_of_a_hangul_name_of_a_class_list():
     assert DishClass("갑_을__병_", "").accepted() == {"갑_을__병_", "갑", "을", "병"}
 
 
-def test_a_found_label_is_matched_whole():
+def test_a_label_without_a_class_list_is_matched_completely():
     long, longer = (DishClass("가" * count, "", listed=False) for count in (12, 13))
     assert is_match("가 " * 13, longer) and not is_match("가 " * 13, long)
     assert not is_match("가" * 14, longer)
-    assert is_match("가" * 13, DishClass("가" * 12, ""))  # of a class list: an answer ends after 12 syllables
+    assert is_match("가" * 13, DishClass("가" * 12, ""))  # a class of a list: an answer ends after 12 syllables
 
 
 NAMES = st.text(st.sampled_from("가나_a \u200b"), min_size=1, max_size=30)
 
 
 @given(st.lists(NAMES, max_size=6), NAMES)
-def test_an_answer_is_right_for_one_of_the_labels_found(labels, answer):
+def test_an_answer_is_right_for_only_one_of_the_found_labels(labels, answer):
     classes = [DishClass(name, "", listed=False) for name in {clean(label) for label in labels} - {""}]
-    assert stands_for_two(classes) is None
+    assert find_ambiguous_answer(classes) is None
     assert sum(is_match(answer, dish) for dish in classes) == (clean(answer) in {dish.name for dish in classes})
 
 
 @given(st.lists(st.tuples(NAMES, NAMES), max_size=4), NAMES)
-def test_an_answer_is_right_for_one_class_of_a_list_that_is_accepted(tmp_path_factory, rows, answer):
+def test_an_answer_is_right_for_at_most_one_class_of_an_accepted_list(tmp_path_factory, rows, answer):
     path = tmp_path_factory.getbasetemp() / "classes.tsv"
     lines = ["category\tname\taliases", *(f"\t{name}\t{alias}" for name, alias in rows)]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -125,7 +125,7 @@ def test_a_faulty_class_list_is_refused(tmp_path, content, fault):
         load_classes(path)
 
 
-def test_a_class_list_of_other_letters_has_no_halves_and_no_limit(tmp_path):
+def test_a_class_list_without_hangul_has_no_halves_and_no_length_limit(tmp_path):
     path = tmp_path / "classes.tsv"
     names = ["french_toast", "french_fries", "french", "spaghetti_carbonara", "spaghetti_bolognese"]
     path.write_text("\n".join(["category\tname", *(f"\t{name}" for name in names)]), encoding="utf-8")
@@ -134,7 +134,7 @@ def test_a_class_list_of_other_letters_has_no_halves_and_no_limit(tmp_path):
         assert [dish.name for dish in classes if is_match(name, dish)] == [n for n in names if n == name]
 
 
-def test_a_class_list_that_is_not_there_or_of_two_encodings_is_refused(tmp_path):
+def test_a_class_list_that_is_missing_or_in_two_encodings_is_refused(tmp_path):
     with pytest.raises(SourceError, match="cannot be read"):
         load_classes(tmp_path / "none.tsv")
     (tmp_path / "both.tsv").write_bytes("category\tname\n한과\t약과\n".encode() + "회\t육회\n".encode("cp949"))
@@ -148,6 +148,6 @@ def test_a_class_list_is_read_in_its_encoding_and_its_columns_in_any_case(tmp_pa
     assert load_classes(tmp_path / "list.tsv") == [DishClass("회", "회")]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
     (tmp_path / "classes.tsv").write_bytes("\ufeffcategory\tname\n한과\t약과\n".encode())
     assert load_classes(tmp_path / "classes.tsv") == [DishClass("약과", "한과")]

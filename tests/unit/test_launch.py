@@ -1,4 +1,4 @@
-"""What is started on which machine; a pure function, so every machine can be tried."""
+"""What the launcher starts on each machine. The choice is a pure function, so every machine can be tested."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from kfood_dist.launch.start import (
     accelerate_command,
     build_parser,
     choose_launch,
-    look_around,
+    describe_machine,
     main,
     parse_processes,
     precision_notice,
@@ -36,7 +36,7 @@ from kfood_dist.system import gpus
 from kfood_dist.system.cluster import Cluster
 from kfood_dist.system.gpus import Gpu, Gpus
 from kfood_dist.system.world import World
-from kfood_dist.train.main import words_of
+from kfood_dist.train.main import command_words
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,9 @@ LAPTOP = Machine(num_gpus=0, num_cores=8, has_deepspeed=True)
         (Machine(1, 8, has_deepspeed=False), 2, None, "single", 1),
     ],
 )
-def test_choice(machine: Machine, zero_stage: int, processes: int | None, configuration: str, count: int) -> None:
+def test_each_machine_gets_the_right_configuration_and_process_count(
+    machine: Machine, zero_stage: int, processes: int | None, configuration: str, count: int
+) -> None:
     launch = choose_launch(machine, zero_stage, processes)
     assert (launch.configuration, launch.processes) == (configuration, count)
     assert (CONFIGS / f"{configuration}.yaml").is_file()
@@ -69,12 +71,12 @@ def test_choice(machine: Machine, zero_stage: int, processes: int | None, config
     assert command[-4:] == ["kfood_dist", "train", "--config", "r.yaml"]
 
 
-def test_it_says_what_was_picked_and_why() -> None:
+def test_the_launcher_explains_its_choice() -> None:
     assert choose_launch(NODE, 2, None).why == "4 GPUs: 4 processes (one per GPU), DeepSpeed ZeRO-2"
     assert choose_launch(LAPTOP, 0, 1).why == "no GPU, 8 cores: 1 process (as asked), without DeepSpeed"
     without = choose_launch(Machine(1, 8, has_deepspeed=False), 2, None)
     assert without.zero_stage == 0
-    assert "deepspeed is not installed, and one process does without" in without.why
+    assert "deepspeed is not installed, and one process trains without it" in without.why
 
 
 @pytest.mark.parametrize(
@@ -85,12 +87,12 @@ def test_it_says_what_was_picked_and_why() -> None:
         (Machine(2, 8, has_deepspeed=False), None, "deepspeed is not installed"),
     ],
 )
-def test_what_cannot_be_started_is_refused(machine: Machine, processes: int | None, complaint: str) -> None:
+def test_an_impossible_number_of_processes_is_refused(machine: Machine, processes: int | None, complaint: str) -> None:
     with pytest.raises(LaunchError, match=complaint):
         choose_launch(machine, 2, processes)
 
 
-def test_several_nodes_count_processes_each() -> None:
+def test_the_process_count_is_per_node() -> None:
     launch = choose_launch(NODE, 2, None, num_machines=2)
     assert launch.why == "4 GPUs: 4 processes (one per GPU) on each of 2 nodes, DeepSpeed ZeRO-2"
     cluster = Cluster(2, 1, "gpu07", 12345)
@@ -107,7 +109,7 @@ def test_an_evaluation_on_several_nodes_is_refused(
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     assert main(["eval", "--shards", "shards", "--split", "test", "--model", "base", "--out", "out"]) == 2
-    assert "an evaluation was started on 2 nodes, and takes one → ask for --nodes=1" in capsys.readouterr().err
+    assert "an evaluation was started on 2 nodes, but runs on one → ask for --nodes=1" in capsys.readouterr().err
 
 
 BUT_HELP = """
@@ -127,7 +129,7 @@ for command, words in calls:
 
 
 def test_help_and_a_wrong_option_import_nothing_heavy() -> None:
-    """In a process of its own; torch alone takes seconds."""
+    """The check runs in a new process. Importing torch alone takes seconds."""
     done = subprocess.run([sys.executable, "-c", BUT_HELP], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -136,7 +138,7 @@ def options_of(parser: argparse.ArgumentParser, verb: str) -> set[str]:
     return set(parser._subparsers._group_actions[0].choices[verb]._option_string_actions)
 
 
-def test_the_launcher_takes_what_the_verbs_take() -> None:
+def test_the_launcher_has_the_same_options_as_the_verbs() -> None:
     assert options_of(build_parser(), "train") == options_of(cli.build_parser("train"), "train")
     assert options_of(build_parser(), "eval") == options_of(cli.build_parser("eval"), "eval") | {"--processes"}
 
@@ -144,7 +146,7 @@ def test_the_launcher_takes_what_the_verbs_take() -> None:
 @pytest.mark.parametrize(
     "words", [["a.yaml", "b.yaml"], ["--config", "a.yaml", "b.yaml"], ["a.yaml", "--config", "b.yaml"]]
 )
-def test_recipes_are_named_with_config_or_without(words: list[str]) -> None:
+def test_recipes_can_be_named_with_or_without_config(words: list[str]) -> None:
     also = ["--set", "run.dir=runs/try #2", "--copy-to", "/tmp/s", "--dry-run"]
     for parser in (build_parser(), cli.build_parser("train")):
         before = ["--set", "run.dir=runs/try #2", "--copy-to", "/tmp/s", "--dry-run", "3", *words]
@@ -152,20 +154,20 @@ def test_recipes_are_named_with_config_or_without(words: list[str]) -> None:
         for line in ([*words, *also], before, older):
             args = parser.parse_args(["train", *line])
             assert (args.recipes, args.set, args.dry_run) == ([Path("a.yaml"), Path("b.yaml")], [also[1]], 3)
-        again = parser.parse_args(words_of(args, args.recipes, args.set))
+        again = parser.parse_args(command_words(args, args.recipes, args.set))
         assert vars(again) == vars(args)
 
 
-def test_no_recipe_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    told = "train: no recipe is named → name one, such as launch/recipes/qwen2.5-vl-3b.yaml"
-    assert main(["train"]) == 2 and f"launch {told}" in capsys.readouterr().err
-    assert cli.main(["train", "--set", "train.max_steps=1"]) == 2 and f"kfood {told}" in capsys.readouterr().err
+def test_training_without_a_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "train: no recipe is named → name one, such as launch/recipes/qwen2.5-vl-3b.yaml"
+    assert main(["train"]) == 2 and f"launch {message}" in capsys.readouterr().err
+    assert cli.main(["train", "--set", "train.max_steps=1"]) == 2 and f"kfood {message}" in capsys.readouterr().err
 
 
-def test_an_evaluation_is_started_with_all_its_words_but_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_is_started_with_all_its_options_except_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(launch_module.evaluation, "preflight", lambda args: Asked)
-    monkeypatch.setattr(launch_module, "look_around", lambda: NODE)
+    monkeypatch.setattr(launch_module, "describe_machine", lambda: NODE)
     monkeypatch.setattr(os, "execve", lambda program, command, environment: started.append(command))
     words = ["--shards", "s", "--set", "model.precision=fp32", "--model", "m", "--out", "o", "--limit", "3"]
     main(["eval", *words[:4], "--processes", "2", *words[4:]])
@@ -184,8 +186,8 @@ SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "slurm/stages.sh"]
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 @pytest.mark.parametrize("word", ["--help", "-h"])
-def test_every_script_explains_itself_and_starts_nothing(script: Path, word: str, tmp_path: Path) -> None:
-    """A copy without its neighbours could start nothing: what it needs to explain itself is beside it, and Python."""
+def test_the_help_of_every_script_is_printed_and_nothing_is_started(script: Path, word: str, tmp_path: Path) -> None:
+    """The copy has only launch/ and slurm/. With Python, that is enough for the help text, not to start anything."""
     copy = shutil.copytree(ROOT / "launch", tmp_path / "launch").parent
     shutil.copytree(ROOT / "slurm", copy / "slurm")
     environment = {**os.environ, "KFOOD_VENV": str(Path(sys.executable).parents[1])}
@@ -196,16 +198,16 @@ def test_every_script_explains_itself_and_starts_nothing(script: Path, word: str
 
 
 @pytest.mark.parametrize("name", ["quickstart.sh", "venv.sh"])
-def test_a_script_that_takes_no_words_refuses_them(name: str) -> None:
+def test_a_script_without_options_refuses_any(name: str) -> None:
     command = ["bash", str(ROOT / "launch" / name), "--processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"it takes no words, and got --processes 2 → see bash launch/{name} --help" in done.stderr
+    assert f"it takes no arguments, but got --processes 2 → see bash launch/{name} --help" in done.stderr
 
 
 @pytest.mark.parametrize("num_gpus", range(1, 21))
 def test_quickstart_trains_on_any_number_of_gpus(num_gpus: int) -> None:
-    """Its recipe has a global batch of 32 in micro-batches of 2: 1, 2, 4, 8 or 16 processes cut it."""
+    """Its recipe has a global batch of 32 in micro-batches of 2, which 1, 2, 4, 8 or 16 processes divide."""
     recipe = load_recipe(ROOT / "launch/recipes/quickstart.yaml")
     machine = Machine(num_gpus, 64, has_deepspeed=True)
     processes = parse_processes("fit", machine, recipe)
@@ -217,11 +219,11 @@ def test_quickstart_trains_on_any_number_of_gpus(num_gpus: int) -> None:
     assert "bash launch/train.sh $recipe --processes fit\n" in (ROOT / "launch/quickstart.sh").read_text()
 
 
-def test_fit_counts_all_nodes_and_leaves_other_recipes_alone() -> None:
+def test_fit_counts_all_nodes_and_does_not_limit_other_recipes() -> None:
     recipe = load_recipe(ROOT / "launch/recipes/quickstart.yaml")
     assert parse_processes("fit", NODE, recipe, machines=2) == 4
     assert parse_processes("fit", Machine(7, 64, True), recipe, machines=4) == 4
-    assert parse_processes("fit", NODE, recipe, machines=3) == 4  # none fit: preflight says why
+    assert parse_processes("fit", NODE, recipe, machines=3) == 4  # no number of processes fits: preflight reports why
     assert parse_processes("fit", Machine(7, 64, True), load_recipe(ROOT / "launch/recipes/qwen2.5-vl-3b.yaml")) == 7
     assert parse_processes(None, NODE) is None and parse_processes("3", NODE) == 3
     with pytest.raises(LaunchError, match=r"--processes two → give a number, one process per GPU"):
@@ -233,12 +235,12 @@ CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"
 CUDA_12_6 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 
 
-def test_what_torch_can_use_is_counted() -> None:
-    """Under MIG the driver shows four cards, and CUDA offers a part of one."""
+def test_only_gpus_that_torch_can_use_are_counted() -> None:
+    """With MIG, the driver can show four GPUs while CUDA offers a part of one."""
     found = Gpus(4, (A100,), "2.13.0", "13.0", CUDA_13)
-    machine = look_around(lambda: found)
+    machine = describe_machine(lambda: found)
     assert (machine.num_gpus, choose_launch(machine, 2, None).processes) == (1, 1)
-    assert look_around(lambda: Gpus()).num_gpus == 0
+    assert describe_machine(lambda: Gpus()).num_gpus == 0
 
 
 @pytest.mark.parametrize(
@@ -256,11 +258,11 @@ def test_what_torch_can_use_is_counted() -> None:
         ("", None, "pip install --force-reinstall torch"),
     ],
 )
-def test_gpus_that_torch_cannot_use_are_not_passed_by(complaint: str, cuda: str | None, remedy: str) -> None:
-    """Nor is the CPU taken in their place, by training or by an evaluation."""
+def test_gpus_that_torch_cannot_use_are_refused(complaint: str, cuda: str | None, remedy: str) -> None:
+    """Neither training nor an evaluation may use the CPU instead."""
     found = Gpus(4, (), "2.13.0", cuda, (), complaint)
     with pytest.raises(LaunchError) as raised:
-        look_around(lambda: found)
+        describe_machine(lambda: found)
     assert "cannot use the 4 GPUs of this machine" in raised.value.what and complaint in raised.value.what
     assert remedy in raised.value.remedy and "CUDA_VISIBLE_DEVICES= trains on the CPU" in raised.value.remedy
     assert doctor_remedy(found) in raised.value.remedy
@@ -272,8 +274,8 @@ def doctor_remedy(found: Gpus) -> str:
     return finding.remedy
 
 
-def test_hidden_gpus_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty CUDA_VISIBLE_DEVICES asks for the CPU."""
+def test_hidden_gpus_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty CUDA_VISIBLE_DEVICES selects the CPU."""
     monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("asked"))
     for hidden in ("", "-1", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -281,7 +283,7 @@ def test_hidden_gpus_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FourShown:
-    """NVIDIA's management library as it answers where CUDA may be unusable."""
+    """A fake of NVIDIA's management library that shows four GPUs, which CUDA may be unable to use."""
 
     def __init__(self, initialised: int = 0):
         self.initialised = initialised
@@ -297,8 +299,8 @@ class FourShown:
         return 0
 
 
-def test_cards_whose_driver_is_not_loaded_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As after an update of the kernel: the library is there, no /dev/nvidia0 is, and the CPU would be taken."""
+def test_gpus_without_a_loaded_driver_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After a kernel update, the library exists but /dev/nvidia0 does not. Without this count the CPU would be used."""
     facts = {
         "a": ("0x10de", "0x030200"),
         "b": ("0x10de", "0x030000"),
@@ -317,8 +319,8 @@ def test_cards_whose_driver_is_not_loaded_count(monkeypatch: pytest.MonkeyPatch,
     assert gpus.count_shown() >= 2
 
 
-def test_the_driver_is_asked_and_torch_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way, with the machine's own torch: where it can use no GPU, four shown ones are refused."""
+def test_gpus_are_looked_up_in_the_driver_and_by_torch_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`look` counts the GPUs of the driver, and runs torch in a new process whose answer it reads."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("ctypes.CDLL", lambda name: FourShown())
     assert gpus.count_shown() == 4
@@ -326,8 +328,8 @@ def test_the_driver_is_asked_and_torch_in_a_process_of_its_own(monkeypatch: pyte
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         asked.append(command)
-        told = {"shown": 4, "usable": [asdict(T4)], "torch": "2", "cuda": "13.0", "arches": CUDA_13, "complaint": ""}
-        return subprocess.CompletedProcess(command, 0, f"a greeting\n{json.dumps(told)}\n", "")
+        message = {"shown": 4, "usable": [asdict(T4)], "torch": "2", "cuda": "13.0", "arches": CUDA_13, "complaint": ""}
+        return subprocess.CompletedProcess(command, 0, f"a greeting\n{json.dumps(message)}\n", "")
 
     monkeypatch.setattr(subprocess, "run", run)
     assert gpus.look() == Gpus(4, (T4,), "2", "13.0", CUDA_13)
@@ -338,15 +340,15 @@ def test_the_driver_is_asked_and_torch_in_a_process_of_its_own(monkeypatch: pyte
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
-def test_no_rank_takes_the_cpu_where_gpus_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor a process that is started without the launcher."""
+def test_no_rank_uses_the_cpu_on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This also holds for a process that is started without the launcher."""
     gpus.require_usable()
     monkeypatch.setattr(gpus, "count_shown", lambda: 4)
     with pytest.raises(LaunchError, match="cannot use the 4 GPUs of this machine"):
         pick_device(World())
 
 
-def test_torch_itself_can_be_asked() -> None:
+def test_the_probe_reports_torch_and_its_gpus() -> None:
     found = gpus.probe()
     assert found.torch == torch.__version__ and len(found.usable) == (torch.cuda.device_count() if found.usable else 0)
     assert json.loads(json.dumps(asdict(found)))["usable"] == [asdict(gpu) for gpu in found.usable]
@@ -358,7 +360,7 @@ def test_torch_itself_can_be_asked() -> None:
         (V100, CUDA_13, False),
         (V100, CUDA_12_6, True),
         (T4, CUDA_13, True),
-        (Gpu("RTX 4090", 8, 9), CUDA_13, True),  # code for 8.6 runs on it
+        (Gpu("RTX 4090", 8, 9), CUDA_13, True),  # kernels for 8.6 run on it
         (Gpu("RTX 5090", 12, 0), CUDA_12_6, False),
         (Gpu("RTX 5090", 12, 0), (*CUDA_12_6, "compute_90"), True),
         (Gpu("GB10", 12, 1), CUDA_13, True),
@@ -366,19 +368,19 @@ def test_torch_itself_can_be_asked() -> None:
         (A100, ("sm_86", "sm_90a"), False),
     ],
 )
-def test_kernels_fit_a_card_or_do_not(gpu: Gpu, arches: tuple[str, ...], fits: bool) -> None:
+def test_a_gpu_needs_kernels_for_its_compute_capability(gpu: Gpu, arches: tuple[str, ...], fits: bool) -> None:
     assert gpus.has_kernels(gpu, arches) == fits
 
 
-def test_a_card_without_kernels_is_refused_with_the_wheel_that_fits() -> None:
+def test_a_gpu_without_kernels_is_refused_and_the_fitting_wheel_is_named() -> None:
     with pytest.raises(LaunchError, match=r"no kernels for GPU 1 \(Tesla V100, compute capability 7.0\)") as raised:
-        look_around(lambda: Gpus(2, (A100, V100), "2.13.0", "13.0", CUDA_13))
+        describe_machine(lambda: Gpus(2, (A100, V100), "2.13.0", "13.0", CUDA_13))
     assert "install torch's wheel for CUDA 12.6 (cu126)" in raised.value.remedy
     assert gpus.wheel_for(Gpu("RTX 5090", 12, 0)).startswith("install torch's ordinary wheel")
 
 
-def test_emulated_bf16_is_told_with_what_helps() -> None:
-    turing = look_around(lambda: Gpus(2, (A100, T4), "2.13.0", "13.0", CUDA_13))
-    told = "Tesla T4, compute capability 7.5 emulates bf16, which is slow → --set model.precision=fp16"
-    assert precision_notice(turing, "bf16") == told
+def test_emulated_bf16_is_reported_with_a_remedy() -> None:
+    turing = describe_machine(lambda: Gpus(2, (A100, T4), "2.13.0", "13.0", CUDA_13))
+    message = "Tesla T4, compute capability 7.5 emulates bf16, which is slow → --set model.precision=fp16"
+    assert precision_notice(turing, "bf16") == message
     assert precision_notice(turing, "fp16") == precision_notice(NODE, "bf16") == ""

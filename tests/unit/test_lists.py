@@ -1,4 +1,4 @@
-"""Lists of samples with a question, an answer and one or several pictures: CSV and JSONL, from the row to the shard."""
+"""Lists (CSV, JSONL) of samples with a question, an answer and one or several pictures, from the row to the shard."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pictures, no two alike, in two folders."""
+    """Return a folder with 20 different pictures in two subfolders."""
     root = tmp_path_factory.mktemp("pictures")
     for number in range(20):
         path = root / ("상" if number % 2 else "차림") / f"{number:02d}x.jpg"
@@ -52,7 +52,7 @@ def names(folder: Path) -> list[str]:
 
 
 def asked(folder: Path) -> list[Row]:
-    """A question for each picture, a second one for some, and some rows of two or three pictures."""
+    """Return rows: a question for each picture, a second one for some, and some rows of two or three pictures."""
     found = names(folder)
     rows: list[Row] = [
         {"images": [name], "question": "무엇인가요?", "answer": f"음식 {n}"} for n, name in enumerate(found)
@@ -81,12 +81,12 @@ def write_lines(path: Path, *lines: str | bytes) -> Path:
 
 
 def samples(out: Path) -> dict[str, list[Sample]]:
-    """All samples by split."""
+    """Return all samples by split."""
     splits = {split: open_split(out, split) for split in load_manifest(out).splits}
     return {split: [shards.read(i) for i in range(len(shards))] for split, shards in splits.items()}
 
 
-def said(rows: list[Row]) -> Counter[tuple[tuple[str, ...], str, str]]:
+def output(rows: list[Row]) -> Counter[tuple[tuple[str, ...], str, str]]:
     return Counter((tuple(row["images"]), row["question"], row["answer"]) for row in rows)
 
 
@@ -107,10 +107,10 @@ def packed(source: Path, out: Path, options: PackOptions = SMALL) -> Manifest:
     return manifest
 
 
-# --- what comes out
+# --- the packed samples
 
 
-def test_a_csv_and_a_jsonl_of_the_same_rows_become_the_same_samples(folder: Path, tmp_path: Path) -> None:
+def test_a_csv_and_a_jsonl_of_the_same_rows_give_the_same_samples(folder: Path, tmp_path: Path) -> None:
     rows = asked(folder)
     options = replace(SMALL, image_root=folder)
     by_csv = packed(write_csv(tmp_path / "list.csv", rows), tmp_path / "csv", options)
@@ -119,11 +119,11 @@ def test_a_csv_and_a_jsonl_of_the_same_rows_become_the_same_samples(folder: Path
     first, second = folder_bytes(tmp_path / "csv"), folder_bytes(tmp_path / "jsonl")
     assert first.pop("manifest.json") != second.pop("manifest.json")
     assert first == second
-    assert found_in(tmp_path / "csv") == said(rows)
+    assert found_in(tmp_path / "csv") == output(rows)
     assert verify(tmp_path / "csv") == verify(tmp_path / "jsonl") == []
 
 
-def test_the_manifest_and_the_index_of_a_question_list_know_no_classes(folder: Path, tmp_path: Path, capsys) -> None:
+def test_the_manifest_and_the_index_of_a_question_list_have_no_classes(folder: Path, tmp_path: Path, capsys) -> None:
     rows = asked(folder)
     words = ["pack", str(write_jsonl(folder / "list.jsonl", rows)), str(tmp_path / "out"), "--image-size", "32"]
     assert main([*words, "--workers", "1"]) == 0
@@ -141,11 +141,11 @@ def test_the_manifest_and_the_index_of_a_question_list_know_no_classes(folder: P
             assert row["tokens"] == len(sample.columns["answer"].encode()) + 1
             assert row["group"] == sample.columns["group"]
     assert main(["verify", str(tmp_path / "out")]) == 0
-    assert f"all sound: {len(rows)} samples in " in capsys.readouterr().out
+    assert f"no faults: {len(rows)} samples in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_the_pictures_of_a_sample_come_back_in_the_order_of_their_row(folder: Path, tmp_path: Path, form: str) -> None:
+def test_the_pictures_of_a_sample_are_read_in_the_order_of_their_row(folder: Path, tmp_path: Path, form: str) -> None:
     first, second, *_, last = names(folder)
     rows = [{"images": images, **ASK} for images in ([first, last], [last, first], [second], [last, second, first])]
     write = write_csv if form == "csv" else write_jsonl
@@ -156,7 +156,7 @@ def test_the_pictures_of_a_sample_come_back_in_the_order_of_their_row(folder: Pa
     jpeg_of = {
         s.columns["sources"][0]: s.pictures[0] for found in samples(tmp_path / "singles").values() for s in found
     }
-    (found,) = samples(out).values()  # one group, for the same pictures are in all but one row: one split
+    (found,) = samples(out).values()  # only one split: rows share pictures, so all are one group
     assert Counter(tuple(s.columns["sources"]) for s in found) == Counter(tuple(row["images"]) for row in rows)
     for sample in found:
         assert sample.pictures == tuple(jpeg_of[name] for name in sample.columns["sources"])
@@ -184,7 +184,7 @@ def test_plain_webdataset_reads_every_picture_of_a_sample(folder: Path, tmp_path
     assert read == 12
 
 
-def test_the_same_bytes_whatever_the_workers_the_parts_or_the_order_of_rows(
+def test_packing_is_identical_for_any_workers_parts_and_row_order(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = asked(folder)
@@ -205,10 +205,10 @@ def test_the_same_bytes_whatever_the_workers_the_parts_or_the_order_of_rows(
     assert pack(source, tmp_path / "one", options).reused
 
 
-def test_a_stopped_packing_of_several_pictures_goes_on(
+def test_a_stopped_packing_of_several_pictures_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prepared pictures of a chunk are used again, those of one that was cut are made anew."""
+    """Prepared pictures of intact chunks are reused. Those of a truncated chunk are prepared again."""
     source, options = write_jsonl(folder / "list.jsonl", asked(folder)), SMALL
     packed(source, tmp_path / "whole", options)
     made: list[str] = []
@@ -232,9 +232,9 @@ def test_a_stopped_packing_of_several_pictures_goes_on(
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
-def test_all_questions_about_a_picture_are_kept_and_lie_in_one_split(folder: Path, tmp_path: Path) -> None:
+def test_all_questions_about_a_picture_are_kept_in_one_split(folder: Path, tmp_path: Path) -> None:
     rows = [{"images": [name], "question": f"{n}?", "answer": "x"} for name in names(folder) for n in range(3)]
-    again = encoded(picture(0), quality=80)  # the first picture once more, under another name and in other bytes
+    again = encoded(picture(0), quality=80)  # the first picture again, with another name and other bytes
     for number in range(4):
         (tmp_path / f"again{number}.jpg").write_bytes(again + bytes(number))
         rows.append({"images": [str(tmp_path / f"again{number}.jpg")], "question": "?", "answer": "x"})
@@ -259,7 +259,7 @@ def test_all_questions_about_a_picture_are_kept_and_lie_in_one_split(folder: Pat
 
 def test_a_lists_own_split_is_kept(folder: Path, tmp_path: Path) -> None:
     rows = [row | {"split": ("train", "Validation", "test")[n % 3]} for n, row in enumerate(asked(folder)[:12])]
-    wanted = {split: said(rows[n::3]) for n, split in enumerate(("train", "val", "test"))}
+    wanted = {split: output(rows[n::3]) for n, split in enumerate(("train", "val", "test"))}
     for form in ("csv", "jsonl"):
         out = tmp_path / form
         if form == "csv":
@@ -319,12 +319,12 @@ def test_a_question_without_an_answer_is_a_column_like_any_other(folder: Path, t
     assert (manifest.columns, manifest.raw["rejected"]["count"]) == (("category", "label"), 0)
 
 
-# --- what is left out
+# --- refused rows
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_row_with_a_picture_that_cannot_be_used_is_refused_by_name_alone(
+def test_only_a_row_with_an_unusable_picture_is_refused_by_name(
     folder: Path, tmp_path: Path, form: str, place: int
 ) -> None:
     sound = names(folder)
@@ -346,16 +346,16 @@ def test_a_row_with_a_picture_that_cannot_be_used_is_refused_by_name_alone(
     write = write_csv if form == "csv" else write_jsonl
     out = tmp_path / "out"
     packed(write(tmp_path / f"list.{form}", rows), out, replace(SMALL, image_root=folder, max_rejected=0.5))
-    assert found_in(out) == said(rows[:10])
-    told = {(source, reason): why for source, reason, why in refused(out)}
-    assert len(told) == len(refused(out)) == len(bad)
+    assert found_in(out) == output(rows[:10])
+    message = {(source, reason): why for source, reason, why in refused(out)}
+    assert len(message) == len(refused(out)) == len(bad)
     for source, reason, name, detail in expected:
-        assert detail in told[source, reason]
-        assert place == 0 or told[source, reason].startswith(f"{name}: ")
+        assert detail in message[source, reason]
+        assert place == 0 or message[source, reason].startswith(f"{name}: ")
     assert verify(out) == []
 
 
-def test_a_picture_that_was_mended_is_used_though_it_comes_second(folder: Path, tmp_path: Path) -> None:
+def test_a_repaired_second_picture_is_used_in_the_next_packing(folder: Path, tmp_path: Path) -> None:
     second = tmp_path / "second.jpg"
     sound = encoded(picture(77))
     second.write_bytes(bytes(len(sound)))
@@ -367,18 +367,18 @@ def test_a_picture_that_was_mended_is_used_though_it_comes_second(folder: Path, 
     assert {why.split(": ")[0] for *_, why in refused(tmp_path / "out")} == {str(second)}
     second.write_bytes(sound)
     packed(source, tmp_path / "out", options)
-    assert found_in(tmp_path / "out") == said(rows)
+    assert found_in(tmp_path / "out") == output(rows)
 
 
 BAD_LINES = {
-    "no JSON": "no JSON: no JSON",
-    '{"image": "a.jpg", "question": "?", "answer": "x"': "no JSON: {",
-    '{"image": "a.jpg", "question": "?", "answer": "x"} {}': "no JSON: {",
-    "[" * 100_000: "no JSON: [[[",
-    "9" * 10_000: "no JSON: 999",
-    '"text"': 'no JSON object: "text"',
-    "[1, 2]": "no JSON object: [1, 2]",
-    "null": "no JSON object: null",
+    "no JSON": "not JSON: no JSON",
+    '{"image": "a.jpg", "question": "?", "answer": "x"': "not JSON: {",
+    '{"image": "a.jpg", "question": "?", "answer": "x"} {}': "not JSON: {",
+    "[" * 100_000: "not JSON: [[[",
+    "9" * 10_000: "not JSON: 999",
+    '"text"': 'not a JSON object: "text"',
+    "[1, 2]": "not a JSON object: [1, 2]",
+    "null": "not a JSON object: null",
     '{"question": "?", "answer": "x"}': "no `image` with a path",
     '{"image": "", "question": "?", "answer": "x"}': "no `image` with a path",
     '{"image": 3, "question": "?", "answer": "x"}': "no `image` with a path",
@@ -392,19 +392,19 @@ BAD_LINES = {
     '{"image": "a.jpg", "question": "?"}': "no `label`, and no `question` with its `answer`",
     '{"image": "a.jpg", "answer": "x"}': "no `label`, and no `question` with its `answer`",
     '{"image": "a.jpg", "question": "?", "answer": null}': "no `label`, and no `question` with its `answer`",
-    '{"image": "a.jpg", "question": "?", "answer": true}': "`answer` is no text: true",
-    '{"image": "a.jpg", "question": ["?"], "answer": "x"}': '`question` is no text: ["?"]',
-    '{"image": "a.jpg", "label": {"name": "약과"}}': '`label` is no text: {"name": "약과"}',
-    '{"image": "a.jpg", "question": "?", "answer": "x", "split": 1.5e3, "label": []}': "`label` is no text: []",
-    '{"image": "a.jpg", "question": "?", "answer": "x", "split": ["train"]}': '`split` is no text: ["train"]',
-    '{"image": "a.jpg", "question": "?", "answer": "\\ud800"}': "half a character, which is no text: {",
-    '{"image": "\\udc80.jpg", "question": "?", "answer": "x"}': "half a character, which is no text: {",
-    '{"image": "a.jpg", "question": "?", "answer": ["\\ud800"]}': "half a character, which is no text: {",
+    '{"image": "a.jpg", "question": "?", "answer": true}': "`answer` is not text: true",
+    '{"image": "a.jpg", "question": ["?"], "answer": "x"}': '`question` is not text: ["?"]',
+    '{"image": "a.jpg", "label": {"name": "약과"}}': '`label` is not text: {"name": "약과"}',
+    '{"image": "a.jpg", "question": "?", "answer": "x", "split": 1.5e3, "label": []}': "`label` is not text: []",
+    '{"image": "a.jpg", "question": "?", "answer": "x", "split": ["train"]}': '`split` is not text: ["train"]',
+    '{"image": "a.jpg", "question": "?", "answer": "\\ud800"}': "half a character, which is not text: {",
+    '{"image": "\\udc80.jpg", "question": "?", "answer": "x"}': "half a character, which is not text: {",
+    '{"image": "a.jpg", "question": "?", "answer": ["\\ud800"]}': "half a character, which is not text: {",
 }
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_line_is_one_refusal_by_its_number_and_costs_no_other(tmp_path: Path, line: str) -> None:
+def test_a_bad_line_is_refused_by_its_number_and_other_lines_are_kept(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.jpg").write_bytes(encoded(picture()))
     sound = [json.dumps({"image": "a.jpg", "question": f"{n}?", "answer": "x"}) for n in range(3)]
     path = write_lines(tmp_path / "list.jsonl", sound[0], "", line, "  \t", *sound[1:], "")
@@ -416,7 +416,7 @@ def test_a_bad_line_is_one_refusal_by_its_number_and_costs_no_other(tmp_path: Pa
     assert refused(tmp_path / "out") == [("list.jsonl:3", "bad_row", bad.detail)]
 
 
-def test_empty_words_and_paths_that_lead_nowhere_are_refused_under_the_picture(tmp_path: Path) -> None:
+def test_empty_texts_and_missing_files_are_refused_with_the_pictures_name(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(encoded(picture()))
     rows = [
         {"image": "a.jpg", "question": " ", "answer": "x"},
@@ -440,7 +440,7 @@ def test_empty_words_and_paths_that_lead_nowhere_are_refused_under_the_picture(t
     }
 
 
-def test_empty_cells_of_a_question_csv_are_refused_under_the_picture(tmp_path: Path) -> None:
+def test_empty_cells_of_a_question_csv_are_refused_with_the_pictures_name(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(encoded(picture()))
     header = "image_path,question,answer"
     path = write_lines(tmp_path / "list.csv", header, "a.jpg,,x", "a.jpg,?,", "a.jpg,?", ",?,x", "a.jpg,?,x")
@@ -453,7 +453,7 @@ def test_empty_cells_of_a_question_csv_are_refused_under_the_picture(tmp_path: P
     }
 
 
-def test_a_jsonl_is_utf8_with_or_without_a_mark_and_says_so_where_it_is_not(tmp_path: Path) -> None:
+def test_a_jsonl_must_be_utf8_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(encoded(picture()))
     line = json.dumps({"image": "a.jpg", "question": "무엇?\u2028\x85", "answer": "회"}, ensure_ascii=False)
     for name, data in (
@@ -477,7 +477,7 @@ def test_a_jsonl_is_utf8_with_or_without_a_mark_and_says_so_where_it_is_not(tmp_
             scan(write_lines(tmp_path / "nothing.jsonl", data))
 
 
-def test_a_question_csv_in_cp949_is_read_as_any_other(tmp_path: Path) -> None:
+def test_a_question_csv_in_cp949_is_read_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "상차림.jpg").write_bytes(encoded(picture()))
     path = tmp_path / "list.csv"
     path.write_bytes("image_path,question,answer\n상차림.jpg|상차림.jpg,무엇이 보이나요?,회\n".encode("cp949"))
@@ -487,18 +487,18 @@ def test_a_question_csv_in_cp949_is_read_as_any_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", ["image_path,question", "image_path,answer", "question,answer", "image_path"])
-def test_a_csv_that_says_too_little_is_refused_with_both_headers(tmp_path: Path, header: str) -> None:
-    told = "has the columns .* → .*`image_path,label` or `image_path,question,answer`"
-    with pytest.raises(SourceError, match=told):
+def test_a_csv_with_missing_columns_is_refused_and_both_headers_are_named(tmp_path: Path, header: str) -> None:
+    message = "has the columns .* → .*`image_path,label` or `image_path,question,answer`"
+    with pytest.raises(SourceError, match=message):
         scan(write_lines(tmp_path / "list.csv", header, "a.jpg,x"))
-    with pytest.raises(SourceError, match=told):
+    with pytest.raises(SourceError, match=message):
         scan(write_lines(tmp_path / "list.csv", "image_path,question,answer,Answer", "a.jpg,?,x,x"))
 
 
-# --- what a path means
+# --- paths
 
 
-def test_a_bar_parts_paths_unless_it_belongs_to_a_name(tmp_path: Path) -> None:
+def test_a_vertical_bar_separates_paths_unless_it_is_part_of_a_name(tmp_path: Path) -> None:
     for seed, name in enumerate(
         ("a.jpg", "b.jpg", "a.jpg|b.jpg", "x|y.jpg", unicodedata.normalize("NFD", "회|밥.jpg"))
     ):
@@ -525,7 +525,7 @@ def test_a_bar_parts_paths_unless_it_belongs_to_a_name(tmp_path: Path) -> None:
     assert [picture.source for picture in record.pictures] == ["a.jpg|b.jpg", "b.jpg"]
 
 
-def test_each_picture_of_a_row_is_found_and_named_as_a_single_one(tmp_path: Path) -> None:
+def test_each_picture_of_a_row_is_found_and_named_like_a_single_one(tmp_path: Path) -> None:
     apart = unicodedata.normalize("NFD", "구이")
     for seed, name in enumerate((f"{apart}/A.JPG", "b/Foo.jpg", "B/foo.jpg")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -538,10 +538,10 @@ def test_each_picture_of_a_row_is_found_and_named_as_a_single_one(tmp_path: Path
     assert [picture.source for picture in found.pictures] == ["구이/A.JPG", "b/Foo.jpg", "구이/A.JPG"]
     assert all(read_picture(picture) for picture in found.pictures)
     assert (several.source, several.problem) == ("구이/A.JPG", "ambiguous_path")
-    assert several.detail == "b/FOO.jpg: any of B/foo.jpg, b/Foo.jpg"
+    assert several.detail == "b/FOO.jpg: may be any of B/foo.jpg, b/Foo.jpg"
 
 
-def test_crop_boxes_are_those_of_each_picture(tmp_path: Path) -> None:
+def test_each_picture_of_a_row_gets_its_own_crop_box(tmp_path: Path) -> None:
     half = Image.new("RGB", (200, 100), (200, 0, 0))
     half.paste((0, 0, 200), (100, 0, 200, 100))
     for name in ("one/a", "two/b", "two/c"):
@@ -566,10 +566,10 @@ def test_crop_boxes_are_those_of_each_picture(tmp_path: Path) -> None:
     ]
 
 
-# --- rows against each other
+# --- rows compared with other rows
 
 
-def test_a_row_that_was_there_before_is_refused_and_other_words_are_not(tmp_path: Path) -> None:
+def test_a_repeated_row_is_refused_and_a_row_with_another_text_is_not(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(encoded(picture(ord(name[0]))))
     rows: list[Row] = [
@@ -585,11 +585,11 @@ def test_a_row_that_was_there_before_is_refused_and_other_words_are_not(tmp_path
         out = tmp_path / f"of-{source.suffix}"
         packed(source, out, replace(SMALL, max_rejected=0.5))
         assert refused(out) == [("a.jpg", "duplicate_row", "listed before with the same words")] * 2
-        assert found_in(out) == said([rows[n] for n in (0, 2, 3, 4, 5)])
+        assert found_in(out) == output([rows[n] for n in (0, 2, 3, 4, 5)])
 
 
 def test_a_row_without_a_label_among_labelled_ones_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    """Either all samples of a data set have a class or none has."""
+    """Either all samples of a data set have a class, or none has one."""
     rows = [{"image": name, "label": "약과"} for name in names(folder)[:8]]
     rows.append({"image": names(folder)[8], **ASK})
     rows.append({"image": names(folder)[9], "label": " ", **ASK})
@@ -605,31 +605,31 @@ def test_a_row_without_a_label_among_labelled_ones_is_refused_by_name(folder: Pa
     assert (manifest.columns, manifest.classes) == (("answer", "question"), ())
 
 
-# --- what needs classes
+# --- options that need classes
 
 
 @pytest.fixture
 def questions(folder: Path, tmp_path: Path) -> Path:
-    """A packed list of questions."""
+    """Return a packed list of questions."""
     packed(write_jsonl(tmp_path / "q.jsonl", asked(folder)), tmp_path / "questions", replace(SMALL, image_root=folder))
     return tmp_path / "questions"
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_what_is_about_classes_is_refused_for_a_list_of_questions(folder: Path, tmp_path: Path, form: str) -> None:
+def test_options_about_classes_are_refused_for_a_list_of_questions(folder: Path, tmp_path: Path, form: str) -> None:
     listed = write_lines(tmp_path / "classes.tsv", "category\tname", "한과\t약과")
     write = write_csv if form == "csv" else write_jsonl
     source = write(tmp_path / f"list.{form}", asked(folder))
     options = replace(SMALL, image_root=folder)
-    told = rf"list\.{form} has no labels, which --classes is about → leave --classes out"
-    with pytest.raises(SourceError, match=told):
+    message = rf"list\.{form} has no labels, but --classes needs them → leave --classes out"
+    with pytest.raises(SourceError, match=message):
         pack(source, tmp_path / "out", replace(options, classes=listed))
-    with pytest.raises(SourceError, match="no labels, which --per-class is about → leave --per-class out"):
+    with pytest.raises(SourceError, match="no labels, but --per-class needs them → leave --per-class out"):
         pack(source, tmp_path / "out", replace(options, per_class=3))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_list_of_labels_whose_rows_are_all_bad_is_told_so_with_a_class_list_too(tmp_path: Path) -> None:
+def test_a_list_of_only_bad_labels_is_refused_as_such_with_a_class_list_too(tmp_path: Path) -> None:
     listed = write_lines(tmp_path / "classes.tsv", "category\tname", "한과\t약과")
     source = write_lines(tmp_path / "list.csv", "image_path,label", "only one cell", "a.jpg,")
     with pytest.raises(SourceError, match=r"2 of 2 inputs .* bad_label 1, bad_row 1"):
@@ -659,14 +659,14 @@ def test_a_mixture_with_one_folder_without_classes_is_not_balanced(
         build_data_order(mixture, data)
 
 
-def test_order_of_a_folder_without_classes_is_printed_and_balance_refused(questions: Path, capsys) -> None:
+def test_kfood_order_accepts_a_folder_without_classes_and_refuses_balance(questions: Path, capsys) -> None:
     assert main(["order", str(questions)]) == 0
     assert capsys.readouterr().out.count("train-") == len(open_split(questions, "train"))
     assert main(["order", str(questions), "--class-balance", "1"]) == 2
     assert "the samples have no classes → " in capsys.readouterr().err
 
 
-def test_pictures_of_a_sample_are_squares_of_the_size_asked_for(questions: Path) -> None:
+def test_pictures_of_a_sample_are_squares_of_the_requested_size(questions: Path) -> None:
     for found in samples(questions).values():
         for sample in found:
             for jpeg in sample.pictures:
@@ -675,8 +675,8 @@ def test_pictures_of_a_sample_are_squares_of_the_size_asked_for(questions: Path)
             assert (sample.columns["width"], sample.columns["height"]) == (32, 32)
 
 
-def test_words_are_in_nfc_whoever_wrote_them_and_null_is_no_word(folder: Path, tmp_path: Path) -> None:
-    """macOS takes Hangul apart, and pandas writes a missing cell as null."""
+def test_texts_are_converted_to_nfc_and_null_counts_as_missing(folder: Path, tmp_path: Path) -> None:
+    """macOS writes Hangul in NFD, and pandas writes a missing cell as null."""
     row = {"image": names(folder)[0], "label": None, "split": None}
     row |= {name: unicodedata.normalize("NFD", text) for name, text in ASK.items()}
     [record] = scan(write_lines(tmp_path / "list.jsonl", json.dumps(row)), folder)

@@ -1,4 +1,4 @@
-"""A local copy: once per node, verified, cleaned; whatever is killed or broken."""
+"""A local copy is made once per node, verified and removed, even if processes are killed or the source is damaged."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ from kfood_dist.errors import LaunchError, ShardError
 from kfood_dist.pack.options import PackOptions
 from kfood_dist.pack.pack import pack
 from kfood_dist.pack.split import parse_fractions
-from kfood_dist.train.main import reading_from, splits_read
+from kfood_dist.train.main import splits_read, with_places
 
 OPTIONS = PackOptions(image_size=32, shard_size=7, workers=1, fractions=parse_fractions("0.75,0,0.25"))
 FILES = [f"train-00000{n}.{kind}" for n in range(3) for kind in ("index.npy", "tar")]
@@ -36,7 +36,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """18 train samples in 3 shards, 6 test samples."""
+    """Return a folder with 18 train samples in 3 shards and 6 test samples."""
     root = tmp_path_factory.mktemp("packed")
     pack(write_folder(root / "source", {"구이/구이/불고기": 12, "한과/약과": 12}), root / "kfood", OPTIONS)
     return root / "kfood"
@@ -58,12 +58,12 @@ def quick(url, **options):
 
 
 def home(place):
-    """Where this user's copies lie."""
+    """Return the folder of this user's copies."""
     return place / f"kfood-copy-{os.geteuid()}"
 
 
 def copied(place):
-    """The files under their final names, of the one data set that is copied."""
+    """Return the names of the finished files of the only data set that is being copied."""
     [folder] = [path for path in home(place).iterdir() if path.is_dir()]
     return sorted(path.name for path in folder.iterdir() if path.suffix in (".tar", ".npy"))
 
@@ -107,8 +107,8 @@ def test_four_processes_of_a_node_copy_once(server, place):
     processes = [FORK.Process(target=use, args=(server.url, place, barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    told = {results.get(timeout=60) for _ in processes}
-    assert len(told) == 1 and {number for _, number in told} == {18}
+    message = {results.get(timeout=60) for _ in processes}
+    assert len(message) == 1 and {number for _, number in message} == {18}
     assert {name: server.gets[name] for name in FILES} == dict.fromkeys(FILES, 1)
     barrier.wait(60)
     for process in processes:
@@ -117,8 +117,8 @@ def test_four_processes_of_a_node_copy_once(server, place):
     assert list(place.iterdir()) == []
 
 
-def test_who_waits_says_so(server, place, capsys):
-    """The second comes while the first is at a shard that does not answer."""
+def test_a_waiting_process_says_so(server, place, capsys):
+    """The second process starts while the first waits for a shard whose server does not answer."""
     server.break_next("stall", "train-000002.tar", 1)
     entered = threading.Event()
 
@@ -131,12 +131,12 @@ def test_who_waits_says_so(server, place, capsys):
     wait_until(lambda: server.gets["train-000002.tar"] == 1)
 
     def release():
-        wait_until(lambda: "waiting for another process" in said())
+        wait_until(lambda: "waiting for another process" in output())
         server.released.set()  # the answer ends, and is asked for again
 
     heard = []
 
-    def said():
+    def output():
         heard.append(capsys.readouterr().out)
         return "".join(heard)
 
@@ -147,7 +147,7 @@ def test_who_waits_says_so(server, place, capsys):
         entered.set()
     for waiting in (releasing, thread):
         waiting.join(30)
-    assert f"waiting for another process of this node that copies {server.url} to {place}" in said()
+    assert f"waiting for another process of this node that copies {server.url} to {place}" in output()
 
 
 def wait_until(condition):
@@ -165,7 +165,7 @@ def copy_only(url, place):
 
 
 def kill_while_copying(server, place, monkeypatch):
-    """Copy until the last shard does not answer, then kill -9; the small batches make the others be there by then."""
+    """Copy until the last shard does not answer, then send SIGKILL. Small batches let the other shards finish first."""
     monkeypatch.setattr("kfood_dist.data.shards.local_copy._BATCH_PIECES", 1)
     server.break_next("stall", "train-000002.tar", 1)
     process = FORK.Process(target=copy_only, args=(server.url, place))
@@ -175,7 +175,7 @@ def kill_while_copying(server, place, monkeypatch):
     process.join()
 
 
-def test_what_a_killed_job_left_is_used_by_the_next(server, packed, place, monkeypatch):
+def test_the_next_job_uses_a_killed_jobs_copy(server, packed, place, monkeypatch):
     kill_while_copying(server, place, monkeypatch)
     [folder] = [path for path in home(place).iterdir() if path.is_dir()]
     (folder / "train-000002.tar.partial").write_bytes(b"half")
@@ -191,12 +191,12 @@ def test_what_a_killed_job_left_is_used_by_the_next(server, packed, place, monke
 
 @pytest.fixture
 def other(tmp_path):
-    """Another data set."""
+    """Return another data set."""
     pack(write_folder(tmp_path / "source", {"한과/약과": 4}, first_seed=100), tmp_path / "other", OPTIONS)
     return tmp_path / "other"
 
 
-def test_what_a_killed_job_left_is_swept_when_another_set_comes(server, packed, place, other, monkeypatch):
+def test_a_job_with_another_data_set_removes_a_killed_jobs_copy(server, packed, place, other, monkeypatch):
     kill_while_copying(server, place, monkeypatch)
     with local_copy(other, ["train"], place) as folder:
         assert list(home(place).iterdir()) == [folder]
@@ -212,9 +212,9 @@ def test_a_run_reads_each_of_its_data_sets_where_it_lies_or_from_a_copy(packed, 
     sections = {"model": {"base": "m"}, "run": {"dir": "r"}, "eval": {"every_steps": 1, "split": "test"}}
     recipe = Recipe.model_validate({"data": data, **sections})
     with local_copies(splits_read(recipe), None) as places:
-        assert reading_from(places, recipe) == recipe
+        assert with_places(places, recipe) == recipe
     with local_copies(splits_read(recipe), place) as places:
-        main, mixed = reading_from(places, recipe).data.shards, reading_from(places, recipe).data.mix[0].shards
+        main, mixed = with_places(places, recipe).data.shards, with_places(places, recipe).data.mix[0].shards
         assert {Path(main).parent, Path(mixed).parent} == {home(place)}
         for copy, original, split in ((main, packed, "train"), (main, packed, "test"), (mixed, other, "train")):
             assert open_split(copy, split).read(0) == open_split(original, split).read(0)
@@ -222,7 +222,7 @@ def test_a_run_reads_each_of_its_data_sets_where_it_lies_or_from_a_copy(packed, 
 
 
 def write_foreign(parent):
-    """A folder and a lock of somebody else, called as a copy of ours might be; and a lock alone."""
+    """Write a folder and a lock of another program, named like a copy of ours, and a lock without a folder."""
     (parent / "experiment-3f2a9c1b7d4e").mkdir(parents=True)
     (parent / "experiment-3f2a9c1b7d4e" / "train-000000.tar").write_bytes(b"months of work")
     (parent / "experiment-3f2a9c1b7d4e.lock").touch()
@@ -233,7 +233,7 @@ def everything(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def test_what_others_keep_beside_the_copies_stays(packed, place):
+def test_foreign_files_next_to_copies_are_kept(packed, place):
     write_foreign(place)
     write_foreign(home(place))
     before = everything(place)
@@ -242,7 +242,7 @@ def test_what_others_keep_beside_the_copies_stays(packed, place):
     assert everything(place) == before
 
 
-def test_what_somebody_put_into_a_copy_stays_and_is_told(packed, place, capsys):
+def test_a_foreign_file_in_a_copy_is_kept_and_reported(packed, place, capsys):
     with local_copy(packed, ["train"], place) as folder:
         (folder / "notes.txt").write_text("mine")
         (folder / "results.partial").touch()
@@ -274,7 +274,7 @@ def copy_as(user, url, place, results):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
-def test_users_who_share_a_place_do_not_meet(server, packed):
+def test_two_users_of_one_folder_have_separate_copies(server, packed):
     with tempfile.TemporaryDirectory() as shared:
         place = Path(shared)
         place.chmod(0o1777)
@@ -309,7 +309,7 @@ def test_a_folder_that_another_user_made_in_our_name_is_refused(packed, place, t
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_faults_of_the_source_pass_or_are_told(server, packed, place, kind):
+def test_source_faults_are_retried_or_reported(server, packed, place, kind):
     server.break_next(kind, "train-000001.tar", 2)
     with local_copy(quick(server.url), ["train"], place) as folder:
         assert open_split(folder, "train").read_many(range(18)) == open_split(packed, "train").read_many(range(18))
@@ -328,21 +328,21 @@ def test_a_damaged_source_is_noticed(packed, place, tmp_path, damage):
     tar = copy / "train-000001.tar"
     data = bytearray(tar.read_bytes())
     data[5] ^= 1  # in a tar header, where no sample's checksum would notice
-    told = {
+    message = {
         "flip": "does not have the SHA-256 of the manifest",
         "cut": "has 700 bytes, not the",
         "missing": "cannot be opened",
     }
     {"flip": lambda: tar.write_bytes(data), "cut": lambda: os.truncate(tar, 700), "missing": tar.unlink}[damage]()
     with (
-        pytest.raises(ShardError, match=rf"{tar} {told[damage]}"),
+        pytest.raises(ShardError, match=rf"{tar} {message[damage]}"),
         local_copy(copy, ["train"], place),
     ):
         raise AssertionError("half a data set was given out")
     assert list(place.iterdir()) == []
 
 
-def test_too_little_room_is_told_before_anything_is_copied(server, place, monkeypatch):
+def test_too_little_room_is_reported_before_anything_is_copied(server, place, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("kfood_dist.data.shards.local_copy.shutil.disk_usage", lambda folder: usage(10, 10, 1000))
     needed = sum(s.bytes + s.index_bytes for s in load_manifest(server.url).shards_of("train"))
@@ -379,7 +379,7 @@ def test_a_place_without_locks_is_told(packed, place, monkeypatch):
 
 
 def test_a_child_that_lives_on_does_not_keep_the_copy(packed, place):
-    """A forked process inherits the lock's descriptor; the copy is gone all the same when its users are."""
+    """A forked process inherits the lock's descriptor. The copy must still be removed when its users have left."""
     with local_copy(packed, ["train"], place):
         reading, writing = os.pipe()
         child = os.fork()
@@ -394,7 +394,7 @@ def test_a_child_that_lives_on_does_not_keep_the_copy(packed, place):
     os.waitpid(child, 0)
 
 
-def test_one_who_fails_in_the_block_cleans_too(packed, place):
+def test_an_exception_in_the_block_removes_the_copy(packed, place):
     with pytest.raises(ZeroDivisionError), local_copy(packed, ["train"], place):
         raise ZeroDivisionError
     assert list(place.iterdir()) == []
@@ -411,8 +411,8 @@ def come_and_go(sources, place, results):
         raise
 
 
-def test_users_who_come_and_go_never_meet_half_a_copy(packed, place, other, capfd):
-    """Each may be the last one out while another comes, and sweep while another leaves."""
+def test_concurrent_users_never_see_an_incomplete_copy(packed, place, other, capfd):
+    """Each process may leave last while another starts, and may remove old copies while another leaves."""
     results = FORK.Queue()
     processes = [FORK.Process(target=come_and_go, args=((packed, other), place, results)) for _ in range(4)]
     for process in processes:

@@ -1,4 +1,4 @@
-"""One run to a directory."""
+"""Only one run may use a run directory at a time."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ with hold(Path(sys.argv[1])):
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that trains in `tmp_path`; it says the number of its child, which lives as long as its input."""
+    """Yield another process that holds `tmp_path`. It prints the id of its child, which lives until the input ends."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=pipe, stdout=pipe, text=True) as process:
         yield process
@@ -48,19 +48,21 @@ def test_a_directory_in_use_is_refused_at_once(other: subprocess.Popen[str], tmp
     require_free(tmp_path)
 
 
-def test_a_directory_that_cannot_be_is_not_in_use(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_exist_is_not_in_use(tmp_path: Path) -> None:
     require_free(tmp_path / ("x" * 300))
 
 
-def test_a_child_that_outlives_a_killed_run_keeps_no_directory(other: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_child_that_outlives_a_killed_run_does_not_hold_its_directory(
+    other: subprocess.Popen[str], tmp_path: Path
+) -> None:
     child = child_of(other)
     other.kill()
     other.wait()
-    os.kill(child, 0)  # it lives
+    os.kill(child, 0)  # the child is alive
     require_free(tmp_path)
 
 
-def test_without_locks_it_says_what_to_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -68,5 +70,5 @@ def test_without_locks_it_says_what_to_mind(tmp_path: Path, monkeypatch: pytest.
     with hold(tmp_path):
         require_free(tmp_path)
     assert capsys.readouterr().err == (
-        f"note: {tmp_path} has no locks (Function not implemented); start no second run here\n"
+        f"note: {tmp_path} has no locks (Function not implemented); do not start a second run here\n"
     )

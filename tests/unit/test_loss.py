@@ -1,4 +1,4 @@
-"""The loss module against the model's own loss, golden mRoPE positions, and what it keeps for the backward pass."""
+"""The loss module: compared with the model's own loss, golden mRoPE positions, tensors kept for the backward pass."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from kfood_dist.data.picture.patches import Patches
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.model.objective.answer import AnswerLoss, MeanAnswerLoss
 from kfood_dist.model.parts import recompute_activations
-from kfood_dist.train.validate import resting_dropout
+from kfood_dist.train.validate import without_dropout
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_sum_equals_the_models_own_logits_and_labels(tiny_model: Path, visio
     assert each.shape == correct.shape == (4,)
 
 
-def test_each_samples_own_loss_is_what_it_has_alone(tiny_model: Path, vision: Patches, collator) -> None:
+def test_the_loss_of_a_sample_is_the_same_in_a_batch_and_alone(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision)
     loss, losses, _ = module(collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)])
     alone = [module(collator[MicroBatch(0, 0, (i,), i)])[0].item() for i in range(4)]
@@ -60,7 +60,7 @@ def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: Patches, c
     assert together.item() == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_filler_adds_nothing_and_can_go_backward(tiny_model: Path, vision: Patches, collator) -> None:
+def test_a_filler_has_zero_loss_and_zero_gradients(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision)
     loss, _, correct = module(collator[MicroBatch(0, 0, (), 5)])
     loss.backward()
@@ -69,8 +69,8 @@ def test_a_filler_adds_nothing_and_can_go_backward(tiny_model: Path, vision: Pat
     assert all(g is not None and not g.any() for g in gradients)
 
 
-def test_golden_mrope_positions(tiny_model: Path, vision: Patches, collator) -> None:
-    """Text counts on in all three axes; the picture's 8 × 8 tokens share one time and spread over height and width."""
+def test_mrope_positions_equal_the_golden_ones(tiny_model: Path, vision: Patches, collator) -> None:
+    """Text positions increase on all three axes. The picture's 8 × 8 tokens share a time and span height and width."""
     batch = collator[MicroBatch(0, 0, (0,), 0)]
     model = build(tiny_model, vision).model.get_base_model().model
     positions = model.compute_3d_position_ids(
@@ -93,7 +93,7 @@ def test_golden_mrope_positions(tiny_model: Path, vision: Patches, collator) -> 
 
 
 def test_without_token_types_positions_would_be_wrong(tiny_model: Path, vision: Patches, collator) -> None:
-    """The trap itself: transformers falls back to one-dimensional positions in silence."""
+    """transformers silently uses one-dimensional positions if the token types are missing."""
     module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0,), 0)]
     inputs = model_inputs(batch, vision)
     right = module.model(**inputs).logits
@@ -101,7 +101,7 @@ def test_without_token_types_positions_would_be_wrong(tiny_model: Path, vision: 
     assert not torch.allclose(module.model(**inputs).logits, right, atol=1e-3)
 
 
-def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(tiny_model: Path, vision: Patches, collator) -> None:
+def test_the_frozen_tower_keeps_no_tensors_for_the_backward_pass(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision).train()
     recompute_activations(module.model.get_base_model().model.language_model)
     tower = module.model.get_base_model().model.visual
@@ -120,7 +120,7 @@ def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(tiny_model: Path, 
     assert all(p.grad is None for p in tower.parameters())
 
 
-def test_checkpointing_of_the_language_model_leaves_the_gradients_alone(tiny_model, vision, collator) -> None:
+def test_checkpointing_of_the_language_model_does_not_change_the_gradients(tiny_model, vision, collator) -> None:
     batch = collator[MicroBatch(0, 0, (0, 1), 0)]
     gradients = []
     for recompute in (False, True):
@@ -128,39 +128,39 @@ def test_checkpointing_of_the_language_model_leaves_the_gradients_alone(tiny_mod
         if recompute:
             recompute_activations(module.model.get_base_model().model.language_model)
             embedding = module.model.get_base_model().get_input_embeddings()
-            assert not embedding._forward_hooks, "inputs would require gradients for nothing"
+            assert not embedding._forward_hooks, "the inputs must not require gradients needlessly"
         module.train()(batch)[0].backward()
         gradients.append([p.grad for p in module.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_sample_is_right_with_every_label_token_alone(tiny_model: Path, vision: Patches, collator) -> None:
-    """The labels are made what the model says; then one token of the second answer is made another."""
+def test_a_sample_is_right_only_if_every_label_token_is(tiny_model: Path, vision: Patches, collator) -> None:
+    """The labels are set to the model's own output. Then one token of the second answer is changed."""
     module, batch = build(tiny_model, vision), collator[MicroBatch(0, 0, (0, 1, 2), 0)]
     with torch.no_grad():
-        said = module.model(**model_inputs(batch, vision)).logits[:, :-1].argmax(-1)
+        output = module.model(**model_inputs(batch, vision)).logits[:, :-1].argmax(-1)
         asked = batch.labels[:, 1:] != -100
-        batch.labels[:, 1:][asked] = said[asked]
+        batch.labels[:, 1:][asked] = output[asked]
         assert module(batch)[2].tolist() == [True, True, True]
         batch.labels[1, 1 + int(asked[1].float().argmax())] += 1
         assert module(batch)[2].tolist() == [True, False, True]
 
 
-def test_the_mean_objective_counts_every_answer_alike(tiny_model: Path, vision: Patches, collator) -> None:
-    """Against transformers' own loss, which is the mean over label tokens, sample by sample."""
+def test_the_mean_objective_weights_every_answer_equally(tiny_model: Path, vision: Patches, collator) -> None:
+    """Compare with transformers' own loss of each sample, which is the mean over its label tokens."""
     module = MeanAnswerLoss(build(tiny_model, vision).model, vision)
     batch = collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
     loss, each, _ = module(batch)
     alone = [collator[MicroBatch(0, 0, (i,), i)] for i in range(4)]
     own = [module.model(**model_inputs(one, vision), labels=one.labels).loss.item() for one in alone]
-    assert len({one.num_label_tokens for one in alone}) > 1, "answers of one length tell nothing"
+    assert len({one.num_label_tokens for one in alone}) > 1, "answers of equal length would prove nothing"
     assert each.tolist() == pytest.approx(own, rel=1e-5)
     assert loss.item() == pytest.approx(sum(own), rel=1e-5)
     assert (module.weight(batch), module.weight(collator[MicroBatch(0, 0, (), 5)])) == (4, 0)
 
 
-def test_teacher_forced_match_is_the_match_of_greedy_generation(tiny_model, tiny_shards, vision, collator) -> None:
-    """Tune the tiny model on six pictures until some are right, then compare with `generate`, picture by picture."""
+def test_the_teacher_forced_match_equals_that_of_greedy_generation(tiny_model, tiny_shards, vision, collator) -> None:
+    """The tiny model learns six pictures until some answers are right. Then each is compared with `generate`."""
     module = build(tiny_model, vision)
     batch = collator[MicroBatch(0, 0, tuple(range(6)), 0)]
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-3)
@@ -181,12 +181,12 @@ def test_teacher_forced_match_is_the_match_of_greedy_generation(tiny_model, tiny
     assert [a == n for a, n in zip(answers, names, strict=True)] == right.tolist()
 
 
-def test_measuring_between_steps_does_not_repack_4_bit_weights(tiny_model: Path, vision: Patches, collator) -> None:
-    """In evaluation mode bitsandbytes repacks them for inference on some CPUs, and training after that is wrong."""
+def test_validation_between_steps_does_not_repack_4_bit_weights(tiny_model: Path, vision: Patches, collator) -> None:
+    """In evaluation mode bitsandbytes repacks them for inference on some CPUs, and later training is wrong."""
     module, batch = build(tiny_model, vision, "nf4", "bf16").train(), collator[MicroBatch(0, 0, (0, 1), 0)]
     before = raw_bytes(module)
     loss = module(batch)[0].item()
-    with torch.no_grad(), resting_dropout(module):
+    with torch.no_grad(), without_dropout(module):
         module(batch)
     after = raw_bytes(module)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -194,14 +194,14 @@ def test_measuring_between_steps_does_not_repack_4_bit_weights(tiny_model: Path,
 
 
 def raw_bytes(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The frozen weights as bytes: packed 4-bit codes stored as bfloat16 may read as NaN, which equals nothing."""
+    """Return the frozen weights as bytes. As bfloat16, packed 4-bit codes may be NaN, which is not equal to itself."""
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     return {name: p.detach().contiguous().view(torch.uint8).clone() for name, p in frozen.items()}
 
 
-def test_resting_dropout_rests_dropout_alone_and_wakes_it_again() -> None:
+def test_resting_dropout_switches_only_dropout_off_and_on_again() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)).train()
-    with resting_dropout(module):
+    with without_dropout(module):
         assert module.training and module[0].training and not module[1].training
     assert module[1].training
 

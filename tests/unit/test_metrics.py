@@ -1,4 +1,4 @@
-"""Shares and their uncertainty, against published values and against exact arithmetic."""
+"""Shares and their uncertainty, compared with published values and with exact arithmetic."""
 
 from fractions import Fraction
 from math import comb
@@ -26,7 +26,7 @@ def test_wilson_gives_newcombes_values(correct, total, low, high):
 
 
 @given(counts)
-def test_wilson_holds_the_share_and_mirrors(count):
+def test_wilson_interval_contains_the_share_and_is_symmetric(count):
     correct, total = count
     low, high = wilson_95(correct, total)
     assert 0.0 <= low <= correct / total <= high <= 1.0
@@ -35,7 +35,7 @@ def test_wilson_holds_the_share_and_mirrors(count):
 
 
 @given(counts)
-def test_wilson_narrows_with_more_pictures(count):
+def test_wilson_interval_narrows_with_more_pictures(count):
     correct, total = count
     low, high = wilson_95(correct, total)
     low10, high10 = wilson_95(10 * correct, 10 * total)
@@ -43,7 +43,7 @@ def test_wilson_narrows_with_more_pictures(count):
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 0), (3, 2), (-1, 5)])
-def test_wilson_refuses_what_is_no_share(correct, total):
+def test_wilson_refuses_impossible_counts(correct, total):
     with pytest.raises(ValueError, match="is not a share"):
         wilson_95(correct, total)
 
@@ -70,8 +70,8 @@ def test_mcnemar_is_the_binomial_tail(first, second):
     assert mcnemar_exact(first, second) == pytest.approx(float(min(exact, Fraction(1))), rel=1e-12)
 
 
-def test_mcnemar_of_many_pictures_stays_a_number():
-    assert mcnemar_exact(0, 3000) == 0.0  # 2^-2999 is below every float
+def test_mcnemar_of_many_pictures_is_a_finite_number():
+    assert mcnemar_exact(0, 3000) == 0.0  # 2^-2999 is smaller than any float
     assert 0.0 < mcnemar_exact(9700, 10300) < 1e-4
 
 

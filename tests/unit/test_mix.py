@@ -1,4 +1,4 @@
-"""Several packed folders as one; and `kfood order`, which prints what training reads."""
+"""Several packed folders read as one, and `kfood order`, which prints the samples that training reads."""
 
 import pickle
 import shutil
@@ -28,7 +28,7 @@ from kfood_dist.train.loop import Trainer
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures of other dishes, and one that `tiny_shards` has too."""
+    """18 pictures of three dishes; two of the dishes are also in `tiny_shards`."""
     folder = tmp_path_factory.mktemp("others")
     list(write_pictures(folder / "pictures", DISHES[-5:-2], 6, seed=9))
     assert main(["pack", str(folder / "pictures"), str(folder / "more"), "--split", "0.7,0.15,0.15"]) == 0
@@ -40,7 +40,7 @@ def mixture(tiny_shards: Path, others: Path) -> Mixture:
     return open_mixture(build_data({"shards": str(tiny_shards), "mix": [{"shards": str(others)}]}, "data"), "train")
 
 
-def test_a_mixture_reads_as_its_parts_do(mixture: Mixture, tiny_shards: Path, others: Path) -> None:
+def test_a_mixture_reads_the_same_samples_as_its_parts(mixture: Mixture, tiny_shards: Path, others: Path) -> None:
     first, second = open_split(tiny_shards, "train"), open_split(others, "train")
     assert len(mixture) == len(first) + len(second)
     ids = [len(first) + 1, 0, len(mixture) - 1, 3, len(first) - 1, len(first)]
@@ -54,7 +54,7 @@ def test_a_mixture_reads_as_its_parts_do(mixture: Mixture, tiny_shards: Path, ot
     assert copy.read_many(ids) == mixture.read_many(ids)
 
 
-def test_classes_are_one_by_name(mixture: Mixture, tiny_shards: Path, others: Path) -> None:
+def test_classes_of_the_same_name_are_merged(mixture: Mixture, tiny_shards: Path, others: Path) -> None:
     names = [dish.name for dish in mixture.classes]
     ours = [dish.name for dish in open_split(tiny_shards, "train").classes]
     theirs = [dish.name for dish in open_split(others, "train").classes]
@@ -79,17 +79,17 @@ def test_the_same_samples_twice_are_refused(tmp_path: Path, tiny_shards: Path, o
         open_mixture(build_data({"shards": str(tiny_shards), "mix": mix}, "data"), "train")
 
 
-def test_folders_called_alike_are_told_apart_in_keys(tmp_path: Path, tiny_shards: Path, others: Path) -> None:
+def test_folders_of_the_same_name_have_different_keys(tmp_path: Path, tiny_shards: Path, others: Path) -> None:
     alike = shutil.copytree(others, tmp_path / tiny_shards.name)
     mixture = open_mixture(build_data({"shards": str(tiny_shards), "mix": [{"shards": str(alike)}]}, "data"), "train")
     first = len(mixture.parts[0])
     assert [mixture.key(i) for i in (first, 0)] == [f"{alike}/train-00000000", f"{tiny_shards}/train-00000000"]
 
 
-def test_samples_have_one_name_in_all_processes(
+def test_a_sample_has_the_same_key_in_all_processes(
     tmp_path: Path, tiny_shards: Path, others: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy for a loader process knows its folders by their whole paths, wherever the first was opened from."""
+    """A copy for a loader process knows its folders by absolute paths, even if a path of the mixture is relative."""
     monkeypatch.chdir(tiny_shards.parent)
     alike = shutil.copytree(others, tmp_path / tiny_shards.name)
     for other in (others, alike):
@@ -100,7 +100,7 @@ def test_samples_have_one_name_in_all_processes(
         assert unasked.key(0) == mixture.key(0) == pickle.loads(pickle.dumps(mixture)).key(0)
 
 
-def test_one_folder_is_a_mixture_of_one(tiny_shards: Path) -> None:
+def test_a_mixture_of_one_folder_equals_that_folder(tiny_shards: Path) -> None:
     mixture = open_mixture(build_data({"shards": str(tiny_shards)}, "data"), "train")
     assert mixture.key(3) == open_split(tiny_shards, "train").key(3)
     assert mixture.index_hash == open_split(tiny_shards, "train").index_hash
@@ -108,8 +108,8 @@ def test_one_folder_is_a_mixture_of_one(tiny_shards: Path) -> None:
 
 @pytest.mark.parametrize("global_batch", [8, 24, 64, 200, 1500])
 @pytest.mark.parametrize("epochs", [(0, 1), (1, 3)])
-def test_windows_are_asked_for_ahead_in_long_runs_and_once(global_batch: int, epochs: tuple[int, int]) -> None:
-    order = plain_order(1000, window=128)  # eight windows, the last one short
+def test_each_window_is_read_ahead_once_and_in_long_runs(global_batch: int, epochs: tuple[int, int]) -> None:
+    order = plain_order(1000, window=128)  # eight windows; the last one is short
     plan = Plan(order, seed=0, ranks=1, micro_batch=global_batch // 2, accumulation=2)
     start, stop = (epoch * plan.steps_per_epoch for epoch in epochs)
     start += plan.steps_per_epoch // 2
@@ -120,18 +120,18 @@ def test_windows_are_asked_for_ahead_in_long_runs_and_once(global_batch: int, ep
     for micro_batch in asking:
         used += len(micro_batch.ids)
         assert set(micro_batch.ids) <= set(asked)
-        assert len(asked) <= used + global_batch + 3 * 128, "no more than this window and the next"
+        assert len(asked) <= used + global_batch + 3 * 128, "at most this window and the next are read ahead"
     whole = [
         sorted(order.ids(0, epoch, *order.window_at(place)).tolist())
         for epoch in range(start // plan.steps_per_epoch, epochs[1])
         for place in range(0, 1000, 128)
     ]
     expected = [i for window in whole for i in window][first_window:]
-    assert asked == expected  # each window in the order of the index, every one to the end, and nothing twice
+    assert asked == expected  # every window to the end, each in the order of the index, and no sample twice
 
 
 @pytest.mark.parametrize(("local_rank", "window", "asks"), [(0, 128, True), (1, 128, False), (0, 1024, False)])
-def test_training_asks_ahead_where_the_default_windows_cut_an_epoch(
+def test_one_rank_per_node_reads_ahead_if_an_epoch_has_several_windows(
     monkeypatch: pytest.MonkeyPatch, local_rank: int, window: int, asks: bool
 ) -> None:
     asked: list[int] = []
@@ -149,8 +149,8 @@ def test_training_asks_ahead_where_the_default_windows_cut_an_epoch(
     assert (len(asked) >= 128) is asks
 
 
-def test_nothing_is_asked_for_where_all_is_shuffled_together() -> None:
-    assert list(Plan(plain_order(1000), 0, 1, 4, 2).coarse_reads(0, 300)) == []
+def test_nothing_is_read_ahead_if_an_epoch_is_one_window() -> None:
+    assert list(Plan(plain_order(1000), 0, 1, 4, 2).windows_to_prefetch(0, 300)) == []
 
 
 def test_will_need_brings_the_files_into_the_page_cache(mixture: Mixture) -> None:
@@ -172,7 +172,9 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
     return [line.split(", ") for line in lines]
 
 
-def test_order_prints_every_sample_once_whoever_reads_it(capsys: pytest.CaptureFixture[str], tiny_shards: Path) -> None:
+def test_order_prints_every_sample_once_on_any_number_of_ranks(
+    capsys: pytest.CaptureFixture[str], tiny_shards: Path
+) -> None:
     num_samples = len(open_split(tiny_shards, "train"))
     cuts = ((1, 8, 1), (2, 2, 2), (4, 1, 2), (8, 1, 1), (1, 1, 8))
     by_step = []
@@ -223,8 +225,8 @@ def test_order_mixes_and_balances_as_a_recipe_does(
     [
         (["--ranks", "0"], "must be at least 1"),
         (["--steps", "-1"], "at least 0"),
-        (["--seed", str(2**32)], "--seed must be 0 … 4,294,967,295"),
-        (["--seed", "-1"], "--seed must be 0 … 4,294,967,295"),
+        (["--seed", str(2**32)], "--seed and --epoch must be 0 to 4,294,967,295"),
+        (["--seed", "-1"], "--seed and --epoch must be 0 to 4,294,967,295"),
         (["--epoch", str(2**64)], "--epoch"),
         (["--start", "48"], "--start 48 is beyond the epoch, which has"),
         (["--ranks", str(10**12)], "at most 16,777,216"),
@@ -240,16 +242,16 @@ def test_order_mixes_and_balances_as_a_recipe_does(
         (["--split", "holdout"], "no samples in split 'holdout'"),
     ],
 )
-def test_order_refuses_with_the_remedy(
+def test_order_refuses_wrong_options_with_the_remedy(
     capsys: pytest.CaptureFixture[str], tiny_shards: Path, words: list[str], fault: str
 ) -> None:
     assert main(["order", str(tiny_shards), *words]) == 2
-    told = capsys.readouterr().err
-    assert fault in told and told.startswith("kfood order: ")
-    assert "→" in told
+    message = capsys.readouterr().err
+    assert fault in message and message.startswith("kfood order: ")
+    assert "→" in message
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tiny_shards: Path) -> None:
+def test_a_closed_pipe_is_no_error(tiny_shards: Path) -> None:
     command = [sys.executable, "-m", "kfood_dist", "order", str(tiny_shards), "--class-balance", "0.5"]
     done = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$@" | true', "-", *command], capture_output=True, text=True, check=False
@@ -257,7 +259,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tiny_shards: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_wrong_key_in_a_mixed_source_is_told_with_the_right_one() -> None:
+def test_a_wrong_key_in_a_mixed_source_is_reported_with_the_right_one() -> None:
     with pytest.raises(RecipeError, match=r"mix.0.wieght: no such key; did you mean weight\?"):
         build_data({"shards": "a", "mix": [{"shards": "b", "wieght": 1}]}, "data")
 
@@ -273,7 +275,7 @@ def test_a_folder_copied_elsewhere_gives_the_same_order(tmp_path: Path, tiny_sha
 
 def test_weights_balance_and_window_of_a_recipe_decide_what_an_epoch_draws(tiny_shards: Path, others: Path) -> None:
     def drawn(balance: float) -> list[tuple[str, str]]:
-        """Folder and class of each draw of an epoch."""
+        """Return the folder and the class of each draw of an epoch."""
         tree = {"shards": str(tiny_shards), "mix": [{"shards": str(others), "weight": 2}], "class_balance": balance}
         data = build_data(tree | {"shuffle_window": 16}, "data")
         mixture = open_mixture(data, "train")

@@ -1,4 +1,4 @@
-"""The traps of loading, quantising and adapting a Qwen2.5-VL, each on the real classes."""
+"""Common mistakes in loading, quantising and adapting a Qwen2.5-VL, each tested on the real classes."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def quantized(tiny_model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def real_3b() -> Any:
-    """The real 3B shape on the meta device: no memory, no weights."""
+    """The real 3B model on the meta device, which takes no memory and has no weights."""
     config = Qwen2_5_VLConfig(**json.loads((Path(__file__).parent / "qwen2_5_vl_3b.json").read_text()))
     with torch.device("meta"):
         return Qwen2_5_VLForConditionalGeneration(config)
@@ -55,7 +55,7 @@ def test_on_the_real_3b_the_adapter_fits_252_layers_and_is_under_one_percent(rea
 
 
 def test_a_list_of_suffixes_would_also_adapt_the_vision_tower(real_3b: Any) -> None:
-    """The trap itself: if this ever fails, the anchored expression is no longer needed."""
+    """This is why `target_pattern` is anchored. If this test ever fails, an anchored expression is no longer needed."""
     names = [name for name, module in real_3b.named_modules() if isinstance(module, torch.nn.Linear)]
     by_suffix = [n for n in names if n.startswith(QWEN.tower) and n.rsplit(".", 1)[-1] in LINEAR_LAYERS]
     assert len(by_suffix) == 96
@@ -70,15 +70,15 @@ def test_exactly_the_language_model_is_4_bit(quantized: Any) -> None:
     assert types["head"] == {"Linear": 1}
 
 
-def test_a_layer_that_no_part_claims_is_an_error(tiny_model: Path) -> None:
+def test_a_layer_that_belongs_to_no_part_is_an_error(tiny_model: Path) -> None:
     model = load_base(str(tiny_model), "none", "fp32", "sdpa", CPU)
     model.value_head = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"value_head belongs to no part of a Qwen2\.5-VL"):
+    with pytest.raises(ModelError, match=r"value_head belongs to no known part of a Qwen2\.5-VL"):
         apply_parts(model, Parts(), Lora())
 
 
 def test_a_skip_list_that_matches_nothing_is_noticed(tiny_model: Path) -> None:
-    """`visual` is what older releases called the tower; transformers 5 then quantises it without a word."""
+    """Older releases called the tower `visual`. With that name, transformers 5 quantises it without a warning."""
     config = quantization_config(torch.bfloat16, QWEN)
     config.llm_int8_skip_modules = ["visual", "lm_head"]
     wrong = AutoModelForImageTextToText.from_pretrained(
@@ -96,8 +96,8 @@ def test_quantization_is_nf4_double_quantised_and_stored_for_zero3() -> None:
     assert config.bnb_4bit_quant_storage == config.bnb_4bit_compute_dtype == torch.bfloat16
 
 
-def test_what_is_not_quantised_stays_bf16_and_only_the_adapter_trains(tiny_model: Path) -> None:
-    """`prepare_model_for_kbit_training` would turn the vision tower to float32."""
+def test_unquantised_weights_stay_bf16_and_only_the_adapter_trains(tiny_model: Path) -> None:
+    """`prepare_model_for_kbit_training` would cast the vision tower to float32."""
     model = adapted(tiny_model, "nf4", "bf16")
     dtypes = {p.dtype for name, p in model.named_parameters() if not p.requires_grad}
     assert dtypes == {torch.bfloat16}
@@ -107,15 +107,15 @@ def test_what_is_not_quantised_stays_bf16_and_only_the_adapter_trains(tiny_model
     assert model.training
 
 
-def test_fp16_is_made_on_the_host_and_only_then_moved(tiny_model: Path) -> None:
-    """The meta device stands for a card: it holds no numbers, so whatever is cast there fails."""
+def test_weights_are_cast_to_fp16_on_the_host_and_then_moved(tiny_model: Path) -> None:
+    """The meta device takes the place of a GPU: it holds no numbers, so a cast on it fails."""
     model = load_base(str(tiny_model), "none", "fp16", "sdpa", torch.device("meta"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     halves = {name.startswith(QWEN.tower): parameter.dtype for name, parameter in model.named_parameters()}
     assert halves == {True: torch.float32, False: torch.float16}
 
 
-def test_4_bit_parameters_count_as_the_numbers_they_stand_for(tiny_model: Path, quantized: Any) -> None:
+def test_4_bit_parameters_count_as_many_as_unquantised_ones(tiny_model: Path, quantized: Any) -> None:
     full = AutoModelForImageTextToText.from_pretrained(tiny_model)
     assert count_parameters(quantized)[1] == count_parameters(full)[1]
 
@@ -148,7 +148,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
         read_adapter_facts(tmp_path)
 
 
-def test_a_base_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_or_incomplete_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"does not exist"):
         require_base(str(tmp_path / "missing"))
     with pytest.raises(ModelError, match=r"lacks config\.json, \*\.safetensors"):
@@ -156,7 +156,7 @@ def test_a_base_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path) -> 
 
 
 def saved_otherwise(base: Path, copy: Path, change: Callable[[dict[str, Any]], dict[str, Any]], **config: Any) -> str:
-    """A copy of a base model with other tensors and settings."""
+    """Copy a base model with other tensors and settings, and return the folder."""
     shutil.copytree(base, copy)
     tensors = change(load_file(base / "model.safetensors"))
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, copy / "model.safetensors", {"format": "pt"})
@@ -169,19 +169,19 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, A
     "tower": (lambda w: {n: w[n] for n in w if n != QKV}, {}, "it lacks model.visual.blocks.1.attn.qkv.weight"),
     "language": (lambda w: {n: w[n] for n in w if n != UP}, {}, "it lacks model.language_model.layers.1.mlp.up_proj.w"),
     "shape": (lambda w: w | {UP: w[UP][:-1]}, {}, r"layers.1.mlp.up_proj.weight is \(511, 256\), not \(512, 256\)"),
-    "besides": (lambda w: w | {"v_head.weight": w[UP]}, {}, "the config knows no v_head.weight"),
+    "besides": (lambda w: w | {"v_head.weight": w[UP]}, {}, "the config does not have v_head.weight"),
     "head": (lambda w: w, {"tie_word_embeddings": False}, "it lacks lm_head.weight"),
 }
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_base_with_other_tensors_than_its_config_asks_for_is_refused_by_name(
+def test_a_base_whose_tensors_do_not_fit_its_config_is_refused_by_name(
     tiny_model: Path, tmp_path: Path, damage: str, quantization: str
 ) -> None:
-    change, config, told = DAMAGED[damage]
+    change, config, message = DAMAGED[damage]
     base = saved_otherwise(tiny_model, tmp_path / "base", change, **config)
-    with pytest.raises(ModelError, match=f"the weights of base model {base} do not fit its config: .*{told}"):
+    with pytest.raises(ModelError, match=f"the weights of base model {base} do not fit its config: .*{message}"):
         load_base(base, quantization, "bf16", "sdpa", CPU)
 
 
@@ -203,9 +203,7 @@ def test_every_layout_of_the_same_weights_is_loaded(tiny_model: Path, tmp_path: 
     assert all(torch.equal(loaded[name], plain[name]) for name in plain)
 
 
-def test_a_base_that_is_4_bit_in_its_files_is_loaded_if_it_is_whole(
-    tiny_model: Path, quantized: Any, tmp_path: Path
-) -> None:
+def test_a_base_stored_in_4_bit_is_loaded_if_it_is_complete(tiny_model: Path, quantized: Any, tmp_path: Path) -> None:
     packed = shutil.copytree(tiny_model, tmp_path / "packed")
     quantized.save_pretrained(packed)
     load_base(str(packed), "nf4", "bf16", "sdpa", CPU)
@@ -222,36 +220,39 @@ def test_a_base_that_is_4_bit_in_its_files_is_loaded_if_it_is_whole(
         load_base(short, "nf4", "bf16", "sdpa", CPU)
 
 
-def test_a_hub_name_out_of_reach_says_how_to_bring_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_name_says_how_to_download_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"hf download nobody/no-such-model --local-dir"):
         require_base("nobody/no-such-model")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3_vl", "phi3_v", "llava_next"])
-def test_a_type_that_was_not_tested_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    """Also one with code of its own, about which transformers would ask at the console."""
+def test_an_untested_model_type_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    """This includes a type with its own code, for which transformers would ask at the console."""
     foreign = {"AutoConfig": "configuration_x.Config", "AutoModelForCausalLM": "modeling_x.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": foreign}))
-    told = rf"is a {kind}, which .* → use a Qwen2.5-VL \(qwen2_5_vl\) or Qwen2-VL \(qwen2_vl\) or LLaVA-1.5 \(llava\)"
-    for check in (load_config, require_base):  # the latter before it looks for files that a text model does not have
-        with pytest.raises(ModelError, match=told):
+    message = (
+        rf"is a {kind}, which .* → use a Qwen2.5-VL \(qwen2_5_vl\) or Qwen2-VL \(qwen2_vl\) or LLaVA-1.5 \(llava\)"
+    )
+    # require_base refuses the type before it looks for files that a text model does not have.
+    for check in (load_config, require_base):
+        with pytest.raises(ModelError, match=message):
             check(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("{}", "names no type of model"),
+        ("{}", "names no model type"),
         ("[]", "cannot be read"),
         ("{", "cannot be read"),
         ('{"model_type": ["qwen2_vl"]}', r"is a \['qwen2_vl'\]"),
         ('{"model_type": "qwen2_5_vl", "hidden_size": "wide"}', "cannot be read .*'hidden_size'"),
     ],
 )
-def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_an_invalid_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         load_config(str(tmp_path))
 
 

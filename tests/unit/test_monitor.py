@@ -1,4 +1,4 @@
-"""Metrics in three places, read back with TensorBoard's own reader; a resumed run leaves no doubled steps."""
+"""Metrics go to three places, and TensorBoard's own reader reads them back. A resumed run leaves no duplicate steps."""
 
 import json
 import math
@@ -60,10 +60,10 @@ def test_one_dict_reaches_file_console_and_tensorboard(tmp_path: Path, capsys: p
     assert events.Scalars("eval/accuracy")[0].value == 0.75
 
 
-def test_a_resumed_run_takes_back_the_steps_it_repeats(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_the_metrics_of_the_steps_it_repeats(tmp_path: Path) -> None:
     write(tmp_path, 0, [3.0, 2.0, 1.0])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('garbage\n{"step": 4, "lo')  # a line cut by a kill
+        file.write('garbage\n{"step": 4, "lo')  # a line that a kill cut short
     write(tmp_path, 2, [0.5, 0.25])
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
         (1, 3.0),
@@ -80,19 +80,19 @@ def test_a_skipped_step_is_counted_and_the_file_stays_json(tmp_path: Path, capsy
     log.step({**row(1, 3.0), "loss_scale": 65536.0})
     log.step({**row(2, math.nan), "grad_norm": math.inf, "skipped": 1.0, "loss_scale": 32768.0})
     log.close()
-    log = RunLog(tmp_path, World(), 2, max_steps=10, every=1)  # a resumed run goes on counting
+    log = RunLog(tmp_path, World(), 2, max_steps=10, every=1)  # a resumed run continues the count
     log.step({**row(3, math.nan), "skipped": 1.0})
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) for line in lines]
+    rows = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in lines]
     assert [(r["loss"], r["grad_norm"], r["skipped_in_all"]) for r in rows] == [
         (3.0, 0.5, 0),
         (None, None, 1),
         (None, 0.5, 2),
     ]
-    told = capsys.readouterr().out.splitlines()
-    assert "skipped" not in told[0] and "scale 65536" in told[0]
-    assert told[1].endswith("skipped so far 1") and told[2].endswith("skipped so far 2")
+    message = capsys.readouterr().out.splitlines()
+    assert "skipped" not in message[0] and "scale 65536" in message[0]
+    assert message[1].endswith("skipped so far 1") and message[2].endswith("skipped so far 2")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/skipped_in_all")] == [(1, 0.0), (2, 1.0), (3, 2.0)]
     assert [e.value for e in events.Scalars("train/loss")] == [3.0]
@@ -102,15 +102,18 @@ def test_a_skipped_step_is_counted_and_the_file_stays_json(tmp_path: Path, capsy
 def test_the_time_left_follows_the_median_step_without_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], start: int
 ) -> None:
-    """A first step waits for the loader and the kernels, and single ones for the disk; resumed runs begin anew."""
+    """The first step waits for the loader and the kernels, and single steps wait for the disk.
+
+    A resumed run starts the estimate again.
+    """
     log = RunLog(tmp_path, World(), start, max_steps=start + 1000, every=1)
     for i, seconds in enumerate([60.0, 2.0, 2.5, 40.0, 2.0]):
         log.step(row(start + i + 1, 1.0) | {"step_seconds": seconds})
     log.close()
     lines = capsys.readouterr().out.splitlines()
     assert "left" not in lines[0]
-    told = [line.split("left ")[1] for line in lines[1:]]
-    assert told == ["33:16", "37:23", "41:30", "37:19"]  # 998 × 2, 997 × 2.25, 996 × 2.5, 995 × 2.25 s
+    message = [line.split("left ")[1] for line in lines[1:]]
+    assert message == ["33:16", "37:23", "41:30", "37:19"]  # 998 × 2, 997 × 2.25, 996 × 2.5, 995 × 2.25 s
 
 
 def test_the_time_left_follows_a_lasting_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,9 +124,9 @@ def test_the_time_left_follows_a_lasting_change(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1].endswith("left 1:00:00")
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (360061, "100:01:01")])
-def test_a_duration_in_words(seconds: float, told: str) -> None:
-    assert clock(seconds) == told
+@pytest.mark.parametrize(("seconds", "message"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (360061, "100:01:01")])
+def test_a_duration_is_shown_as_a_clock(seconds: float, message: str) -> None:
+    assert clock(seconds) == message
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
@@ -154,8 +157,8 @@ def test_the_meter_divides_by_the_weight_and_counts_padding() -> None:
     json.dumps(totals)
 
 
-def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path: Path) -> None:
-    """The kernel's own refusal, halfway through a line, as a limit on the size of files gives it."""
+def test_lines_that_a_full_disk_refuses_are_written_once_there_is_room(tmp_path: Path) -> None:
+    """A limit on the file size makes the kernel refuse a write halfway through a line, as a full disk does."""
     file = LineFile(tmp_path / "log.txt")
     lines = [f"line {i} with some words\n" for i in range(100)]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -172,6 +175,6 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path: Path) 
     assert (tmp_path / "log.txt").read_text() == "".join(lines)
 
 
-def test_a_machine_without_git_has_its_facts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_facts_do_not_need_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine_facts()["git_commit"] is None

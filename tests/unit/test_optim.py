@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, and the optimiser that was asked for."""
+"""The learning rate as a function of the step, and the optimiser that the recipe names."""
 
 import bitsandbytes
 import pytest
@@ -14,7 +14,7 @@ def curve(**options) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_it_warms_up_then_decays_and_never_starts_at_zero(schedule: str) -> None:
+def test_the_learning_rate_warms_up_then_decays_and_never_starts_at_zero(schedule: str) -> None:
     rates = curve(schedule=schedule, warmup_ratio=0.1)
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[:10] == sorted(rates[:10])

@@ -25,7 +25,7 @@ from PIL import Image
 
 from kfood_dist.cli import main
 from kfood_dist.data.picture.images import decode_rgb
-from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.manifest import load_manifest, with_checksum
 from kfood_dist.data.shards.reader import INDEX_DTYPE, NO_LABEL, open_split
 from kfood_dist.data.shards.tars import write_tar
 from kfood_dist.data.shards.verify import verify
@@ -59,13 +59,13 @@ def rejected(folder_or_file: Path) -> dict[str, str]:
 def sources_by_split(folder: Path) -> dict[str, list[str]]:
     splits = json.loads((folder / "manifest.json").read_text())["splits"]
     found = {}
-    for name in (name for name, said in splits.items() if said["samples"]):
+    for name in (name for name, output in splits.items() if output["samples"]):
         split = open_split(folder, name)
         found[name] = [split.read(i).columns["sources"][0] for i in range(len(split))]
     return found
 
 
-# --- what comes out
+# --- the result
 
 
 def test_a_folder_becomes_stratified_shuffled_splits(source, tmp_path):
@@ -85,7 +85,7 @@ def test_a_folder_becomes_stratified_shuffled_splits(source, tmp_path):
     assert rejected(tmp_path / "out") == {}
 
 
-def test_the_same_bytes_whatever_the_workers_the_place_or_the_order_of_files(source, tmp_path):
+def test_the_bytes_do_not_depend_on_workers_place_or_file_order(source, tmp_path):
     pack(source, tmp_path / "one", SMALL)
     pack(source, tmp_path / "two", replace(SMALL, workers=2))
     moved = tmp_path / "elsewhere" / "source"
@@ -111,15 +111,15 @@ def test_copies_of_a_picture_stay_in_one_split_and_share_a_group(tmp_path):
         for n in (1, 2):
             path.with_stem(f"{path.stem}_{n}").write_bytes(path.read_bytes())
     manifest = pack(source, tmp_path / "out", SMALL).manifest
-    assert sum(said["groups"] for said in manifest.raw["splits"].values()) == 30
+    assert sum(output["groups"] for output in manifest.raw["splits"].values()) == 30
     splits_of, groups_of = defaultdict(set), defaultdict(set)
     for name in manifest.splits:
         split = open_split(tmp_path / "out", name)
         for i in range(len(split)):
-            said = split.read(i).columns
-            stem = Path(said["sources"][0]).stem[:8]
+            output = split.read(i).columns
+            stem = Path(output["sources"][0]).stem[:8]
             splits_of[stem].add(name)
-            groups_of[stem].add(said["group"])
+            groups_of[stem].add(output["group"])
     assert len(splits_of) == 30
     assert all(len(found) == 1 for found in [*splits_of.values(), *groups_of.values()])
 
@@ -131,7 +131,7 @@ def test_every_kind_of_file_is_packed(tmp_path):
     for i, (suffix, kind) in enumerate(kinds.items()):
         (folder / f"{i}{suffix}").write_bytes(encoded(picture(i), kind))
     manifest = pack(tmp_path / "source", tmp_path / "out", SMALL).manifest
-    assert sum(said["samples"] for said in manifest.raw["splits"].values()) == 5
+    assert sum(output["samples"] for output in manifest.raw["splits"].values()) == 5
 
 
 def test_a_list_of_classes_fixes_their_ids_and_names(source, tmp_path):
@@ -143,15 +143,15 @@ def test_a_list_of_classes_fixes_their_ids_and_names(source, tmp_path):
     assert manifest.raw["splits"]["train"]["per_class"] == {"유과": 0, "유밀과": 12, "불고기": 12, "만두": 12}
     split = open_split(tmp_path / "out", "train")
     renamed = next(i for i, label in enumerate(split.labels()) if split.classes[label].name == "유밀과")
-    said = split.read(renamed).columns
-    assert (said["label"], said["category"]) == ("유밀과", "과자")
-    assert "약과" in said["sources"][0]
+    output = split.read(renamed).columns
+    assert (output["label"], output["category"]) == ("유밀과", "과자")
+    assert "약과" in output["sources"][0]
 
 
-# --- what is left out
+# --- refused inputs
 
 
-def test_each_unusable_input_is_named_and_the_run_goes_on(tmp_path):
+def test_each_unusable_input_is_named_and_the_packing_continues(tmp_path):
     source = write_folder(tmp_path / "source", {"한과/약과": 30, "구이/불고기": 30})
     folder = source / "한과" / "약과"
     (folder / "empty.jpg").write_bytes(b"")
@@ -180,7 +180,7 @@ def test_each_unusable_input_is_named_and_the_run_goes_on(tmp_path):
         "too_small": 1,
     }
     assert manifest.raw["rejected"]["count"] == 7
-    assert sum(said["samples"] for said in manifest.raw["splits"].values()) == 60
+    assert sum(output["samples"] for output in manifest.raw["splits"].values()) == 60
     assert verify(tmp_path / "out") == []
 
 
@@ -189,17 +189,17 @@ def test_heic_without_its_package_is_refused_by_name_and_used_once_it_is_there(t
     for i in range(2):
         phone = io.BytesIO()
         pillow_heif.from_pillow(picture(50 + i)).save(phone)
-        (source / "한과" / "약과" / f"phone{i}.jpg").write_bytes(phone.getvalue())  # as a browser's download is called
+        (source / "한과" / "약과" / f"phone{i}.jpg").write_bytes(phone.getvalue())  # a browser may name it .jpg
     words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pillow_heif", None)
         assert main(words) == 2
-        assert "needs_heic_extra 2 → " in (said := capsys.readouterr().err)
-        assert "pip install 'kfood_dist[heic]'; mend the source" in said
+        assert "needs_heic_extra 2 → " in (output := capsys.readouterr().err)
+        assert "pip install 'kfood_dist[heic]'; repair the source" in output
         assert main([*words, "--max-rejected", "0.1"]) == 0
-    said = capsys.readouterr().out
-    assert "needs_heic_extra 2; all named in" in said
-    assert "WARNING  2 HEIC pictures are left out: pip install 'kfood_dist[heic]', remove" in said
+    output = capsys.readouterr().out
+    assert "needs_heic_extra 2; all named in" in output
+    assert "WARNING  2 HEIC pictures are refused: pip install 'kfood_dist[heic]', remove" in output
     assert set(rejected(tmp_path / "out").values()) == {"needs_heic_extra"}
     assert "pillow-heif → pip install 'kfood_dist[heic]'" in (tmp_path / "out/rejected.csv").read_text()
     words[2] = str(tmp_path / "again")
@@ -207,7 +207,7 @@ def test_heic_without_its_package_is_refused_by_name_and_used_once_it_is_there(t
     assert "packed   20 samples" in capsys.readouterr().out
 
 
-def test_what_was_refused_for_want_of_a_package_is_prepared_again_once_it_is_there(monkeypatch):
+def test_a_picture_refused_for_a_missing_package_is_prepared_again_once_it_is_installed(monkeypatch):
     def unless_heif(name):
         if name == "pillow-heif":
             raise PackageNotFoundError(name)
@@ -220,7 +220,7 @@ def test_what_was_refused_for_want_of_a_package_is_prepared_again_once_it_is_the
     assert made_by() == {**without, "pillow-heif": version("pillow-heif")}
 
 
-def test_too_many_refused_leaves_no_out_but_the_list(tmp_path):
+def test_too_many_refused_inputs_leave_only_the_list_of_them(tmp_path):
     source = write_folder(tmp_path / "source", {"한과/약과": 18})
     for i in range(2):
         (source / "한과" / "약과" / f"empty{i}.jpg").write_bytes(b"")
@@ -243,11 +243,11 @@ def test_labels_of_another_class_list_are_named_with_the_remedy(tmp_path):
     options = replace(SMALL, classes=tmp_path / "classes.tsv")
     with pytest.raises(SourceError) as caught:
         pack(source, tmp_path / "out", options)
-    told = str(caught.value)
-    assert "12 of 16 inputs (75.0%) cannot be used" in told and "more than --max-rejected 0.05" in told
-    assert f"2 labels are not in the class list {options.classes}: Frenchtoast 9, 라면 3 → " in told
-    assert "leave --classes out to take the labels found as the classes, or add them to the list" in told
-    assert "raise --max-rejected" not in told
+    message = str(caught.value)
+    assert "12 of 16 inputs (75.0%) cannot be used" in message and "more than --max-rejected 0.05" in message
+    assert f"2 labels are not in the class list {options.classes}: Frenchtoast 9, 라면 3 → " in message
+    assert "leave --classes out to take the labels found as the classes, or add them to the list" in message
+    assert "raise --max-rejected" not in message
     for number in range(20):
         write_folder(tmp_path / "many", {f"dish {number}": 1})
     with pytest.raises(SourceError, match=r"20 labels are not in .*: dish0 1, dish1 1, .*, … → "):
@@ -266,7 +266,7 @@ LABELS = (
 )
 
 
-def test_an_answer_is_right_for_one_class_whatever_labels_were_found(tmp_path):
+def test_an_answer_is_right_for_at_most_one_of_the_classes_found(tmp_path):
     source = write_folder(tmp_path / "source", dict.fromkeys(LABELS, 3))
     manifest = pack(source, tmp_path / "out", SMALL).manifest
     assert manifest.raw["class_list"] is False
@@ -276,23 +276,23 @@ def test_an_answer_is_right_for_one_class_whatever_labels_were_found(tmp_path):
         assert right == [name for name in LABELS if name == answer]
 
 
-def test_the_halves_of_a_class_list_stay_with_its_shards_old_ones_too(tmp_path):
+def test_half_of_a_class_name_is_right_with_a_class_list_and_in_old_shards(tmp_path):
     source = write_folder(tmp_path / "source", {"떡국_만두국": 3, "라면": 3})
     (tmp_path / "classes.tsv").write_text("category\tname\n국\t떡국_만두국\n면\t라면\n", encoding="utf-8")
     listed = pack(source, tmp_path / "listed", replace(SMALL, classes=tmp_path / "classes.tsv")).manifest
     assert listed.raw["class_list"] is True and is_match("만두국", listed.classes[0])
     found = pack(source, tmp_path / "found", SMALL).manifest
     assert not any(is_match("만두국", dish) for dish in found.classes)
-    # A manifest of an earlier kfood does not say whether its classes were of a list.
+    # A manifest of an earlier kfood does not say whether its classes came from a list.
     old = {key: value for key, value in found.raw.items() if key != "class_list"}
-    (tmp_path / "found" / "manifest.json").write_bytes(seal(old))
+    (tmp_path / "found" / "manifest.json").write_bytes(with_checksum(old))
     assert any(is_match("만두국", dish) for dish in load_manifest(tmp_path / "found").classes)
     old["classes"] = [{"name": name, "category": "", "aliases": []} for name in ("매운_떡볶이", "매운_라면")]
-    (tmp_path / "found" / "manifest.json").write_bytes(seal(old))
+    (tmp_path / "found" / "manifest.json").write_bytes(with_checksum(old))
     assert not any(is_match("매운", dish) for dish in load_manifest(tmp_path / "found").classes)
 
 
-def test_nothing_left_is_an_error_whatever_may_be_rejected(tmp_path):
+def test_a_source_without_a_usable_input_is_an_error_at_any_limit(tmp_path):
     (tmp_path / "source" / "약과").mkdir(parents=True)
     (tmp_path / "source" / "약과" / "a.jpg").write_bytes(b"junk")
     with pytest.raises(SourceError, match=r"1 of 1 inputs \(100.0%\) cannot be used: unreadable 1"):
@@ -300,7 +300,7 @@ def test_nothing_left_is_an_error_whatever_may_be_rejected(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_list_of_refused_inputs_is_kept_where_out_has_no_folder_yet(tmp_path):
+def test_the_list_of_refused_inputs_is_kept_if_the_folder_of_out_is_new(tmp_path):
     listed = tmp_path / "list.csv"
     listed.write_text("image_path,label\nnowhere.jpg,약과\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"1 of 1 inputs .*: missing 1 → "):
@@ -311,7 +311,7 @@ def test_the_list_of_refused_inputs_is_kept_where_out_has_no_folder_yet(tmp_path
             pack(listed, out, SMALL)
 
 
-def test_a_list_whose_pictures_lie_elsewhere_points_to_the_image_root(tmp_path, source):
+def test_a_list_of_pictures_in_another_folder_points_to_the_image_root(tmp_path, source):
     rows = [f"{p.relative_to(source)},{p.parent.name}" for p in sorted(source.rglob("*.jpg"))]
     listed = tmp_path / "list.csv"
     listed.write_text("\n".join(["image_path,label", *rows]), encoding="utf-8")
@@ -327,7 +327,7 @@ def test_a_list_whose_pictures_lie_elsewhere_points_to_the_image_root(tmp_path, 
 # --- OUT
 
 
-def test_a_complete_out_is_reused_and_another_one_left_alone(source, tmp_path):
+def test_a_complete_out_is_reused_and_another_data_set_is_left_alone(source, tmp_path):
     out = tmp_path / "out"
     pack(source, out, SMALL)
     before, made = folder_bytes(out), (out / "manifest.json").stat().st_mtime_ns
@@ -353,18 +353,18 @@ def test_an_out_with_other_files_is_left_alone_and_an_empty_one_filled(source, t
     busy = tmp_path / "busy"
     busy.mkdir()
     (busy / "thesis.txt").write_text("years of work")
-    with pytest.raises(SourceError, match=r"busy is there already and is no packed data set"):
+    with pytest.raises(SourceError, match=r"busy already exists and is not a packed data set"):
         pack(source, busy, SMALL)
     assert folder_bytes(busy) == {"thesis.txt": b"years of work"}
-    with pytest.raises(SourceError, match=r"thesis.txt is there already"):
+    with pytest.raises(SourceError, match=r"thesis.txt already exists"):
         pack(source, busy / "thesis.txt", SMALL)
 
 
-def test_what_reads_back_damaged_is_not_published_and_not_kept(source, tmp_path, monkeypatch):
+def test_shards_that_read_back_damaged_are_not_published_and_not_kept(source, tmp_path, monkeypatch):
     out = tmp_path / "deep" / "out"
     with monkeypatch.context() as patch:
         patch.setattr("kfood_dist.pack.job.verify", lambda folder: [f"{folder.name} is bad"])
-        with pytest.raises(KfoodError, match="reads back damaged"):
+        with pytest.raises(KfoodError, match="damaged when read back"):
             pack(source, out, SMALL)
     assert not out.exists()
     assert not list((tmp_path / "deep").rglob("*.tar"))
@@ -373,7 +373,7 @@ def test_what_reads_back_damaged_is_not_published_and_not_kept(source, tmp_path,
 
 
 def slow_source(root: Path) -> Path:
-    """Enough work to be killed in: large pictures, told apart by a byte after their end."""
+    """Write a source with enough work for a kill to hit: large pictures that differ in the bytes after their end."""
     large = encoded(picture(1, 2000, 1500))
     for dish in ("불고기", "약과"):
         (root / dish).mkdir(parents=True)
@@ -407,24 +407,24 @@ def ignores_interrupts(pid: str) -> bool:
 
 def assert_gone(pids: list[int]) -> None:
     for _ in range(1000):
-        # A zombie whose new parent has not yet looked is gone as well.
+        # A zombie that its new parent has not yet reaped counts as gone.
         alive = [p for p in pids if (s := Path(f"/proc/{p}/stat")).exists() and s.read_text().split()[2] != "Z"]
         if not alive:
             return
         time.sleep(0.02)
-    raise AssertionError(f"workers {alive} outlive the process that started them")
+    raise AssertionError(f"workers {alive} still run after the process that started them has ended")
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """A source that takes a few seconds, and what an undisturbed packing makes of it."""
+    """A source that takes a few seconds to pack, and the files that an undisturbed packing makes of it."""
     root = tmp_path_factory.mktemp("slow")
     source = slow_source(root / "source")
     pack(source, root / "undisturbed", PackOptions(image_size=32, workers=2))
     return source, folder_bytes(root / "undisturbed")
 
 
-def test_killed_and_started_again_it_goes_on_and_its_workers_are_gone(slow, tmp_path):
+def test_a_killed_packing_resumes_and_leaves_no_workers(slow, tmp_path):
     source, undisturbed = slow
     out = tmp_path / "out"
     process, workers = start_and_wait_for_a_chunk(source, out)
@@ -448,7 +448,7 @@ def test_killed_and_started_again_it_goes_on_and_its_workers_are_gone(slow, tmp_
     assert folder_bytes(out) == undisturbed
 
 
-def test_killed_at_many_instants_it_gives_the_same_bytes(slow, tmp_path, one_in):
+def test_a_packing_killed_at_many_instants_gives_the_same_bytes(slow, tmp_path, one_in):
     source, undisturbed = slow
     out = tmp_path / "out"
     moments = random.Random(0)
@@ -465,7 +465,7 @@ def test_killed_at_many_instants_it_gives_the_same_bytes(slow, tmp_path, one_in)
     assert start(source, out).wait() == 0
 
 
-def test_parts_of_an_array_end_in_one_data_set_though_one_was_killed(slow, tmp_path):
+def test_an_array_makes_one_data_set_though_one_part_was_killed(slow, tmp_path):
     source, undisturbed = slow
     out = tmp_path / "out"
     packers = [start(source, out, "--part", f"{part}/3") for part in (1, 2, 3)]
@@ -479,7 +479,7 @@ def test_parts_of_an_array_end_in_one_data_set_though_one_was_killed(slow, tmp_p
 
 
 def killed_after(num_chunks):
-    """What a packer does that is killed when it has prepared so many chunks."""
+    """Return a `prepare_chunk` that ends the packer after `num_chunks` chunks."""
 
     def prepare(chunk, **words):
         prepare_chunk(chunk, **words)
@@ -493,7 +493,7 @@ def killed_after(num_chunks):
 
 @pytest.mark.parametrize("again", [[(1, 2), (2, 2)], [(1, 3), (3, 3)], [(1, 1)], [(8, 8)], [(4, 9), (6, 9)]])
 def test_an_array_resubmitted_in_part_finishes_with_the_same_bytes(source, tmp_path, monkeypatch, again):
-    """As `--array=3,5` after `--array=0-7`: whatever the tasks and their number, nothing is left undone."""
+    """As with `--array=3,5` after `--array=0-7`: any tasks, in any number, finish all the remaining work."""
     pack(source, tmp_path / "undisturbed", SMALL)
     monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 2)
     for part in range(1, 9):
@@ -508,7 +508,7 @@ def test_an_array_resubmitted_in_part_finishes_with_the_same_bytes(source, tmp_p
 
 
 def test_a_chunk_that_another_packer_prepared_meanwhile_is_not_prepared_again(source, tmp_path, monkeypatch):
-    """Another comes when this one has prepared its first chunk, and prepares all others."""
+    """A second packer starts when the first has prepared one chunk, and prepares all the others."""
     monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     prepared = []
     real = chunks.prepare_one
@@ -528,7 +528,7 @@ def test_a_chunk_that_another_packer_prepared_meanwhile_is_not_prepared_again(so
 
 
 @pytest.mark.parametrize(("part", "parts", "held"), [(1, 1, "part-1-of-1.lock"), (2, 3, "part-2-of-3.lock")])
-def test_the_same_part_is_not_packed_twice_at_a_time(source, tmp_path, part, parts, held):
+def test_two_processes_do_not_pack_the_same_part_at_once(source, tmp_path, part, parts, held):
     work = tmp_path / ".out.partial"
     work.mkdir()
     with open(work / held, "w") as lock:
@@ -538,7 +538,7 @@ def test_the_same_part_is_not_packed_twice_at_a_time(source, tmp_path, part, par
     assert pack(source, tmp_path / "out", SMALL).manifest
 
 
-def test_a_packer_that_slurm_started_again_waits_for_the_lock_of_a_lost_node(source, tmp_path, monkeypatch, capsys):
+def test_a_packer_that_slurm_restarted_waits_for_the_lock_of_a_lost_node(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     (tmp_path / ".out.partial").mkdir()
     with open(tmp_path / ".out.partial" / "part-1-of-1.lock", "w") as lock:
@@ -548,7 +548,7 @@ def test_a_packer_that_slurm_started_again_waits_for_the_lock_of_a_lost_node(sou
     assert f"another process is writing {tmp_path / 'out'}; waiting" in capsys.readouterr().out
 
 
-def test_only_one_packer_puts_the_shards_together(source, tmp_path, capsys):
+def test_only_one_packer_merges(source, tmp_path, capsys):
     (tmp_path / ".out.partial").mkdir()
     with open(tmp_path / ".out.partial" / "merge.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -573,8 +573,8 @@ def test_a_damaged_chunk_is_made_again(source, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "out")
 
 
-def test_other_options_use_what_still_fits(source, tmp_path, monkeypatch):
-    """Split and shard size do not touch a picture; its size does."""
+def test_other_options_reuse_the_chunks_that_still_fit(source, tmp_path, monkeypatch):
+    """The split and the shard size do not change a prepared picture, but the image size does."""
     monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     made = []
     monkeypatch.setattr(
@@ -592,14 +592,14 @@ def test_other_options_use_what_still_fits(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("other", ["pillow", "simplejpeg", "numpy", "algorithm"])
-def test_what_another_version_prepared_is_made_anew(source, tmp_path, monkeypatch, other):
+def test_chunks_of_another_version_are_prepared_again(source, tmp_path, monkeypatch, other):
     pack(source, tmp_path / "undisturbed", SMALL)
     with monkeypatch.context() as patch:
         if other == "algorithm":
             patch.setattr("kfood_dist.pack.prepare.ALGORITHM", -1)
         else:
             patch.setattr("kfood_dist.pack.prepare.version", lambda name: "0" if name == other else version(name))
-        patch.setattr("kfood_dist.pack.prepare.perceptual_hash", lambda jpeg: 0)  # as it was made then
+        patch.setattr("kfood_dist.pack.prepare.perceptual_hash", lambda jpeg: 0)  # the result of the other version
         patch.setattr("kfood_dist.pack.job._merge", lambda *inputs: sys.exit("stopped"))
         with pytest.raises(SystemExit, match="stopped"):
             pack(source, tmp_path / "out", SMALL)
@@ -608,21 +608,21 @@ def test_what_another_version_prepared_is_made_anew(source, tmp_path, monkeypatc
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
 
 
-def test_a_refused_picture_that_was_mended_is_used_though_its_size_is_the_same(source, tmp_path):
+def test_a_repaired_picture_is_used_though_its_size_is_the_same(source, tmp_path):
     pack(source, tmp_path / "undisturbed", SMALL)
     copy = shutil.copytree(source, tmp_path / source.name)
     victim = next(copy.rglob("*.jpg"))
     sound = victim.read_bytes()
     victim.write_bytes(bytes(len(sound)))
-    with pytest.raises(SourceError, match=r"unreadable 1.* → .*mend the source"):
+    with pytest.raises(SourceError, match=r"unreadable 1.* → .*repair the source"):
         pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
     victim.write_bytes(sound)
     pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
 
 
-def test_pictures_prepared_from_another_copy_of_the_source_are_used(source, tmp_path, monkeypatch):
-    """As of a source that each job brings to its own node: made of other files, at other times."""
+def test_pictures_prepared_from_another_copy_of_the_source_are_reused(source, tmp_path, monkeypatch):
+    """Each job may copy the source to its own node, so its files are others and have other times."""
     monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     pack(source, tmp_path / "whole", SMALL)
     for part in (1, 2):
@@ -632,8 +632,8 @@ def test_pictures_prepared_from_another_copy_of_the_source_are_used(source, tmp_
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
-def test_a_picture_that_may_be_read_now_is_used(source, tmp_path, monkeypatch):
-    def unless_forbidden(path, mode):  # root would be let through
+def test_a_picture_that_has_become_readable_is_used(source, tmp_path, monkeypatch):
+    def unless_forbidden(path, mode):  # by the mode, because root may read every file
         if not path.stat().st_mode & 0o400:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return open(path, mode)
@@ -642,34 +642,34 @@ def test_a_picture_that_may_be_read_now_is_used(source, tmp_path, monkeypatch):
     copy = shutil.copytree(source, tmp_path / source.name)
     victim = next(copy.rglob("*.jpg"))
     victim.chmod(0)
-    with pytest.raises(SourceError, match=r"unreadable 1.* → .*mend the source"):
+    with pytest.raises(SourceError, match=r"unreadable 1.* → .*repair the source"):
         pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0))
     victim.chmod(0o600)
     manifest = pack(copy, tmp_path / "out", replace(SMALL, max_rejected=0)).manifest
     assert manifest.raw["rejected"]["count"] == 0
 
 
-def test_an_interrupt_is_the_parents_to_act_on(slow, tmp_path):
+def test_workers_ignore_an_interrupt(slow, tmp_path):
     process, children = start_and_wait_for_a_chunk(slow[0], tmp_path / "out")
     for child in children:
         os.kill(child, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (0, "")
+    _, output = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "")
     assert verify(tmp_path / "out") == []
 
 
-def test_interrupted_by_hand_it_says_so_and_keeps_what_is_done(slow, tmp_path):
+def test_an_interrupted_packing_says_so_and_keeps_its_chunks(slow, tmp_path):
     process, workers = start_and_wait_for_a_chunk(slow[0], tmp_path / "out")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers alike
-    _, said = process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its workers
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.strip() == "kfood pack: interrupted"
+    assert output.strip() == "kfood pack: interrupted"
     assert_gone(workers)
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
     assert any((tmp_path / ".out.partial" / "chunks").glob("*.chunk"))
 
 
-def test_a_source_that_vanishes_stops_the_packing_which_goes_on_when_it_is_back(source, tmp_path, monkeypatch):
+def test_a_vanished_source_stops_the_packing_which_resumes_when_it_is_back(source, tmp_path, monkeypatch):
     pack(source, tmp_path / "undisturbed", SMALL)
     monkeypatch.setattr("kfood_dist.pack.chunks.CHUNK_RECORDS", 7)
     moved = shutil.copytree(source, tmp_path / "moved")
@@ -691,21 +691,21 @@ def test_a_source_that_vanishes_stops_the_packing_which_goes_on_when_it_is_back(
     before, after = folder_bytes(tmp_path / "undisturbed"), folder_bytes(tmp_path / "out")
     assert {k: v for k, v in before.items() if k != "manifest.json"} == {
         k: v for k, v in after.items() if k != "manifest.json"
-    }  # the manifest names the source
+    }  # the manifests differ because they name the source
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_want_of_memory_stops_the_packing_and_refuses_no_picture(workers):
-    with pytest.raises(SourceError, match=r"more memory than there is → .*fewer --workers"):
+def test_too_little_memory_stops_the_packing_and_refuses_no_picture(workers):
+    with pytest.raises(SourceError, match=r"more memory than is available → .*fewer --workers"):
         list(in_processes(bytes, [1 << 62, 1 << 62], workers))
 
 
-def test_a_full_disk_is_said(source, tmp_path):
-    """No file may grow beyond 20 kB in that process: the kernel's own refusal, as on a full disk."""
+def test_a_full_disk_is_reported(source, tmp_path):
+    """A limit lets no file of that process grow beyond 20 kB, so the kernel refuses a write as on a full disk."""
     done = run_with_a_file_limit(20_000, source, tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert "no space left to write" in done.stderr
-    assert "it goes on where it stopped" in done.stderr
+    assert "it continues where it stopped" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -731,7 +731,7 @@ def test_a_disk_that_fills_up_leaves_finished_shards_intact(source, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("kfood_dist.pack.write.write_tar", until_full)
-        with pytest.raises(KfoodError, match=r"no space left to write .*out .*→ free .* it goes on where it stopped"):
+        with pytest.raises(KfoodError, match=r"no space left to write .*out .*→ free .* it continues where it stopped"):
             pack(source, tmp_path / "out", SMALL)
     assert len(list((tmp_path / ".out.partial").rglob("train-*.index.npy"))) == 3
     again = []
@@ -744,7 +744,7 @@ def test_a_disk_that_fills_up_leaves_finished_shards_intact(source, tmp_path, mo
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "undisturbed")
 
 
-def test_too_small_a_disk_is_told_with_the_numbers_before_any_shard(source, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_with_the_numbers_before_any_shard(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(KfoodError, match=r"no space left to write .*0\.\d MiB are needed and 0\.0 MiB are free"):
         pack(source, tmp_path / "out", SMALL)
@@ -783,7 +783,7 @@ def test_a_subset_reads_its_own_pictures_only(source, tmp_path, capsys):
     assert "short    3 classes have fewer than 20: 만두 15, 불고기 15, 약과 15" in capsys.readouterr().out
 
 
-def test_a_class_that_unusable_pictures_leave_short_is_named(source, tmp_path, capsys):
+def test_a_class_with_too_few_usable_pictures_is_named(source, tmp_path, capsys):
     copy = shutil.copytree(source, tmp_path / "copy")
     chosen = [record for record in choose_subset(scan(copy), 4, 1, SMALL.seed)[0] if record.label != "만두"]
     lost = [next(r for r in chosen if r.label == "불고기"), *(r for r in chosen if r.label == "약과")]
@@ -818,9 +818,9 @@ def test_crop_boxes_are_used_when_asked_for_and_counted(tmp_path, capsys):
     for split in load_manifest(tmp_path / "cut").splits:
         shards = open_split(tmp_path / "cut", split)
         for i in range(len(shards)):
-            (jpeg,), said = shards.read(i)
+            (jpeg,), output = shards.read(i)
             left = decode_rgb(jpeg)[16, 4]
-            (blue if left[2] > left[0] else whole).add(Path(said["sources"][0]).stem)
+            (blue if left[2] > left[0] else whole).add(Path(output["sources"][0]).stem)
     assert blue == set(names[:5])
     assert whole == set(names[5:])
     manifest = pack(source, tmp_path / "uncut", SMALL).manifest
@@ -830,8 +830,8 @@ def test_crop_boxes_are_used_when_asked_for_and_counted(tmp_path, capsys):
 # --- splits without leakage
 
 
-def test_look_alikes_lie_in_one_split_and_the_manifest_says_what_chance_would_have_done(tmp_path):
-    """Sixty pictures: twenty plates of three photographs each, numbered as they were taken."""
+def test_near_duplicates_share_a_split_and_the_manifest_says_what_a_random_split_would_leak(tmp_path):
+    """Sixty pictures: twenty plates with three photographs each, numbered in the order they were taken."""
     folder = tmp_path / "source" / "구이" / "불고기"
     folder.mkdir(parents=True)
     for plate in range(20):
@@ -846,12 +846,12 @@ def test_look_alikes_lie_in_one_split_and_the_manifest_says_what_chance_would_ha
     assert not plates["val"] & plates["test"]
     assert sum(manifest.raw["splits"][split]["groups"] for split in plates) == 20
     leaked = manifest.raw["random_split_would_leak"]
-    assert leaked["val"] + leaked["test"] >= 8  # of twelve pictures, each with two others of its plate
+    assert leaked["val"] + leaked["test"] >= 8  # of twelve pictures in val and test; each has two others of its plate
     assert verify(tmp_path / "out") == []
 
 
 def photograph(seed: int) -> Image.Image:
-    """Something with large forms, as photographs have and noise has not."""
+    """Draw a picture with large shapes, which photographs have and noise does not."""
     noise = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC)
 
@@ -859,7 +859,7 @@ def photograph(seed: int) -> Image.Image:
 # --- the command
 
 
-def test_a_source_whose_name_is_in_cp949_is_packed_and_called_by_it(source, tmp_path):
+def test_a_source_with_a_cp949_name_is_packed_under_that_name(source, tmp_path):
     named = Path(os.fsdecode(os.fsencode(tmp_path) + "/김치".encode("cp949")))
     shutil.copytree(source, named)
     assert pack(named, tmp_path / "of-a-folder", SMALL).manifest.raw["source"]["name"] == "김치"
@@ -871,7 +871,7 @@ def test_a_source_whose_name_is_in_cp949_is_packed_and_called_by_it(source, tmp_
     assert rejected(tmp_path / "of-a-table") == {"김치.csv:47": "bad_row"}
 
 
-def test_a_lists_encoding_is_part_of_the_data_set_through_its_labels(tmp_path, capsys):
+def test_the_encoding_of_a_list_changes_the_data_set_only_through_its_labels(tmp_path, capsys):
     write_folder(tmp_path, {"img": 6})
     rows = "".join(f"img/Img_{i:04d}.jpg,ī cake\n" for i in range(6))
     (tmp_path / "list.csv").write_bytes(b"image_path,label\n" + rows.encode())
@@ -886,7 +886,7 @@ def test_a_lists_encoding_is_part_of_the_data_set_through_its_labels(tmp_path, c
 
 
 def test_more_classes_than_an_index_can_number_are_refused_before_any_work(source, tmp_path, monkeypatch):
-    assert np.iinfo(INDEX_DTYPE["label"]).max == NO_LABEL == job._MAX_CLASSES  # the highest stands for none
+    assert np.iinfo(INDEX_DTYPE["label"]).max == NO_LABEL == job._MAX_CLASSES  # the highest number means no label
     monkeypatch.setattr(job, "_MAX_CLASSES", 2)
     with pytest.raises(SourceError, match=r"^3 classes are more than the 2 .* → .*--classes, or check"):
         pack(source, tmp_path / "out", SMALL)
@@ -908,16 +908,16 @@ def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
         "0.6,0.2,0.2",
     ]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "packed   45 samples of 3 classes: train 27, val 9, test 9" in said
+    output = capsys.readouterr().out
+    assert "packed   45 samples of 3 classes: train 27, val 9, test 9" in output
     leaked = load_manifest(tmp_path / "out").raw["random_split_would_leak"]
     val, test = (plural(leaked[split], f"{split} picture") for split in ("val", "test"))
     assert (
-        "groups   44. Near-duplicates share a group, and each group lies in one split. "
+        "groups   44. Near-duplicates share a group, and each group is in one split. "
         f"A random split would put near-duplicates of {val} and {test} into train.\n"
-    ) in said
-    assert "refused  0 (0.00%)" in said
-    assert "samples/s" in said
+    ) in output
+    assert "refused  0 (0.00%)" in output
+    assert "samples/s" in output
     assert main(words) == 0
     assert "reused" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "out")]) == 0
@@ -947,7 +947,7 @@ def test_the_command_packs_reuses_and_verifies(source, tmp_path, capsys):
         (["--image-root", "/tmp"], "--image-root does not go with the folder"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused_before_any_work(source, tmp_path, capsys, words, fault):
+def test_impossible_options_are_refused_before_any_work(source, tmp_path, capsys, words, fault):
     assert main(["pack", str(source), str(tmp_path / "out"), *words]) == 2
     assert fault in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -965,9 +965,9 @@ def test_an_out_that_is_a_mount_point_is_refused_before_any_work(source, tmp_pat
     out.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
     assert main(["pack", str(source), str(out)]) == 2
-    said = capsys.readouterr().err
-    assert f"{out} is a mount point" in said
-    assert f"→ name a folder inside it, such as {out / 'kfood'}" in said
+    output = capsys.readouterr().err
+    assert f"{out} is a mount point" in output
+    assert f"→ name a folder inside it, such as {out / 'kfood'}" in output
     assert [path.name for path in tmp_path.iterdir()] == ["disk"]
     pack(source, out / "kfood", SMALL)
     assert [path.name for path in out.iterdir()] == ["kfood"]
@@ -979,15 +979,15 @@ def test_a_complete_out_is_reused_though_it_is_a_mount_point(source, tmp_path, m
     assert pack(source, tmp_path / "out", SMALL).reused
 
 
-def test_a_missing_source_is_one_line_and_leaves_nothing(tmp_path, capsys):
+def test_a_missing_source_is_one_line_of_error_and_leaves_nothing(tmp_path, capsys):
     assert main(["pack", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "does not exist → name a folder of pictures" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert "does not exist → name a folder of pictures" in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_tars_stay_open_to_plain_tools(source, tmp_path):
+def test_plain_tar_tools_can_read_the_shards(source, tmp_path):
     pack(source, tmp_path / "out", SMALL)
     with tarfile.open(tmp_path / "out" / "test-000000.tar") as tar:
         first = json.load(tar.extractfile(tar.getmembers()[1]))

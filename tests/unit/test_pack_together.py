@@ -1,4 +1,4 @@
-"""Packers that end together where locks keep nobody out: a file system may have none, or keep them within a node."""
+"""Packers that finish at the same time when locks do not work: a file system may have none, or only within a node."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ from kfood_dist.pack.options import PackOptions
 SMALL = PackOptions(image_size=32, shard_size=10, workers=1)
 FIRST, SECOND = replace(SMALL, part=1, parts=2), replace(SMALL, part=2, parts=2)
 
-# The merge begins once so many packers are about to; granted locks keep none of them out.
+# The merge begins once `count` packers are about to merge. Every lock is granted, so none of them waits.
 TOGETHER = """
 import fcntl, os, pathlib, sys, time
 from kfood_dist.cli import main
@@ -44,7 +44,7 @@ job._merge = together
 sys.exit(main(sys.argv[3:]))
 """
 
-# Ends without a word, as a kill does, when two shards more are finished and the next is begun.
+# Ends without a message, as a kill does, after it finishes two more shards and begins the next.
 KILLED = """
 import os, sys
 from kfood_dist.cli import main
@@ -79,7 +79,7 @@ def undisturbed(source, tmp_path_factory):
 
 
 def prepare_all(source: Path, out: Path) -> Path:
-    """All chunks are there, no shard is; returns the work folder."""
+    """Prepare all chunks but write no shard, and return the work folder."""
     work = out.parent / f".{out.name}.partial"
     work.mkdir()
     with open(work / "merge.lock", "w") as lock:
@@ -105,16 +105,16 @@ def test_processes_that_merge_at_the_same_time_all_succeed(source, undisturbed, 
         ]
         ends = [packer.communicate(timeout=120) for packer in packers]
         assert [packer.returncode for packer in packers] == [0, 0], ends
-        said = sorted(out_said.split()[0] for out_said, _ in ends)
-        assert said == ["packed", "reused"], ends
+        output = sorted(out_said.split()[0] for out_said, _ in ends)
+        assert output == ["packed", "reused"], ends
         assert any("another packer finished it" in out_said for out_said, _ in ends)
         assert folder_bytes(out) == undisturbed
         assert sorted(path.name for path in place.iterdir()) == ["out", "ready"]
 
 
 @pytest.mark.parametrize("stage", ["_prepare", "shard_folder", "open_storage", "place", "verify", "publish"])
-def test_whoever_is_slower_at_any_stage_succeeds_too(source, undisturbed, tmp_path, monkeypatch, stage):
-    """One waits at that stage until the other is all done and has removed the work folder."""
+def test_the_slower_packer_succeeds_at_any_stage_too(source, undisturbed, tmp_path, monkeypatch, stage):
+    """One packer waits at that stage until the other has finished and removed the work folder."""
     prepare_all(source, tmp_path / "out")
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     real, reached, done = getattr(job, stage), threading.Event(), threading.Event()
@@ -141,8 +141,8 @@ def test_whoever_is_slower_at_any_stage_succeeds_too(source, undisturbed, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_packer_that_comes_just_after_the_end_leaves_nothing_behind(source, tmp_path, monkeypatch):
-    """OUT appears after the packer has looked for it, and before it has its work folder."""
+def test_a_packer_that_starts_just_after_the_end_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    """OUT appears after the packer has looked for it and before the packer has its work folder."""
     real = job._require_enough
 
     def meanwhile(*inputs):
@@ -154,7 +154,7 @@ def test_a_packer_that_comes_just_after_the_end_leaves_nothing_behind(source, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_out_that_another_data_set_took_meanwhile_is_the_error(source, undisturbed, tmp_path, monkeypatch):
+def test_an_out_that_another_data_set_filled_meanwhile_is_an_error(source, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack(source, tmp_path / "other", replace(SMALL, seed=1))
     real = job.publish
@@ -172,7 +172,7 @@ def test_an_out_that_another_data_set_took_meanwhile_is_the_error(source, undist
     assert folder_bytes(out) == undisturbed
 
 
-def test_an_error_of_its_own_stays_the_error(source, tmp_path, monkeypatch):
+def test_a_packer_reports_its_own_error(source, tmp_path, monkeypatch):
     def forbidden(*inputs):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -184,7 +184,7 @@ def test_an_error_of_its_own_stays_the_error(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("has_links", [True, False])
 def test_shards_that_a_killed_packer_finished_are_taken_over(source, undisturbed, tmp_path, monkeypatch, has_links):
     work = prepare_all(source, tmp_path / "out")
-    for _ in range(2):  # the second takes over from the first
+    for _ in range(2):  # the second takes over the shards of the first
         killed = subprocess.run([sys.executable, "-c", KILLED, *words(source, tmp_path / "out")])
         assert killed.returncode == 9
     assert sorted(len(list(left.glob("*.index.npy"))) for left in work.glob("*.*.*.*/")) == [2, 4]
@@ -204,7 +204,7 @@ def no_links(*paths):
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-def test_what_reads_back_damaged_is_not_taken_over_again(source, undisturbed, tmp_path, monkeypatch):
+def test_damaged_shards_are_not_taken_over_again(source, undisturbed, tmp_path, monkeypatch):
     work = prepare_all(source, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(job, "publish", lambda *_: sys.exit("stopped"))
@@ -214,13 +214,13 @@ def test_what_reads_back_damaged_is_not_taken_over_again(source, undisturbed, tm
     with open(left / "train-000001.tar", "r+b") as tar:
         tar.seek(600)
         tar.write(b"rot")
-    with pytest.raises(KfoodError, match=r"reads back damaged .*train-000001"):
+    with pytest.raises(KfoodError, match=r"damaged when read back .*train-000001"):
         pack(source, tmp_path / "out", SMALL)
     pack(source, tmp_path / "out", SMALL)
     assert folder_bytes(tmp_path / "out") == undisturbed
 
 
-def test_what_one_killed_after_publishing_left_is_removed(source, tmp_path, monkeypatch):
+def test_the_leftovers_of_a_packer_killed_after_publishing_are_removed(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(workspace, "remove_work", lambda out: None)
         pack(source, tmp_path / "out", SMALL)
@@ -229,12 +229,12 @@ def test_what_one_killed_after_publishing_left_is_removed(source, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_locks_it_says_what_to_mind_and_works(source, tmp_path, capsys, monkeypatch):
+def test_packing_without_locks_warns_and_works(source, tmp_path, capsys, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     assert main(words(source, tmp_path / "out")) == 0
-    said = capsys.readouterr().err
-    assert said.count("has no locks (Operation not supported); --part K/N works, but") == 1
+    output = capsys.readouterr().err
+    assert output.count("has no locks (Operation not supported); --part K/N works, but") == 1
     assert verify(tmp_path / "out") == []

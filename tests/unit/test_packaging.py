@@ -1,4 +1,4 @@
-"""Floors stand above known silent faults; the pins fit the ranges; pyproject.toml holds what it may."""
+"""Version ranges exclude known silent faults, the pins fit them, and pyproject.toml holds only build and lint rules."""
 
 import configparser
 import re
@@ -10,7 +10,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The last version with a fault that nothing would report; CHANGELOG.md says what it was.
+# The last version of each package with a fault that nothing would report. CHANGELOG.md describes the faults.
 FAULTY = {"transformers": "5.5.3", "deepspeed": "0.19.2", "bitsandbytes": "0.49.9", "webdataset": "0.2.111"}
 
 
@@ -42,22 +42,22 @@ def test_every_runtime_dependency_has_a_floor_and_a_ceiling() -> None:
         assert {">=", "<"} <= operators, requirement
 
 
-def test_the_tested_pins_lie_in_the_ranges() -> None:
+def test_the_tested_pins_are_in_the_ranges() -> None:
     pinned = pins()
     for requirement in requirements():
-        if requirement.name == "torchvision":  # extra [gpu]: no CPU build of it to test with
+        if requirement.name == "torchvision":  # extra [gpu]: the tests have no CPU build of it
             continue
         assert requirement.specifier.contains(Version(pinned[requirement.name.lower().replace("_", "-")])), requirement
 
 
-def test_pyproject_holds_the_build_system_and_lint_rules_only() -> None:
+def test_pyproject_holds_only_the_build_system_and_lint_rules() -> None:
     tree = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert tree.keys() == {"build-system", "tool"}
     assert tree["tool"].keys() == {"ruff"}
 
 
 def test_imports_run_one_way() -> None:
-    """Each part imports only from those above it in this list, `practice` and `doctor` being apart from training."""
+    """Each part imports only from parts before it in this list. `practice` has the level of `config`."""
     floors = (("errors",), ("system",), ("config",), ("data",), ("pack", "model"), ("train", "evaluate"), ("doctor",))
     floor_of = {part: number for number, floor in enumerate((*floors, ("launch",))) for part in floor}
     floor_of |= {"practice": floor_of["config"], "cli": len(floors) + 1, "__main__": len(floors) + 2}

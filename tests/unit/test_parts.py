@@ -1,4 +1,4 @@
-"""Which parts train and how, on a Qwen2.5-VL, whose connector lies in its tower, and a LLaVA, whose lies beside it."""
+"""Which parts train and how, on a Qwen2.5-VL (connector inside the tower) and a LLaVA (connector beside the tower)."""
 
 import json
 import shutil
@@ -65,8 +65,8 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("parts", WAYS, ids=str)
-def test_each_part_trains_as_it_is_told(base: Path, parts: dict[str, Any]) -> None:
-    model, ways = build(base, **parts), Parts.model_validate(parts).ways()
+def test_each_part_trains_as_the_recipe_says(base: Path, parts: dict[str, Any]) -> None:
+    model, train_modes = build(base, **parts), Parts.model_validate(parts).train_modes()
     inner = model.get_base_model()
     family = family_of(inner.config)
     trained: dict[str, set[str]] = {part: set() for part in family.paths}
@@ -75,19 +75,20 @@ def test_each_part_trains_as_it_is_told(base: Path, parts: dict[str, Any]) -> No
         assert part is not None
         if parameter.requires_grad:
             trained[part].add("lora" if ".lora_" in name else "full")
-        elif ways.get(part) == "full":
+        elif train_modes.get(part) == "full":
             raise AssertionError(f"{name} is frozen")
-    assert trained.pop("head") <= {"full"} & trained["language_model"]  # a tied one is named by its embedding alone
-    assert trained == {part: set() if way == "frozen" else {way} for part, way in ways.items()}
+    # A tied head is listed only under the name of its embedding.
+    assert trained.pop("head") <= {"full"} & trained["language_model"]
+    assert trained == {part: set() if way == "frozen" else {way} for part, way in train_modes.items()}
     layers = linear_types(inner, family)
     adapted = adapted_modules(inner)
-    for part, way in ways.items():
+    for part, way in train_modes.items():
         of_part = [name for name in adapted if family.part_of(name) == part]
         assert len(of_part) == (sum(layers[part].values()) if way == "lora" else 0), part
 
 
 @pytest.mark.parametrize("parts", WAYS, ids=str)
-def test_what_is_trained_goes_through_peft_and_back(
+def test_a_saved_adapter_loads_here_and_in_plain_peft(
     base: Path, parts: dict[str, Any], tiny_shards: Path, tmp_path: Path
 ):
     from peft import PeftModel
@@ -97,13 +98,13 @@ def test_what_is_trained_goes_through_peft_and_back(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn_like(parameter)
-    save_adapter(model, tmp_path, {"parts": Parts.model_validate(parts).ways()})
+    save_adapter(model, tmp_path, {"parts": Parts.model_validate(parts).train_modes()})
     require_adapter_fits(str(base), tmp_path)
     weights, beside = load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "beside"
     shutil.copytree(tmp_path, beside)
     other = next(name for name, _ in model.named_parameters() if name not in weights and "norm" in name)
     save_file({**weights, other: torch.zeros(3)}, beside / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"its config (names|knows) no "):
+    with pytest.raises(ModelError, match=r"its config does not (name|have) "):
         require_adapter_fits(str(base), beside)
     batch = asking_dishes(base, tiny_shards)[MicroBatch(0, 0, (0, 1), 0)]
     inputs = model_inputs(batch, pictures_of(base))
@@ -118,17 +119,19 @@ def test_what_is_trained_goes_through_peft_and_back(
 
 
 @pytest.mark.parametrize("parts", WAYS, ids=str)
-def test_a_run_may_start_from_what_such_a_run_made(base: Path, parts: dict[str, Any], tmp_path: Path) -> None:
-    save_adapter(build(base, **parts), tmp_path, {"parts": Parts.model_validate(parts).ways()})
+def test_a_run_may_start_from_the_adapter_of_a_run_with_the_same_parts(
+    base: Path, parts: dict[str, Any], tmp_path: Path
+) -> None:
+    save_adapter(build(base, **parts), tmp_path, {"parts": Parts.model_validate(parts).train_modes()})
     tree = {"data": {"shards": "s"}, "model": {"base": "m", "quantization": "none", "adapter": str(tmp_path)}}
     require_adapter(build_recipe({**tree, "run": {"dir": "r"}, "parts": parts}, [], "recipe"))
 
 
 @pytest.mark.parametrize("parts", [*WAYS, {"connector": "lora"}, {"connector": "full"}], ids=str)
-def test_what_spares_memory_leaves_the_gradients_alone(
+def test_saving_memory_does_not_change_the_gradients(
     base: Path, parts: dict[str, Any], tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the same model with every forward as it was."""
+    """Compare the gradients with those of the same model without `freeze_forward`."""
     batch = asking_dishes(base, tiny_shards)[MicroBatch(0, 0, (0, 1), 0)]
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -143,8 +146,8 @@ def test_what_spares_memory_leaves_the_gradients_alone(
     assert all(torch.allclose(spared[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain)
 
 
-def test_a_frozen_tower_keeps_nothing_though_its_connector_trains(base: Path, tiny_shards: Path) -> None:
-    """The pictures' features are made without a graph up to the connector, which gets its gradients."""
+def test_a_frozen_tower_keeps_no_graph_even_if_its_connector_trains(base: Path, tiny_shards: Path) -> None:
+    """The features of the pictures have no graph up to the connector, and the connector gets its gradients."""
     module = AnswerLoss(build(base, connector="full").train(), pictures_of(base))
     inner = module.model.get_base_model()
     family = family_of(inner.config)
@@ -173,22 +176,22 @@ def test_the_optimiser_gets_a_group_for_each_learning_rate(base: Path) -> None:
     assert [id(p) for p in groups["connector"]["params"]] == [id(p) for p in connector.parameters()]
 
 
-def test_a_learning_rate_of_what_is_frozen_is_refused() -> None:
+def test_a_learning_rate_for_a_frozen_part_is_refused() -> None:
     tree = {"data": {"shards": "s"}, "model": {"base": "m"}, "run": {"dir": "r"}}
-    with pytest.raises(RecipeError, match=r"parts\.tower: is frozen and has a learning_rate; leave it out"):
+    with pytest.raises(RecipeError, match=r"parts\.tower: is frozen but has a learning_rate; remove it"):
         build_recipe({**tree, "parts": {"tower": {"learning_rate": 0.1}}}, [], "recipe")
 
 
 @pytest.mark.parametrize(("task", "prompt"), [("dish", "{question}"), ("question", "이름은?")])
 def test_a_prompt_that_does_not_fit_its_task_is_refused(task: str, prompt: str) -> None:
     tree = {"data": {"shards": "s", "task": task, "prompt": prompt}, "model": {"base": "m"}, "run": {"dir": "r"}}
-    with pytest.raises(RecipeError, match=r"data\.prompt has (no )?\{question\}, w"):
+    with pytest.raises(RecipeError, match=r"data\.prompt has (no )?\{question\}, "):
         build_recipe(tree, [], "recipe")
 
 
 @pytest.mark.parametrize("way", ["lora", "full"])
 def test_a_tower_whose_last_layers_get_no_gradient_stays_frozen(way: str) -> None:
-    """LLaVA takes the features of the layer before; DDP would fail at the second step."""
+    """LLaVA takes its features from an earlier layer of the tower. DDP would fail at the second step."""
     with pytest.raises(RecipeError, match=r"a LLaVA-1\.5's tower get no gradient → set parts\.tower=frozen"):
         require_parts_possible(FAMILIES["llava"], Parts.model_validate({"tower": way}))
 
@@ -214,32 +217,32 @@ def test_a_processor_that_does_not_fit_its_model_is_refused_before_it_loads(tmp_
         pictures_of(tmp_path)
 
 
-def test_lora_inside_a_tower_that_trains_whole_is_refused() -> None:
-    """peft keeps the one or the other of a module."""
+def test_lora_inside_a_fully_trained_tower_is_refused() -> None:
+    """For one module, peft keeps either the full weights or the LoRA weights."""
     parts = Parts.model_validate({"tower": "full", "connector": "lora"})
-    with pytest.raises(RecipeError, match=r"a Qwen2\.5-VL's connector lies in its tower → set parts\.connector"):
+    with pytest.raises(RecipeError, match=r"a Qwen2\.5-VL's connector is inside its tower → set parts\.connector"):
         require_parts_possible(FAMILIES["qwen2_5_vl"], parts)
 
 
-def test_a_4_bit_part_is_not_trained_whole(base: Path) -> None:
+def test_a_4_bit_part_cannot_be_fully_trained(base: Path) -> None:
     tree = {"data": {"shards": "s"}, "model": {"base": "m"}, "run": {"dir": "r"}}
-    with pytest.raises(RecipeError, match=r"4-bit weights do not train; set model\.quantization=none"):
+    with pytest.raises(RecipeError, match=r"4-bit weights cannot train; set model\.quantization=none"):
         build_recipe(tree, ["parts.language_model=full"], "recipe")
 
 
 def test_an_adapter_with_other_parts_is_refused(base: Path, tmp_path: Path) -> None:
-    save_adapter(build(base, connector="full"), tmp_path, {"parts": Parts(connector="full").ways()})  # type: ignore[arg-type]
+    save_adapter(build(base, connector="full"), tmp_path, {"parts": Parts(connector="full").train_modes()})  # type: ignore[arg-type]
     tree = {"data": {"shards": "s"}, "model": {"base": "m", "adapter": str(tmp_path)}, "run": {"dir": "r"}}
     require_adapter(build_recipe({**tree, "parts": {"connector": "full"}}, [], "recipe"))
-    with pytest.raises(ModelError, match=r"was trained with parts .*'connector': 'full'.* → give the recipe"):
+    with pytest.raises(ModelError, match=r"was trained with parts .*'connector': 'full'.* → set the adapter's parts"):
         require_adapter(build_recipe(tree, [], "recipe"))
 
 
 _NAMED = ((Data, "task"), (Objective, "name"))
 
 
-def test_a_recipe_knows_every_row() -> None:
-    """The names that a recipe allows are those of the tables."""
+def test_a_recipe_allows_every_task_and_objective() -> None:
+    """A recipe allows exactly the names in the tables."""
     tasks, objectives = (get_args(section.model_fields[key].annotation) for section, key in _NAMED)
     assert (set(tasks), set(objectives)) == (set(TASKS), set(OBJECTIVES))
     assert {"qwen2_5_vl", "qwen2_vl", "llava"} <= set(FAMILIES)

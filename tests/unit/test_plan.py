@@ -1,4 +1,4 @@
-"""Who reads what: pure integers, so every property is checked over orders, ranks, batches and resume points."""
+"""Which rank reads which samples. Plans are pure integers, so tests check orders, ranks, batches and resume points."""
 
 import hashlib
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orders import plain_order
 
-from kfood_dist.data.plan.plan import EMPTY, Plan, accumulation_for, cut_anew, deal
+from kfood_dist.data.plan.plan import EMPTY, Plan, accumulation_for, assign_slots, refit_batch
 from kfood_dist.data.plan.sampling import Order, _balanced_draws, _times_drawn, build_order
 from kfood_dist.data.plan.shuffle import RUNS_PER_WINDOW, Shuffle
 from kfood_dist.errors import CheckpointError, RecipeError
@@ -30,7 +30,7 @@ def plain_orders(draw: st.DrawFn) -> Order:
 
 
 class Mix(NamedTuple):
-    """What an order is built from."""
+    """The arguments of an order: folders with weights and labels, balance and window."""
 
     sizes: list[int]
     weights: list[float]
@@ -44,14 +44,14 @@ class Mix(NamedTuple):
 
     @property
     def streams(self) -> np.ndarray:
-        """What each sample is drawn as one of: its folder, or where classes are balanced, its class in its folder."""
+        """The stream that each sample is drawn from: its folder, or its class in its folder if classes are balanced."""
         folder = np.repeat(np.arange(len(self.sizes)), self.sizes)
         return folder * 1000 + self.labels if self.balance else folder
 
 
 @st.composite
 def mixes(draw: st.DrawFn) -> Mix:
-    """Several folders with weights, and labels balanced or not."""
+    """Draw several folders with weights, and labels that are balanced or not."""
     sizes = draw(st.lists(st.integers(1, 80), min_size=1, max_size=4))
     weights = [1.0, *draw(st.lists(st.floats(0.1, 3), min_size=len(sizes) - 1, max_size=len(sizes) - 1))]
     labels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, draw(st.integers(1, 12)), sum(sizes))
@@ -73,7 +73,7 @@ plans = plans_of(st.one_of(plain_orders(), mixes().map(lambda mix: mix.order)))
 
 
 def read_ids(plan: Plan, start: int, stop: int) -> dict[int, list[int]]:
-    """The ids every step reads, gathered from all ranks."""
+    """Return the ids that each step reads, gathered from all ranks."""
     seen: dict[int, list[int]] = {step: [] for step in range(start, stop)}
     for rank in range(plan.ranks):
         for micro_batch in plan.micro_batches(rank, start, stop):
@@ -86,7 +86,7 @@ def sha256(ids: np.ndarray) -> str:
 
 
 def test_the_order_is_golden() -> None:
-    """Another order would resume old checkpoints onto other data: it may never change."""
+    """The order may never change: with another order, old checkpoints would resume on other data."""
     assert plain_order(12).ids(0, 0, 0, 12).tolist() == GOLDEN
     assert sha256(plain_order(10_000).ids(7, 3, 0, 10_000)) == GOLDEN_SHA256
     assert sha256(plain_order(10_000, window=900).ids(7, 3, 0, 10_000)) == GOLDEN_WINDOWED_SHA256
@@ -103,14 +103,14 @@ def test_the_order_is_golden() -> None:
 
 
 @given(plans_of(plain_orders()), st.integers(0, 3))
-def test_every_sample_once_per_epoch(plan: Plan, epoch: int) -> None:
+def test_every_sample_is_read_once_per_epoch(plan: Plan, epoch: int) -> None:
     start = epoch * plan.steps_per_epoch
     seen = read_ids(plan, start, start + plan.steps_per_epoch)
     assert sorted(i for ids in seen.values() for i in ids) == list(range(plan.order.num_samples))
 
 
 @given(plans, st.data())
-def test_a_step_sees_its_slice_of_the_order_whatever_the_cut(plan: Plan, data: st.DataObject) -> None:
+def test_a_step_reads_its_slice_of_the_order_on_any_ranks_and_batches(plan: Plan, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, 3 * plan.steps_per_epoch))
     ids = plan.order.ids(plan.seed, plan.epoch_of(step), 0, plan.samples_per_epoch)
     begin = step % plan.steps_per_epoch * plan.global_batch
@@ -127,13 +127,13 @@ def test_every_rank_takes_the_same_number_of_micro_steps(plan: Plan, data: st.Da
 
 @given(st.integers(0, 200), st.integers(1, 16), st.integers(1, 8))
 def test_deal_keeps_the_ids_and_pads_with_empty(num_ids: int, ranks: int, micro_batch: int) -> None:
-    slots = deal(np.arange(num_ids), ranks, micro_batch)
+    slots = assign_slots(np.arange(num_ids), ranks, micro_batch)
     assert slots.shape[1:] == (ranks, micro_batch)
     assert slots[slots != EMPTY].tolist() == list(range(num_ids))
 
 
 @given(plans, st.data())
-def test_samples_before_counts_short_steps_as_they_are(plan: Plan, data: st.DataObject) -> None:
+def test_samples_before_counts_the_samples_of_short_steps(plan: Plan, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, 2 * plan.steps_per_epoch))
     assert plan.samples_before(step) == sum(len(ids) for ids in read_ids(plan, 0, step).values())
 
@@ -142,17 +142,17 @@ def test_samples_before_counts_short_steps_as_they_are(plan: Plan, data: st.Data
 
 
 @given(plans, st.integers(0, 3), st.data())
-def test_resuming_at_any_step_of_any_epoch_on_any_ranks_reads_what_was_left(
+def test_a_resume_at_any_step_of_any_epoch_on_any_ranks_reads_the_remaining_samples(
     plan: Plan, epoch: int, data: st.DataObject
 ) -> None:
-    """On every number of ranks that divides the global batch, whatever the micro-batch."""
+    """Any number of ranks that divides the global batch works, with any micro-batch."""
     start = epoch * plan.steps_per_epoch
     step = data.draw(st.integers(start, start + plan.steps_per_epoch))
     stop = start + 2 * plan.steps_per_epoch
     cuts = [n for n in range(1, 17) if plan.global_batch % n == 0]
     ranks = data.draw(st.sampled_from(cuts))
     asked = data.draw(st.integers(1, 25))
-    micro_batch, accumulation = cut_anew(plan.global_batch, asked, ranks)
+    micro_batch, accumulation = refit_batch(plan.global_batch, asked, ranks)
     assert micro_batch <= asked and micro_batch * accumulation * ranks == plan.global_batch
     other = Plan(plan.order, plan.seed, ranks, micro_batch, accumulation)
     resumed = other.resume(plan.state(step))
@@ -174,10 +174,10 @@ def test_a_position_in_other_data_is_refused_with_the_difference() -> None:
     other = Plan(plain_order(100, index_hash="two"), seed=2, ranks=2, micro_batch=2, accumulation=4)
     with pytest.raises(CheckpointError) as raised:
         other.resume(plan.state(3))
-    told = str(raised.value)
+    message = str(raised.value)
     for part in ("seed was 1 and is now 2", "global_batch was 8 and is now 16", "index_hash was "):
-        assert part in told
-    assert plan.order.fingerprint in told and other.order.fingerprint in told
+        assert part in message
+    assert plan.order.fingerprint in message and other.order.fingerprint in message
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_a_malformed_position_is_refused(state) -> None:
         Plan(plain_order(10), 0, 1, 4, 1).resume(state)
 
 
-def test_a_world_that_does_not_divide_the_global_batch_is_refused_with_those_that_do() -> None:
+def test_a_world_size_that_does_not_divide_the_global_batch_is_refused_with_those_that_do() -> None:
     with pytest.raises(RecipeError, match=r"use one of \[1, 2, 4, 8\] ranks"):
         accumulation_for(32, 4, 3)
-    with pytest.raises(RecipeError, match=r"let train\.micro_batch_size divide 32"):
+    with pytest.raises(RecipeError, match=r"set train\.micro_batch_size to a divisor of 32"):
         accumulation_for(32, 5, 1)
     with pytest.raises(RecipeError, match=r"use one of \[1, 2, 4, 8, 16, 32\] ranks"):
-        cut_anew(32, 4, 3)
+        refit_batch(32, 4, 3)
 
 
 # The shuffle and its window
@@ -218,25 +218,25 @@ def test_a_shuffle_read_in_pieces_is_one_permutation(size: int, window: int, epo
 
 
 @given(st.integers(0, 20))
-def test_a_window_reads_long_runs_only(epoch: int) -> None:
+def test_a_window_reads_only_long_runs(epoch: int) -> None:
     size, window = 100_003, 6400
     shuffle = Shuffle(size, window, 1, epoch)
     for start in range(0, size - window, window):
         ids = np.sort(shuffle.take(start, start + window))
         stretches = 1 + int((np.diff(ids) > 1).sum())
         assert len(ids) == window
-        assert stretches <= RUNS_PER_WINDOW + 1  # one run may lie over the end of the set and its beginning
+        assert stretches <= RUNS_PER_WINDOW + 1  # one run may wrap around the end of the set
     assert shuffle.take(0, window).tolist() != sorted(shuffle.take(0, window).tolist())
 
 
-def test_every_place_of_a_small_set_is_as_likely_for_every_sample() -> None:
-    """A chi-squared bound over 4,000 epochs of 8 samples in windows of 1, 4 and all; a sound shuffle keeps it."""
+def test_every_sample_of_a_small_set_is_equally_likely_at_every_place() -> None:
+    """Check a chi-squared bound over 4,000 epochs of 8 samples, in windows of 4, 64 and the default size."""
     for window in (4, 64, None):
         counts = np.zeros((8, 8))
         for epoch in range(4000):
             counts[np.arange(8), plain_order(8, window).ids(0, epoch, 0, 8)] += 1
         chi_squared = ((counts - 500) ** 2 / 500).sum()
-        assert chi_squared < 100  # 49 degrees of freedom: the mean is 49, and 100 is passed once in 50,000
+        assert chi_squared < 100  # 49 degrees of freedom: the mean is 49; a sound shuffle exceeds 100 once in 50,000
 
 
 def test_epochs_seeds_and_windows_differ() -> None:
@@ -252,7 +252,7 @@ def test_epochs_seeds_and_windows_differ() -> None:
 
 
 @given(st.integers(1, 3000), windows, st.data())
-def test_a_window_is_where_its_places_are(size: int, window: int | None, data: st.DataObject) -> None:
+def test_all_places_of_a_window_name_the_same_window(size: int, window: int | None, data: st.DataObject) -> None:
     order = plain_order(size, window)
     place = data.draw(st.integers(0, size - 1))
     start, stop = found = order.window_at(place)
@@ -267,9 +267,7 @@ def test_a_window_is_where_its_places_are(size: int, window: int | None, data: s
 
 
 @given(mixes(), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_over_any_epochs_no_sample_is_drawn_twice_more_than_another_of_its_stream(
-    mix: Mix, first: int, epochs: int, seed: int
-) -> None:
+def test_draws_of_two_samples_of_a_stream_differ_by_at_most_one(mix: Mix, first: int, epochs: int, seed: int) -> None:
     order, streams = mix.order, mix.streams
     drawn = np.zeros((epochs, order.num_samples), dtype=int)
     for epoch in range(epochs):
@@ -278,13 +276,13 @@ def test_over_any_epochs_no_sample_is_drawn_twice_more_than_another_of_its_strea
     assert drawn.sum() == epochs * order.epoch_length
     for stream in np.unique(streams):
         of_stream = drawn[:, streams == stream]
-        assert len(set(of_stream.sum(1))) == 1, "an epoch draws as much of a stream as any other"
-        assert of_stream.sum() > 0, "none is left out"
+        assert len(set(of_stream.sum(1))) == 1, "every epoch draws the same number from a stream"
+        assert of_stream.sum() > 0, "every stream is drawn from"
         assert np.ptp(of_stream.sum(0)) <= 1
 
 
 @given(st.integers(1, 400), st.integers(1, 900), st.integers(0, 30))
-def test_what_an_epoch_draws_of_a_class_is_spread_over_the_index(size: int, draws: int, epoch: int) -> None:
+def test_the_draws_of_a_class_are_spread_over_the_index(size: int, draws: int, epoch: int) -> None:
     counts = _times_drawn(size, draws, epoch)
     assert counts.sum() == draws
     cut = size // 2
@@ -293,7 +291,7 @@ def test_what_an_epoch_draws_of_a_class_is_spread_over_the_index(size: int, draw
 
 @pytest.mark.parametrize("window", [2**13, 2**15])
 def test_every_window_holds_folders_and_classes_in_their_share_and_reads_long_runs(window: int) -> None:
-    """Runs of one class or one folder would leave whole classes out of a window; 15 pictures of one are no run."""
+    """With runs of one class or one folder, a window would lack entire classes. 15 pictures of one class are no run."""
     sizes = [150_000, 30_000, 20_000]
     labels = np.random.default_rng(0).choice(40, sum(sizes), p=np.arange(1, 41) ** 2 / sum(np.arange(1, 41) ** 2))
     for balance in (0.0, 1.0):
@@ -305,7 +303,7 @@ def test_every_window_holds_folders_and_classes_in_their_share_and_reads_long_ru
         assert all(np.ptp(times[streams == stream]) <= 1 for stream in np.unique(streams))
         for place in range(0, order.epoch_length - window, order.epoch_length // 5):
             ids = whole[slice(*order.window_at(place))]
-            spread = np.sqrt(share * len(ids))  # that of independent draws
+            spread = np.sqrt(share * len(ids))  # the spread of independent draws
             assert (np.abs(np.bincount(labels[ids], minlength=40) - share * len(ids)) < 6 * spread).all()
             of_folder = np.bincount(np.searchsorted(np.cumsum(sizes), ids, side="right")) / len(ids)
             assert np.abs(of_folder - folders).max() < 0.01
@@ -314,7 +312,7 @@ def test_every_window_holds_folders_and_classes_in_their_share_and_reads_long_ru
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.floats(0.01, 1), st.data())
-def test_balanced_draws_are_shares_to_within_one(
+def test_balanced_draws_are_within_one_of_their_share(
     folders: int, classes: int, balance: float, data: st.DataObject
 ) -> None:
     count = st.integers(0, 50)
@@ -372,7 +370,7 @@ def test_a_class_without_samples_is_no_stream() -> None:
     assert set(order.ids(0, 0, 0, 4)) <= {0, 1, 2, 3}
 
 
-def test_the_fingerprint_is_of_all_that_decides() -> None:
+def test_the_fingerprint_depends_on_everything_that_decides_the_order() -> None:
     labels = np.zeros(10, dtype=int)
     different = [
         build_order([10], [1.0], index_hash="a"),
@@ -389,7 +387,7 @@ def test_the_fingerprint_is_of_all_that_decides() -> None:
 
 
 def test_a_hundred_million_samples_are_planned_in_pieces() -> None:
-    """The last step of an epoch is there without the epoch: sorting it whole would take 800 MB for the words alone."""
+    """Planning the last step does not sort the entire epoch, which would take 800 MB only for the random words."""
     import tracemalloc
 
     plan = Plan(plain_order(10**8), seed=0, ranks=8, micro_batch=16, accumulation=8)

@@ -1,4 +1,4 @@
-"""The practice set: AI-Hub's layout, real sizes and formats, no picture twice; and a model of the real classes."""
+"""The practice set has AI-Hub's layout, real sizes and formats and no picture twice. Its model is of the real class."""
 
 import io
 import json
@@ -47,19 +47,19 @@ def test_sizes_and_formats_are_like_the_real_ones(rendered) -> None:
             widths.append(image.width)
             turned += image.getexif().get(EXIF_ORIENTATION, 1) != 1
     assert suffixes == {".jpg", ".JPG", ".jpeg", ".png"}
-    assert min(widths) >= 225 and max(widths) <= 1600  # a picture stored on its side is as wide as it is seen high
+    assert min(widths) >= 225 and max(widths) <= 1600  # the stored width of a rotated picture is its visible height
     assert np.median(widths) > 400
     assert 0 < turned < len(rendered) / 4
 
 
-def test_each_picture_follows_from_seed_dish_and_number_alone() -> None:
+def test_each_picture_depends_only_on_seed_dish_and_number() -> None:
     dish = DISHES[3]
     assert render(0, dish, 5) == render(0, dish, 5)
     assert len({render(0, dish, 5)[1], render(1, dish, 5)[1], render(0, dish, 6)[1], render(0, DISHES[4], 5)[1]}) == 4
 
 
 def test_no_picture_is_a_copy_of_another(rendered) -> None:
-    """As 16 × 16 thumbnails any two pictures differ by over 8 of 255 on average; a re-encoded copy by under 3."""
+    """As 16 × 16 thumbnails, two pictures differ by over 8 of 255 on average, and a re-encoded copy by under 3."""
 
     def thumbnail(data: bytes, quality: int | None = None) -> np.ndarray:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
@@ -116,7 +116,9 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("place", ["/proc/practice", "a file/practice", "n" * 300])
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], place) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line_of_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place
+) -> None:
     (tmp_path / "a file").write_text("mine")
     assert main(["mini", str(tmp_path / place), "--per-class", "1"]) == 2
     assert re.fullmatch(r"kfood mini: the practice set cannot be written to .* \(.+\) → .*\n", capsys.readouterr().err)
@@ -131,7 +133,7 @@ def test_a_seed_that_cannot_be_used_is_refused_at_once(
     assert not (tmp_path / "new").exists()
 
 
-def test_killed_and_run_again_it_completes(tmp_path: Path) -> None:
+def test_a_killed_run_completes_when_it_is_run_again(tmp_path: Path) -> None:
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "kfood_dist", "mini", str(folder), "--per-class", "6"]
     process = subprocess.Popen(command, env=environment(), start_new_session=True)
@@ -146,7 +148,7 @@ def test_killed_and_run_again_it_completes(tmp_path: Path) -> None:
     assert files(folder) == files(whole)
 
 
-def test_the_model_loads_offline_by_the_auto_classes_and_writes(tiny_model: Path) -> None:
+def test_the_model_loads_offline_with_the_auto_classes_and_generates(tiny_model: Path) -> None:
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model, local_files_only=True)

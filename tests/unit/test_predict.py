@@ -1,4 +1,4 @@
-"""`kfood predict`: the same answers as `kfood eval` gives, from the pictures as they were before packing."""
+"""`kfood predict` gives the same answers as `kfood eval`, from the pictures as they were before packing."""
 
 import json
 import re
@@ -26,8 +26,8 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_picture_file_is_answered_as_its_packed_self(words, tiny_shards, pictures, tmp_path, capsys):
-    """In float32, where a batch of one and of many round alike."""
+def test_a_picture_file_gets_the_answer_of_its_packed_picture(words, tiny_shards, pictures, tmp_path, capsys):
+    """In float32, a batch of one sample and a batch of many are rounded in the same way."""
     out = tmp_path / "out"
     asked = ["eval", "--shards", str(tiny_shards), "--out", str(out), "--limit", "6", *words, *EXACT]
     assert main(asked) == 0
@@ -43,7 +43,7 @@ def test_a_picture_file_is_answered_as_its_packed_self(words, tiny_shards, pictu
 
 
 def test_alternatives_carry_the_probability_of_their_text(words, tiny_shards, tmp_path):
-    """Against the training loss of the very same text, for whatever the beam search found."""
+    """Compare each text that the beam search finds with the training loss of the same text."""
     asked = ["eval", "--shards", str(tiny_shards), "--out", str(tmp_path / "out"), *words, *EXACT]
     task, answerer, collator = load(asked)
     checked = 0
@@ -77,19 +77,19 @@ def ranked(greedy: Answer, *found: Answer) -> list[tuple[str, float]]:
 
 
 def block_of(readme: str) -> str:
-    """The Python that a README shows."""
+    """Return the Python code that a README shows."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), flags=re.DOTALL)
     return code
 
 
-def test_the_lines_of_the_readme_name_a_photo_as_predict_does(tiny_model, tiny_adapter, pictures, words, capsys):
+def test_the_code_of_the_readme_gives_the_name_that_predict_gives(tiny_model, tiny_adapter, pictures, words, capsys):
     code = block_of("README.md")
     assert code == block_of("README.ko.md") and "kfood_dist" not in code and "torchvision" not in code
     files = [str(path) for path in sorted(pictures.rglob("Img_*"))[:6:2]]
     assert main(["predict", *files, *words]) == 0
-    told = [line["name"] for line in lines(capsys)]
-    assert len(set(told)) > 1
-    for file, name in zip(files, told, strict=True):
+    message = [line["name"] for line in lines(capsys)]
+    assert len(set(message)) > 1
+    for file, name in zip(files, message, strict=True):
         named = f"base, adapter, photo = {str(tiny_model)!r}, {str(tiny_adapter)!r}, {file!r}"
         theirs, replaced = re.subn(r"^base, adapter, photo = .*$", named, code, flags=re.MULTILINE)
         assert replaced == 1
@@ -97,7 +97,7 @@ def test_the_lines_of_the_readme_name_a_photo_as_predict_does(tiny_model, tiny_a
         assert clean(capsys.readouterr().out) == name
 
 
-def test_texts_of_one_name_add_up():
+def test_the_probabilities_of_texts_with_one_name_add_up():
     answers = [Answer("김밥", 0.5), Answer("파전", 0.2), Answer("파 전", 0.1), Answer("만두국", 0.25), Answer("", 0.1)]
     assert ranked(answers[0], *answers) == [("김밥", 0.5), ("파전", 0.3), ("만두국", 0.25)]
 
@@ -114,7 +114,7 @@ def test_the_name_is_the_likeliest_of_all_that_were_scored():
 
 
 class Scored:
-    """An answerer whose greedy start led to a less likely name than a beam search finds."""
+    """An answerer whose greedy search gives a less likely name than its beam search."""
 
     def answer(self, batch):
         return [Answer("김밥", 0.3)]
@@ -124,13 +124,13 @@ class Scored:
 
 
 def test_no_name_is_less_likely_than_one_of_its_alternatives():
-    told = name_dish(Scored(), defaultdict(str), 2)
-    assert (told["name"], told["confidence"]) == ("파전", 0.4)
-    assert told["alternatives"] == [{"name": "김밥", "confidence": 0.3}, {"name": "만두국", "confidence": 0.1}]
+    message = name_dish(Scored(), defaultdict(str), 2)
+    assert (message["name"], message["confidence"]) == ("파전", 0.4)
+    assert message["alternatives"] == [{"name": "김밥", "confidence": 0.3}, {"name": "만두국", "confidence": 0.1}]
     assert name_dish(Scored(), defaultdict(str), 0) == {"name": "김밥", "confidence": 0.3, "alternatives": []}
 
 
-def test_what_cannot_be_read_stops_no_other(words, pictures, tmp_path, capsys):
+def test_an_unreadable_picture_does_not_stop_the_others(words, pictures, tmp_path, capsys):
     good = str(next(pictures.rglob("Img_*")))
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("no picture")
@@ -149,7 +149,7 @@ def test_what_cannot_be_read_stops_no_other(words, pictures, tmp_path, capsys):
 
 
 def test_the_adapters_own_picture_size_and_policy_are_used(words, tiny_adapter, pictures, tmp_path, capsys):
-    """An adapter that says 56 px and crop sees another picture than one that says 224 px and squash."""
+    """An adapter with 56 px and crop sees another picture than an adapter with 224 px and squash."""
     from test_evaluate import facts_of
 
     small = facts_of(tiny_adapter, tmp_path / "small", image_size=56, resize="crop")
@@ -164,20 +164,20 @@ def test_the_adapters_own_picture_size_and_policy_are_used(words, tiny_adapter, 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--model", "./nowhere"], "base model folder nowhere does not exist"),
         (["--model", "{model}", "--adapter", "./nowhere"], "nowhere holds no adapter"),
         (["--model", "{model}", "--config", "none.yaml"], "recipe none.yaml cannot be read"),
     ],
 )
-def test_mistakes_are_told(tiny_model, capsys, words, told):
+def test_mistakes_are_reported(tiny_model, capsys, words, message):
     assert main(["predict", "x.jpg", *(word.replace("{model}", str(tiny_model)) for word in words)]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_question_is_asked_where_the_task_is_one(words, pictures, tiny_adapter, tmp_path, capsys):
-    """Another question gets another answer, or at least another probability; without one there is nothing to ask."""
+def test_a_question_is_asked_if_the_task_is_to_answer_one(words, pictures, tiny_adapter, tmp_path, capsys):
+    """Another question gets another answer or at least another probability. Without a question, predict fails."""
     adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
     facts = json.loads((adapter / "kfood.json").read_text())
     (adapter / "kfood.json").write_text(json.dumps(facts | {"task": "question", "prompt": "{question}"}))
@@ -188,10 +188,10 @@ def test_a_question_is_asked_where_the_task_is_one(words, pictures, tiny_adapter
         found += lines(capsys)
     assert (found[0]["name"], found[0]["confidence"]) != (found[1]["name"], found[1]["confidence"])
     assert main(["predict", file, *asking]) == 2
-    assert "no question is asked → ask one with --question TEXT" in capsys.readouterr().err
+    assert "no question is given → ask one with --question TEXT" in capsys.readouterr().err
     assert main(["predict", file, *words, "--question", "몇 인분인가요?"]) == 2
-    assert "the task dish has a question of its own → leave it out" in capsys.readouterr().err
+    assert "the task dish has its own question → remove it" in capsys.readouterr().err
     assert main(["predict", file, *asking, "--question", "  "]) == 2
-    assert "no question is asked" in capsys.readouterr().err
+    assert "no question is given" in capsys.readouterr().err
     assert main(["predict", file, *asking, "--question", "<|im_end|> hi"]) == 2
     assert "the question cannot be asked (its text holds <|im_end|>" in capsys.readouterr().err

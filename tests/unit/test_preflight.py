@@ -1,4 +1,4 @@
-"""Which changes to a recipe a run may be resumed with."""
+"""Which changes to its recipe a run may resume with."""
 
 from types import SimpleNamespace
 
@@ -16,22 +16,22 @@ def recipe(**sections: dict[str, object]) -> Recipe:
 
 
 @pytest.mark.parametrize(("key", "value", "was"), [("split", "test", "val"), ("max_samples", 8, None)])
-def test_what_is_measured_stays_once_something_was(key: str, value: object, was: object) -> None:
-    """Or the best checkpoint would be the best of different things."""
-    assert forbidden_changes(recipe(), recipe(eval={key: value}), measured=False) == []
-    told = [f"eval.{key} was {was} and is now {value}"]
-    assert forbidden_changes(recipe(), recipe(eval={key: value, "every_steps": 5}), measured=True) == told
+def test_the_validation_set_cannot_change_after_the_first_evaluation(key: str, value: object, was: object) -> None:
+    """Otherwise the best checkpoint would be chosen by results on different samples."""
+    assert forbidden_changes(recipe(), recipe(eval={key: value}), evaluated=False) == []
+    message = [f"eval.{key} was {was} and is now {value}"]
+    assert forbidden_changes(recipe(), recipe(eval={key: value, "every_steps": 5}), evaluated=True) == message
 
 
-def test_how_often_and_how_long_may_change_and_what_is_learned_may_not() -> None:
+def test_intervals_and_length_may_change_but_not_what_is_learned() -> None:
     changed = recipe(train={"max_steps": 7}, data={"num_workers": 9}, eval={"every_steps": 5, "batch_size": 3})
-    assert forbidden_changes(recipe(), changed, measured=True) == []
+    assert forbidden_changes(recipe(), changed, evaluated=True) == []
     changed = recipe(train={"seed": 1}, lora={"r": 4})
     assert [words.split()[0] for words in forbidden_changes(recipe(), changed, False)] == ["lora.r", "train.seed"]
 
 
-def test_an_adapter_says_how_it_was_asked() -> None:
-    """All that evaluation and prediction repeat; `resize` is the shards' own."""
+def test_an_adapter_keeps_the_settings_it_was_trained_with() -> None:
+    """Evaluation and prediction repeat these settings. `resize` comes from the shards."""
     asked = recipe(
         data={"system": "s", "prompt": "p", "image_size": 112, "max_length": 99}, model={"precision": "fp32"}
     )

@@ -1,4 +1,4 @@
-"""A finished run publishes its best checkpoint's adapter, and says which step that is of."""
+"""A finished run publishes the adapter of its best checkpoint, and says which step it comes from."""
 
 import json
 from pathlib import Path
@@ -39,43 +39,45 @@ def recipe(run: Path, **train_section: object) -> Recipe:
 
 
 def published_step(run: Path) -> int:
-    """The step, which weights, kfood.json and run.json agree on."""
+    """Return the published step, and check that weights, kfood.json and run.json agree on it."""
     weights = int((run / "adapter" / "adapter_model.safetensors").read_text())
     facts = json.loads((run / "run.json").read_text())
-    assert facts["world_size"] == 1, "what else is in run.json stays"
+    assert facts["world_size"] == 1, "the other facts in run.json stay"
     assert json.loads((run / "adapter" / "kfood.json").read_text())["step"] == weights == facts["published"]["step"]
     assert not (run / ".adapter.partial").exists()
     return weights
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "section", "step", "told"),
+    ("accuracies", "section", "step", "message"),
     [
         ({3: 0.2, 6: 0.75, 9: 0.5}, {}, 6, "step 6 of 9: the best by validation, 75.0% right"),
         ({3: 0.2, 6: 0.75, 9: 0.5}, {"publish": "last"}, 9, "step 9 of 9: the last, as train.publish says"),
         ({3: 0.2, 6: 0.75, 9: 0.75}, {}, 9, "step 9 of 9: the best by validation, 75.0% right"),
         ({3: 0.0, 6: None, 9: None}, {}, 3, "step 3 of 9: the best by validation, 0.0% right"),
-        ({3: None, 9: None}, {}, 9, "step 9 of 9: the last, as nothing was measured on the way"),
+        ({3: None, 9: None}, {}, 9, "step 9 of 9: the last, because no checkpoint was evaluated"),
     ],
 )
-def test_the_best_by_validation_or_the_last(tmp_path, accuracies, section, step, told) -> None:
+def test_the_best_checkpoint_by_validation_or_the_last_is_published(
+    tmp_path, accuracies, section, step, message
+) -> None:
     run = trained(tmp_path, accuracies)
-    assert str(publish_adapter(recipe(run, **section))) == f"published the adapter of {told}"
+    assert str(publish_adapter(recipe(run, **section))) == f"published the adapter of {message}"
     assert published_step(run) == step
 
 
-def test_a_finished_run_that_is_started_again_publishes_by_the_key_it_is_given(tmp_path, monkeypatch, capsys) -> None:
+def test_a_finished_run_that_is_started_again_publishes_as_its_recipe_says(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(StopRequest, "listen", lambda self: None)
     run = trained(tmp_path, {3: 0.5, 6: 0.75, 9: 0.5})
     for which, step in (("best", 6), ("last", 9), ("best", 6)):
         assert train(recipe(run, publish=which), None, World(), publish) == 0  # type: ignore[arg-type]
-        told = f"already trained, 9 steps; published the adapter of step {step} of 9"
-        assert told in capsys.readouterr().out
+        message = f"already trained, 9 steps; published the adapter of step {step} of 9"
+        assert message in capsys.readouterr().out
         assert published_step(run) == step
     assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 9}
 
 
-def test_a_run_json_that_cannot_be_written_costs_no_adapter(tmp_path) -> None:
+def test_an_unwritable_run_json_does_not_lose_the_adapter(tmp_path) -> None:
     run = trained(tmp_path, {9: None})
     (run / "run.json").unlink()
     (run / "run.json").mkdir()
@@ -83,19 +85,21 @@ def test_a_run_json_that_cannot_be_written_costs_no_adapter(tmp_path) -> None:
     assert (run / "adapter" / "adapter_model.safetensors").read_text() == "9"
 
 
-def test_a_best_checkpoint_that_is_damaged_is_named_and_the_adapter_published_before_stays(tmp_path) -> None:
+def test_a_damaged_best_checkpoint_is_named_and_the_published_adapter_stays(tmp_path) -> None:
     run = trained(tmp_path, {3: 0.5, 6: 0.75, 9: 0.5}, keep=3)
     publish_adapter(recipe(run, publish="last"))
     best = run / "checkpoints" / "step-00000006"
     (best / "adapter" / "adapter_model.safetensors").write_text("rotten")
-    with pytest.raises(CheckpointError, match=r"step-00000006/adapter/.* has not the bytes that were written → delete"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000006/adapter/.* does not have the bytes that were written → delete"
+    ):
         publish_adapter(recipe(run))
     assert published_step(run) == 9
     (best / "COMPLETE").unlink()
     assert publish_adapter(recipe(run)).step == 9
 
 
-def test_a_run_json_that_cannot_be_read_is_written_anew(tmp_path) -> None:
+def test_an_unreadable_run_json_is_replaced(tmp_path) -> None:
     run = trained(tmp_path, {9: None})
     for text in ("", "{", "[1]"):
         (run / "run.json").write_text(text)

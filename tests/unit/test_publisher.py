@@ -1,4 +1,4 @@
-"""The split that a source came with: recognised, kept, and told."""
+"""The split that a source comes with is recognised, kept and reported."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ from pictures import encoded, folder_bytes, picture, write_folder
 from zips import as_folder, zipped
 
 from kfood_dist.cli import main
-from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.manifest import load_manifest, with_checksum
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.shards.verify import verify
 from kfood_dist.data.task.dish import DishClass
@@ -31,7 +31,7 @@ def splits_of(source: Path, **scanned) -> dict[str, str]:
 
 
 def packed_from(out: Path) -> dict[str, Counter[str]]:
-    """How many pictures of each top folder of the source each split holds."""
+    """Count, for each split, its pictures from each top folder of the source."""
     found = {}
     for name in load_manifest(out).splits:
         split = open_split(out, name)
@@ -80,12 +80,12 @@ def test_a_folder_of_a_split_is_no_dish_and_no_category(tmp_path, folder, split,
     assert (record.split, record.label) == (split, "갈비구이")
 
 
-def test_zips_are_splits_as_folders_are(tmp_path):
+def test_zips_can_be_splits_like_folders(tmp_path):
     as_folder(tmp_path, {"train.zip": zipped({"약과/a.jpg": JPEG}), "test.zip": zipped({"test/약과/b.jpg": JPEG})})
     assert splits_of(tmp_path) == {"train.zip/약과/a.jpg": "train", "test.zip/test/약과/b.jpg": "test"}
 
 
-def test_names_that_differ_in_the_split_alone_are_splits(tmp_path):
+def test_names_that_differ_only_in_the_split_are_splits(tmp_path):
     as_folder(tmp_path / "sets", {f"kfood_{s}/구이/갈비구이/a.jpg": JPEG for s in ("train", "val", "test")})
     found = scan(tmp_path / "sets")
     assert {(r.split, r.category, r.label) for r in found} == {
@@ -102,22 +102,22 @@ def test_names_that_differ_in_the_split_alone_are_splits(tmp_path):
     assert {(r.split, r.label) for r in scan(tmp_path / "alone")} == {("", "latte_test"), ("", "bread")}
 
 
-def test_eval_is_val_unless_there_is_another(tmp_path):
+def test_eval_is_val_unless_there_is_another_val(tmp_path):
     as_folder(tmp_path / "two", {"train/약과/a.jpg": JPEG, "evaluation/약과/a.jpg": JPEG})
     assert set(splits_of(tmp_path / "two").values()) == {"train", "val"}
     as_folder(tmp_path / "three", {f"{s}/약과/a.jpg": JPEG for s in ("training", "validation", "evaluation")})
     assert splits_of(tmp_path / "three")["evaluation/약과/a.jpg"] == "test"
 
 
-def test_a_folder_that_may_be_a_dish_or_a_split_is_a_question_that_the_class_list_answers(tmp_path):
+def test_a_folder_that_may_be_a_dish_or_a_split_is_refused_unless_the_class_list_decides(tmp_path):
     as_folder(tmp_path, {"bus/a.jpg": JPEG, "train/a.jpg": JPEG})
-    with pytest.raises(SourceError, match=r"folder train .* bus beside it is none: is it a dish\?"):
+    with pytest.raises(SourceError, match=r"folder train .* bus beside it is not a split: is this folder a dish\?"):
         scan(tmp_path)
     records = scan(tmp_path, classes=[DishClass("bus", ""), DishClass("train", "")])
     assert {(r.label, r.split) for r in records} == {("bus", ""), ("train", "")}
 
 
-def test_pictures_straight_in_a_split_have_no_dish(tmp_path):
+def test_pictures_directly_in_a_split_have_no_dish(tmp_path):
     as_folder(tmp_path / "food", {"train/약과/a.jpg": JPEG, "test/b.jpg": JPEG})
     found = {r.source: (r.label, r.problem) for r in scan(tmp_path / "food")}
     assert found == {"train/약과/a.jpg": ("약과", None), "test/b.jpg": ("", "bad_label")}
@@ -126,7 +126,7 @@ def test_pictures_straight_in_a_split_have_no_dish(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["image_path,label,split", "split,label,image_path"])
-def test_a_lists_column_says_the_split_whatever_the_folders(tmp_path, header):
+def test_the_split_column_of_a_list_overrides_the_folders(tmp_path, header):
     as_folder(tmp_path, {f"train/{i}.jpg": JPEG for i in range(5)})
     cells = [("0", "Training"), ("1", "valid"), ("2", "TEST"), ("3", ""), ("4", "fold 7")]
     rows = [{"image_path": f"train/{name}.jpg", "label": "약과", "split": split} for name, split in cells]
@@ -139,7 +139,7 @@ def test_a_lists_column_says_the_split_whatever_the_folders(tmp_path, header):
     assert (own.given, own.num_outside) == (("train", "val", "test"), 2)
 
 
-def test_the_folders_of_a_list_say_the_split_too_but_not_those_above_the_set(tmp_path):
+def test_folders_in_the_paths_of_a_list_give_the_split_but_folders_above_the_set_do_not(tmp_path):
     root = tmp_path / "test" / "set"
     names = ["train/구이/갈비구이/a.jpg", "val/구이/갈비구이/b.jpg"]
     as_folder(root, dict.fromkeys(names, JPEG))
@@ -167,12 +167,12 @@ def source(tmp_path_factory):
     return write_folder(root / "source", dishes)
 
 
-def test_the_publishers_split_is_kept_in_parts_too_and_said(source, tmp_path, capsys):
+def test_the_publishers_split_is_kept_and_reported_and_parts_keep_it_too(source, tmp_path, capsys):
     words = ["pack", str(source), "--image-size", "32", "--workers", "1"]
     assert main([*words[:2], str(tmp_path / "out"), *words[2:]]) == 0
-    said = capsys.readouterr().out
-    assert "packed   60 samples of 2 classes: train 40, val 6, test 14" in said
-    assert "split    the source's own: train, val and test kept; --split deals all anew" in said
+    output = capsys.readouterr().out
+    assert "packed   60 samples of 2 classes: train 40, val 6, test 14" in output
+    assert "split    the source's own: train, val and test kept; --split replaces this split" in output
     assert packed_from(tmp_path / "out") == {"train": {"train": 40}, "val": {"val": 6}, "test": {"test": 14}}
     own = load_manifest(tmp_path / "out").raw["source_split"]
     assert own == {
@@ -190,11 +190,11 @@ def test_the_publishers_split_is_kept_in_parts_too_and_said(source, tmp_path, ca
     assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "out")
 
 
-def test_split_given_deals_the_source_anew_and_is_another_data_set(source, tmp_path, capsys):
+def test_the_split_option_assigns_all_pictures_again_and_makes_another_data_set(source, tmp_path, capsys):
     words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
     assert main([*words, "--split", "0.8,0.1,0.1"]) == 0
-    said = capsys.readouterr().out
-    assert "split    dealt anew by --split; the source's own split (train, val and test) is not kept" in said
+    output = capsys.readouterr().out
+    assert "split    assigned by --split; the source's own split (train, val and test) is not kept" in output
     dealt = packed_from(tmp_path / "out")
     assert {split: counts.total() for split, counts in dealt.items()} == {"train": 48, "val": 6, "test": 6}
     assert set(dealt["train"]) == {"train", "val", "test"}
@@ -202,7 +202,7 @@ def test_split_given_deals_the_source_anew_and_is_another_data_set(source, tmp_p
     assert "holds another data set" in capsys.readouterr().err
 
 
-def test_a_source_without_splits_is_dealt_as_ever_and_says_nothing_of_them(tmp_path, capsys):
+def test_a_source_without_splits_is_assigned_as_usual_and_records_no_source_split(tmp_path, capsys):
     source = write_folder(tmp_path / "source", {"한과/약과": 10})
     pack(source, tmp_path / "out", SMALL)
     assert load_manifest(tmp_path / "out").raw["source_split"] is None
@@ -211,7 +211,7 @@ def test_a_source_without_splits_is_dealt_as_ever_and_says_nothing_of_them(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("given", "said", "expected"),
+    ("given", "output", "expected"),
     [
         (
             ["train", "test"],
@@ -236,10 +236,10 @@ def test_a_source_without_splits_is_dealt_as_ever_and_says_nothing_of_them(tmp_p
         (["test"], "the source's own: test kept; it has no train and val: empty", {"test": {"test": 20}}),
     ],
 )
-def test_a_split_that_the_source_lacks_is_taken_from_its_train_alone(tmp_path, capsys, given, said, expected):
+def test_a_split_that_the_source_lacks_is_taken_only_from_its_train(tmp_path, capsys, given, output, expected):
     source = write_folder(tmp_path / "source", {f"{split}/약과": 20 for split in given})
     assert main(["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]) == 0
-    assert f"split    {said}" in capsys.readouterr().out
+    assert f"split    {output}" in capsys.readouterr().out
     assert packed_from(tmp_path / "out") == expected
     assert verify(tmp_path / "out") == []
 
@@ -250,43 +250,44 @@ def test_pictures_in_no_split_of_the_source_are_refused_and_the_remedy_is_split(
     (mixed / "test").symlink_to(source / "test")
     words = ["pack", str(mixed), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert "9 of 63 inputs (14.3%) cannot be used, more than --max-rejected 0.05: no_split 9" in said
-    assert "deal all anew with --split 0.8,0.1,0.1" in said
+    output = capsys.readouterr().err
+    assert "9 of 63 inputs (14.3%) cannot be used, more than --max-rejected 0.05: no_split 9" in output
+    assert "split everything again with --split 0.8,0.1,0.1" in output
     assert main([*words, "--max-rejected", "0.2"]) == 0
-    assert "WARNING  9 pictures lie in no split of the source and are left out" in capsys.readouterr().out
+    assert "WARNING  9 pictures are in no split of the source and are refused" in capsys.readouterr().out
     assert main([*words[:2], str(tmp_path / "dealt"), *words[3:], "--split", "0.8,0.1,0.1"]) == 0
     assert "packed   63 samples" in capsys.readouterr().out
 
 
-def test_look_alikes_across_the_publishers_split_are_told_and_not_moved(source, tmp_path, capsys):
+def test_near_duplicates_across_the_publishers_split_are_reported_and_not_moved(source, tmp_path, capsys):
     straddling = tmp_path / "source"
     plates = [picture(500 + i, 400, 300) for i in range(12)]
     for i, image in enumerate(plates):
         split = "train" if i < 8 else "test"
         as_folder(straddling, {f"{split}/약과/Img_{i:03d}0.jpg": encoded(image)})
-    for i, split in ((0, "test"), (1, "test"), (8, "val")):  # the same plates, stored anew
+    for i, split in ((0, "test"), (1, "test"), (8, "val")):  # the same plates, encoded again
         as_folder(straddling, {f"{split}/약과/again_{i}.jpg": encoded(plates[i], quality=60)})
     as_folder(straddling, {"test/약과/third.jpg": encoded(plates[0], quality=50)})
     out = tmp_path / "out"
     assert main(["pack", str(straddling), str(out), "--workers", "1"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "WARNING  3 groups of look-alikes lie in several splits of the source: 0 pictures of val and 3 of test" in said
+        "WARNING  3 groups of near-duplicates are in several splits of the source: "
+        "0 pictures of val and 3 of test have one in train" in output
     )
-    assert "each in one split" not in said
+    assert "each in one split" not in output
     assert packed_from(out) == {"train": {"train": 8}, "val": {"val": 1}, "test": {"test": 7}}
     own = load_manifest(out).raw["source_split"]
     assert (own["groups_across"], own["look_alike_in_train"]) == (3, {"val": 0, "test": 3})
     assert verify(out) == []
     manifest = json.loads((out / "manifest.json").read_text())
-    for stated, fault in ((2, "states 2 groups that lie in several splits, the indexes have 3"), (0, "groups in test")):
+    for stated, fault in ((2, "states 2 groups in several splits, but the indexes have 3"), (0, "groups in test")):
         manifest["source_split"]["groups_across"] = stated
-        (out / "manifest.json").write_bytes(seal(manifest))
+        (out / "manifest.json").write_bytes(with_checksum(manifest))
         assert any(fault in str(found) for found in verify(out))
 
 
-def test_what_is_taken_from_train_stays_whole_by_groups():
+def test_groups_stay_together_when_a_split_is_taken_from_train():
     records = [Record(Path(), f"train/{i}", "약과", split="train") for i in range(300)]
     groups = np.repeat(np.arange(100), 3).tolist()
     _, own = settle(records, is_dealt=False)
@@ -301,7 +302,7 @@ def test_a_data_set_that_an_earlier_version_packed_is_reused(source, tmp_path, c
     assert main(words) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     del manifest["source_split"], manifest["source"]["passed_by"]
-    (tmp_path / "out" / "manifest.json").write_bytes(seal(manifest))
+    (tmp_path / "out" / "manifest.json").write_bytes(with_checksum(manifest))
     capsys.readouterr()
     assert main(words) == 0
     assert "reused" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Qwen2-VL is trained as Qwen2.5-VL is: each thing that a model of another type could get wrong, on the real class."""
+"""Qwen2-VL trains like Qwen2.5-VL. Each test checks on the real class what another model type could get wrong."""
 
 import json
 from pathlib import Path
@@ -42,13 +42,13 @@ def collator(template: Template, tiny_shards: Path) -> StreamingCollator:
     return StreamingCollator(samples, template, DishTask("", PROMPT, samples.classes))
 
 
-def test_it_is_accepted_and_named(qwen2_vl: Path) -> None:
+def test_qwen2_vl_is_accepted_and_named(qwen2_vl: Path) -> None:
     (found,) = doctor.check_model(str(qwen2_vl), None)
     assert (found.level, found.what) == (doctor.OK, f"{qwen2_vl}: qwen2_vl, 64 tokens for a picture")
 
 
-def test_the_loss_is_the_models_own(qwen2_vl: Path, template: Template, collator: Any) -> None:
-    """Its own is the mean over label tokens, from pixel values of its own processor."""
+def test_the_loss_equals_the_models_own(qwen2_vl: Path, template: Template, collator: Any) -> None:
+    """The model's own loss is the mean over label tokens, with the pixel values of its own processor."""
     from transformers import AutoImageProcessor, Qwen2VLForConditionalGeneration
 
     module, batch = build(qwen2_vl, template.pictures), collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
@@ -70,7 +70,7 @@ def decoded(jpeg: bytes) -> Any:
 
 
 def test_positions_spread_over_the_picture(qwen2_vl: Path, template: Template, collator: Any) -> None:
-    """Text counts on in all three axes; the picture's 8 × 8 tokens share one time and spread over height and width."""
+    """Text advances on all three axes. The picture's 8 × 8 tokens share one time and spread over height and width."""
     batch = collator[MicroBatch(0, 0, (0,), 0)]
     model = build(qwen2_vl, template.pictures).model.get_base_model().model
     inputs = model_inputs(batch, template.pictures)
@@ -82,7 +82,7 @@ def test_positions_spread_over_the_picture(qwen2_vl: Path, template: Template, c
     assert positions[:, 0].tolist() == [ahead + [start + n for n in axis] + behind for axis in expected]
 
 
-def test_4_bit_layers_and_adapters_are_in_the_language_model_alone(qwen2_vl: Path, template: Template) -> None:
+def test_4_bit_layers_and_adapters_are_only_in_the_language_model(qwen2_vl: Path, template: Template) -> None:
     model = build(qwen2_vl, template.pictures, "nf4", "bf16").model.get_base_model()
     types = linear_types(model, FAMILIES["qwen2_vl"])
     assert types["language_model"] == {"Linear4bit": 4 * 7}
@@ -91,7 +91,7 @@ def test_4_bit_layers_and_adapters_are_in_the_language_model_alone(qwen2_vl: Pat
     assert len(names) == 4 * 7 and all(name.startswith("model.language_model.layers.") for name in names)
 
 
-def test_a_few_steps_train_it_and_its_adapter_answers(
+def test_a_few_steps_train_the_model_and_its_adapter_answers(
     qwen2_vl: Path, template: Template, collator: Any, pictures: Path, tmp_path: Path, capsys: Any
 ) -> None:
     module = build(qwen2_vl, template.pictures, "nf4", "bf16").train()

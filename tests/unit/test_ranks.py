@@ -1,4 +1,4 @@
-"""Two ranks over gloo: how long they wait for each other, and how all end if one of them fails."""
+"""Two ranks over gloo: how long they wait for each other, and how both end if one of them fails."""
 
 import json
 import os
@@ -21,13 +21,13 @@ EXPECTED_S = 2 * STALL_S + 60
 
 
 def timeouts() -> list[float]:
-    """The timeout of every process group there is, in seconds."""
+    """Return the timeout of every process group, in seconds."""
     groups = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
     return [backend.options._timeout.total_seconds() for backend in groups]
 
 
 def build_and_train(recipe_path: Path, damaged: str) -> None:
-    """Build a trainer, load a damaged base as it would be loaded, and take a step; prints what it saw as one line."""
+    """Build a trainer, load a damaged base beside it, take a step, and print what happened as one line of JSON."""
     from kfood_dist.config.recipe import load_recipe
     from kfood_dist.errors import ModelError
     from kfood_dist.model.load import load_base
@@ -52,7 +52,7 @@ def build_and_train(recipe_path: Path, damaged: str) -> None:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A base without one tensor, with one too many, and one of another shape."""
+    """A base with one missing tensor, one extra tensor, and one tensor of another shape."""
     folder = tmp_path_factory.mktemp("damaged")
     for path in tiny_model.iterdir():
         os.link(path, folder / path.name)
@@ -68,7 +68,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 def test_every_process_group_waits_longer_than_the_watch(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, damaged: Path, stage: int
 ) -> None:
-    """DeepSpeed makes a group of its own. Under stage 3 transformers would load the damaged base without a word."""
+    """DeepSpeed makes its own group. With ZeRO stage 3, transformers would load the damaged base without a warning."""
     train = {"max_steps": 1, "zero_stage": stage, "stall_timeout_s": STALL_S}
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_model, tiny_shards, train=train)
     where = {"ranks": 2, "environment": environment(), "folder": tmp_path}
@@ -80,11 +80,11 @@ def test_every_process_group_waits_longer_than_the_watch(
         assert len(facts["built"]) > 1 and set(facts["built"]) == {EXPECTED_S}
         assert min(facts["watched"]) > timedelta(days=300).total_seconds()
         assert "it lacks model.visual.blocks.1.attn.qkv.weight; " in facts["refused"]
-        assert "norm.weight is (255,), not (256,); the config knows no v_head.weight" in facts["refused"]
+        assert "norm.weight is (255,), not (256,); the config does not have v_head.weight" in facts["refused"]
 
 
 def meet_late(run_dir: Path) -> None:
-    """Begin to watch in a group with a short limit; then one rank comes much later than the other, as if suspended."""
+    """Start the watch in a group with a short timeout. Then one rank arrives much later, as if suspended."""
     from kfood_dist.train.run.watchdog import Watch
 
     world = World.from_environment()
@@ -97,13 +97,16 @@ def meet_late(run_dir: Path) -> None:
     watch.stop()
 
 
-def test_while_they_are_watched_ranks_wait_as_long_as_it_takes(tmp_path: Path) -> None:
+def test_watched_ranks_wait_longer_than_the_timeout_of_their_group(tmp_path: Path) -> None:
     ended = run_ranks(meet_late, tmp_path, ranks=2, environment=environment(), folder=tmp_path)
     assert ended.status == 0, ended.output
 
 
 def evaluate(words: list[str]) -> int:
-    """`kfood eval`, in which rank 1 runs out of memory; parting from the others would wait for ever, as on NCCL."""
+    """Run `kfood eval`, in which rank 1 runs out of memory.
+
+    On NCCL, leaving the process group would wait for ever. Here the process exits with status 9 if it tries to.
+    """
     from kfood_dist.cli import main
     from kfood_dist.evaluate.generate import Answerer
 
@@ -116,7 +119,7 @@ def evaluate(words: list[str]) -> int:
     return main(["eval", *words])
 
 
-def test_an_error_of_a_library_on_one_rank_is_told_and_ends_all(
+def test_a_library_error_on_one_rank_is_reported_and_ends_all_ranks(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path
 ) -> None:
     words = ["--shards", tiny_shards, "--model", tiny_model, "--out", tmp_path / "out"]

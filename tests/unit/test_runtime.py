@@ -14,7 +14,7 @@ import torch
 from running import environment
 
 from kfood_dist.errors import CheckpointError, KfoodError, LaunchError
-from kfood_dist.system.files import require_folder_possible, write_whole
+from kfood_dist.system.files import require_writable_folder, write_atomically
 from kfood_dist.system.processes import quiet_loggers
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World, run_rank
@@ -44,21 +44,21 @@ def test_a_barrier_names_the_device_of_its_rank(
     assert asked == [device_ids]
 
 
-def test_a_mistake_is_told_by_the_rank_that_met_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_reported_by_the_rank_that_found_it(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> int:
         raise KfoodError("a shard is damaged", "copy it again")
 
-    for rank, told in ((1, "kfood eval: rank 1: a shard is damaged → copy it again\n"), (0, "")):
+    for rank, message in ((1, "kfood eval: rank 1: a shard is damaged → copy it again\n"), (0, "")):
         with pytest.raises(KfoodError):
             run_rank(World(rank=rank, size=2), "eval", work)
-        assert capsys.readouterr().err == told
+        assert capsys.readouterr().err == message
 
 
-def test_the_libraries_warnings_are_silent_and_their_errors_are_not() -> None:
-    """DeepSpeed sets its logger's level anew when it is imported."""
-    logger, told = logging.getLogger("DeepSpeed"), []
+def test_library_warnings_are_hidden_and_library_errors_are_not() -> None:
+    """DeepSpeed sets the level of its logger again when it is imported."""
+    logger, message = logging.getLogger("DeepSpeed"), []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: message.append(record.getMessage())  # type: ignore[method-assign]
     quiet_loggers()
     quiet_loggers()
     assert len(logger.filters) == 1
@@ -70,11 +70,11 @@ def test_the_libraries_warnings_are_silent_and_their_errors_are_not() -> None:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    assert told == ["out of memory"]
+    assert message == ["out of memory"]
 
 
 @pytest.mark.parametrize(
-    ("told", "text"),
+    ("message", "text"),
     [
         (plural(1, "fault"), "1 fault"),
         (plural(0, "fault"), "0 faults"),
@@ -82,11 +82,11 @@ def test_the_libraries_warnings_are_silent_and_their_errors_are_not() -> None:
         (plural(1, "class has", "classes have"), "1 class has"),
     ],
 )
-def test_a_number_agrees_with_its_noun(told: str, text: str) -> None:
-    assert told == text
+def test_a_number_agrees_with_its_noun(message: str, text: str) -> None:
+    assert message == text
 
 
-def test_a_rank_that_starts_when_its_launcher_has_ended_ends() -> None:
+def test_a_rank_that_starts_after_its_launcher_has_ended_ends_too() -> None:
     code = "from kfood_dist.system import processes as r; r.end_with_launcher(); print('goes on')"
     for launcher, goes_on in ((os.getpid(), True), (2**30, False)):
         variables = {"TORCHELASTIC_RUN_ID": "none", "KFOOD_LAUNCHER_PID": str(launcher)}
@@ -140,17 +140,17 @@ def test_impossible_ranks_are_refused(variables: dict[str, str]) -> None:
         World.from_environment(variables)
 
 
-def test_an_output_folder_that_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_an_impossible_output_folder_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    require_folder_possible(tmp_path / "a" / "b", "--out")
+    require_writable_folder(tmp_path / "a" / "b", "--out")
     for folder, fault in ((tmp_path / "file" / "a", "is not a folder"), (tmp_path / ("x" * 300), "name too long")):
         with pytest.raises(KfoodError, match=f"--out .*(?i:{fault}).* → name another folder"):
-            require_folder_possible(folder, "--out")
+            require_writable_folder(folder, "--out")
 
 
-def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe of a run above all: without it no start resumes."""
-    write_whole(tmp_path / "recipe.yaml", "the old one")
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This matters most for the recipe of a run: without it, no start can resume."""
+    write_atomically(tmp_path / "recipe.yaml", "the old one")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -159,5 +159,5 @@ def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path: Path, monk
     with pytest.raises(
         CheckpointError, match=r"recipe\.yaml cannot be written \(No space left on device\) → make room"
     ):
-        write_whole(tmp_path / "recipe.yaml", "the new one")
+        write_atomically(tmp_path / "recipe.yaml", "the new one")
     assert (tmp_path / "recipe.yaml").read_text() == "the old one"

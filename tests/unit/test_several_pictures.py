@@ -1,4 +1,4 @@
-"""Samples of several pictures, held against the models' own processors in transformers."""
+"""Samples of several pictures, compared with the models' own processors in transformers."""
 
 import json
 from pathlib import Path
@@ -43,8 +43,8 @@ def shown(samples: ShardSplit, i: int) -> list[Image.Image]:
     return [Image.fromarray(decode_rgb(jpeg)) for jpeg in samples.read(i).pictures]
 
 
-def test_a_llava_is_given_what_its_processor_makes(tmp_path: Path, samples: ShardSplit) -> None:
-    """Tokens and pixels, sample by sample, from the question to the whole batch."""
+def test_a_llava_gets_the_inputs_that_its_processor_makes(tmp_path: Path, samples: ShardSplit) -> None:
+    """Compare tokens and pixels sample by sample, and the pixels of the entire batch."""
     from transformers import AutoProcessor
 
     write_llava(tmp_path)
@@ -64,7 +64,7 @@ def test_a_llava_is_given_what_its_processor_makes(tmp_path: Path, samples: Shar
     assert sorted(len(pixels) for pixels in expected) == [1, 2, 3]
 
 
-def test_a_qwen_is_given_the_patches_and_grids_of_all_pictures_in_order(tiny_model: Path, samples: ShardSplit) -> None:
+def test_a_qwen_gets_the_patches_and_grids_of_all_pictures_in_order(tiny_model: Path, samples: ShardSplit) -> None:
     from transformers import AutoImageProcessor
 
     processor, collator = AutoImageProcessor.from_pretrained(tiny_model), collator_of(tiny_model, samples)
@@ -80,7 +80,7 @@ def test_a_qwen_is_given_the_patches_and_grids_of_all_pictures_in_order(tiny_mod
 
 
 def test_a_model_sees_each_picture_of_a_sample_in_its_place(tiny_model: Path, samples: ShardSplit) -> None:
-    """The logits of a batch are those of each sample alone, and another order of its pictures gives others."""
+    """A batch has the logits of its single samples. Another order of the pictures gives other logits."""
     from transformers import AutoModelForImageTextToText
 
     collator = collator_of(tiny_model, samples)

@@ -18,11 +18,11 @@ from pictures import encoded, picture, write_folder
 from PIL import Image
 
 import kfood_dist
-from kfood_dist.data.shards.manifest import load_manifest, seal
+from kfood_dist.data.shards.manifest import load_manifest, with_checksum
 from kfood_dist.data.shards.reader import INDEX_DTYPE, NO_LABEL, ShardSplit, open_split
 from kfood_dist.data.shards.sample import Sample, cut
 from kfood_dist.data.shards.tars import Entry, members, write_tar
-from kfood_dist.data.storage.base import OutOfReachError
+from kfood_dist.data.storage.base import UnreachableError
 from kfood_dist.errors import ShardError
 from kfood_dist.pack.job import pack
 from kfood_dist.pack.options import PackOptions
@@ -41,7 +41,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def copied(packed, tmp_path):
-    """A copy of the packed folder, to damage."""
+    """A copy of the packed folder that a test may damage."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in packed.iterdir():
@@ -53,7 +53,7 @@ def edit_manifest(folder, change):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_bytes(seal(manifest))
+    path.write_bytes(with_checksum(manifest))
 
 
 def flip(path, position):
@@ -62,7 +62,7 @@ def flip(path, position):
     path.write_bytes(data)
 
 
-def test_the_manifest_says_what_is_there(packed):
+def test_the_manifest_describes_the_packed_folder(packed):
     manifest = load_manifest(packed)
     assert [(c.name, c.category) for c in manifest.classes] == [("불고기", "구이"), ("약과", "한과")]
     assert (manifest.image_size, manifest.resize) == (32, "squash")
@@ -78,35 +78,35 @@ def test_the_manifest_says_what_is_there(packed):
     assert manifest.raw["rejected"] == {"count": 0, "share": 0.0, "by_reason": {}, "sha256": listed}
 
 
-def test_samples_are_read_by_offset_through_all_shards(packed):
+def test_samples_of_all_shards_are_read_by_offset(packed):
     split = open_split(packed, "train")
     assert len(split) == 18
     assert split.index.dtype == INDEX_DTYPE
     sources = set()
     for i in range(len(split)):
         assert split.key(i) == f"train-{i:08d}"
-        (jpeg,), said = split.read(i)
+        (jpeg,), output = split.read(i)
         with Image.open(io.BytesIO(jpeg)) as image:
             assert (image.format, image.size) == ("JPEG", (32, 32))
         dish = split.classes[split.index["label"][i]]
-        assert said == {
+        assert output == {
             "label": dish.name,
             "category": dish.category,
-            "sources": said["sources"],
+            "sources": output["sources"],
             "width": 32,
             "height": 32,
             "group": int(split.index["group"][i]),
         }
-        (source,) = said["sources"]
-        assert said["label"] in source
-        assert split.index["tokens"][i] == len(said["label"].encode()) + 1
+        (source,) = output["sources"]
+        assert output["label"] in source
+        assert split.index["tokens"][i] == len(output["label"].encode()) + 1
         assert split.index["num_images"][i] == 1
         sources.add(source)
     assert len(sources) == 18
     assert split.read(-1) == split.read(17)
 
 
-def test_many_are_read_in_the_order_asked_for(packed):
+def test_many_samples_are_read_in_the_requested_order(packed):
     split = open_split(packed, "train")
     each = [split.read(i) for i in range(18)]
     ids = [17, 3, 3, -1, 0, 8, 7, 9]
@@ -118,11 +118,11 @@ def test_many_are_read_in_the_order_asked_for(packed):
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 256 << 20])
-def test_rows_and_labels_are_in_order_however_few_indexes_are_kept(packed, monkeypatch, kept_bytes):
+def test_rows_and_labels_are_in_order_even_if_few_indexes_are_kept(packed, monkeypatch, kept_bytes):
     monkeypatch.setattr("kfood_dist.data.shards.reader._KEPT_INDEX_BYTES", kept_bytes)
     whole = np.concatenate([np.load(packed / f"train-{n:06d}.index.npy") for n in range(3)])
     split = open_split(packed, "train")
-    for ids in ([17], [9, 0, 17, 1], range(18), [-1, 5]):  # the last shard's index is there before the first's
+    for ids in ([17], [9, 0, 17, 1], range(18), [-1, 5]):  # reads the last shard's index before the first's
         assert np.array_equal(split.rows(ids), whole[list(ids)])
         assert len(split._indexes) <= (1 if kept_bytes == 1 else 3)
     labels = split.labels()
@@ -144,7 +144,7 @@ def test_only_the_indexes_that_are_needed_are_read(copied):
             whole()
 
 
-def test_an_index_that_leads_out_of_its_tar_is_refused(copied):
+def test_an_index_that_points_beyond_its_tar_is_refused(copied):
     path = copied / "test-000000.index.npy"
     index = np.load(path)
     for field, value in (("offset", 2**64 - 1), ("size", 2**32 - 1)):
@@ -154,7 +154,7 @@ def test_an_index_that_leads_out_of_its_tar_is_refused(copied):
         data = path.read_bytes()
         described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         edit_manifest(copied, lambda m, described=described: m["shards"][-1].update(index=described))
-        with pytest.raises(ShardError, match=r"test-000000.index.npy leads beyond the end of test-000000.tar"):
+        with pytest.raises(ShardError, match=r"test-000000.index.npy points beyond the end of test-000000.tar"):
             open_split(copied, "test").read(0)
 
 
@@ -163,7 +163,7 @@ def test_reading_ahead_changes_nothing_that_is_read(copied):
     before = split.read_many(range(18))
     (copied / "train-000001.tar").unlink()
     ahead = open_split(copied, "train")
-    ahead.will_need(range(18))  # advice does not fail
+    ahead.will_need(range(18))  # a missing shard raises no error here
     results = ahead.read_many(range(18))
     assert results[:7] == before[:7] and isinstance(results[9], ShardError)
 
@@ -183,7 +183,7 @@ def test_plain_tar_and_plain_webdataset_find_the_same_samples(packed):
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
 
 
-def test_the_index_hash_is_that_of_this_split_and_data_set(packed, tmp_path):
+def test_the_index_hash_differs_between_splits(packed, tmp_path):
     train, test = open_split(packed, "train").index_hash, open_split(packed, "test").index_hash
     assert len(train) == 64
     assert train != test
@@ -205,7 +205,7 @@ def test_a_split_works_in_a_forked_process_and_after_pickling(packed):
     assert split.read(0) == first
 
     pickled = pickle.dumps(split)
-    assert len(pickled) < 2000  # names the folder; carries no index
+    assert len(pickled) < 2000  # the pickle has the path of the folder and no index
     copy = pickle.loads(pickled)
     assert copy.read(5) == split.read(5)
     assert copy.index_hash == split.index_hash
@@ -218,7 +218,7 @@ def test_a_forked_process_opens_the_files_itself(copied):
     assert split.read(0)
     (copied / "new").write_bytes(bytes((copied / "test-000000.tar").stat().st_size))
     os.replace(copied / "new", copied / "test-000000.tar")
-    assert split.read(0)  # still the file that was opened
+    assert split.read(0)  # this process still reads the file that it opened
     child = os.fork()
     if child == 0:
         try:
@@ -236,7 +236,7 @@ def test_a_pickled_split_finds_its_folder_from_anywhere(packed, tmp_path, monkey
     assert len(pickle.loads(pickled)) == 6
 
 
-def test_descriptors_are_few_and_given_back(packed, monkeypatch):
+def test_few_files_are_open_at_once_and_close_releases_them(packed, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     split = open_split(packed, "train")
     assert len(os.listdir("/proc/self/fd")) == before
@@ -268,11 +268,11 @@ def test_reading_shards_and_packing_need_no_torch():
 
 
 @pytest.mark.parametrize("number", [1, 2, 13])
-def test_the_pictures_of_a_sample_lie_in_order_in_one_run(tmp_path, number):
-    """More than ten too: their names do not sort as they are counted."""
+def test_the_pictures_of_a_sample_are_stored_in_order_in_one_run(tmp_path, number):
+    """This includes more than ten pictures, whose names do not sort in the order of their numbers."""
     jpegs = tuple(encoded(picture(seed, 16, 16)) for seed in range(number))
-    said = {"question": "무엇인가요?", "answer": "밥"}
-    text = json.dumps(said).encode()
+    output = {"question": "무엇인가요?", "answer": "밥"}
+    text = json.dumps(output).encode()
     entries = [Entry(f"train-{i:08d}", jpegs[i:] or jpegs, text, NO_LABEL, i, 4) for i in range(2)]
     index = write_tar(tmp_path / "a.tar", entries)
     found = list(members(tmp_path / "a.tar"))
@@ -281,12 +281,12 @@ def test_the_pictures_of_a_sample_lie_in_order_in_one_run(tmp_path, number):
     data = (tmp_path / "a.tar").read_bytes()
     for row, entry in zip(index, entries, strict=True):
         run = data[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
-        assert cut(entry.key, run) == Sample(entry.pictures, said)
+        assert cut(entry.key, run) == Sample(entry.pictures, output)
         assert (row["num_images"], row["crc32"]) == (len(entry.pictures), zlib.crc32(run))
 
 
 def header_of_size(field):
-    """A tar header under a true checksum that states this size."""
+    """Return a tar header with a correct checksum and this size field."""
     header = bytearray(tarfile.TarInfo("k.jpg").tobuf(tarfile.USTAR_FORMAT))
     header[124:136] = field + b"\0"
     header[148:156] = b" " * 8
@@ -294,7 +294,7 @@ def header_of_size(field):
     return bytes(header)
 
 
-def test_a_run_that_is_no_sample_is_refused(tmp_path):
+def test_bytes_that_are_no_complete_sample_are_refused(tmp_path):
     jpegs = (encoded(picture(0, 16, 16)), encoded(picture(1, 16, 16)))
     (row,) = write_tar(tmp_path / "a.tar", [Entry("k", jpegs, b"{}", NO_LABEL, 0, 1)])
     run = (tmp_path / "a.tar").read_bytes()[: int(row["size"])]
@@ -306,7 +306,7 @@ def test_a_run_that_is_no_sample_is_refused(tmp_path):
         run.replace(b"k.1.jpg", b"k.2.jpg"),
         run[:512] + run,
         b"",
-        *map(header_of_size, (b"-0000001000", b"\xff" * 10 + b"\xfe", b"7" * 11)),  # the first two lead back
+        *map(header_of_size, (b"-0000001000", b"\xff" * 10 + b"\xfe", b"7" * 11)),  # the first two sizes are negative
     ):
         with pytest.raises(ValueError):
             cut("k", damaged)
@@ -316,7 +316,7 @@ def test_a_run_that_is_no_sample_is_refused(tmp_path):
             cut("k", (tmp_path / f"{text.hex()}.tar").read_bytes()[: int(row["size"])])
 
 
-# --- what is wrong is said
+# --- faults are reported
 
 
 def test_a_folder_that_was_not_packed_is_refused(tmp_path, packed):
@@ -342,8 +342,8 @@ def test_a_manifest_that_is_no_json_object_is_refused(copied, content):
     [
         (lambda m: m.update(format="other"), "of format 'other', not 'kfood-shards'"),
         (lambda m: m.pop("format"), "of format None"),
-        (lambda m: m.update(version=1), "of version 1; version 3 is read here"),
-        (lambda m: m.update(version=2), "of version 2; version 3 is read here → pack .* `kfood pack SOURCE OUT`"),
+        (lambda m: m.update(version=1), "of version 1, but this kfood reads version 3"),
+        (lambda m: m.update(version=2), "version 2, but this kfood reads version 3 → pack .* `kfood pack SOURCE OUT`"),
         (lambda m: m.pop("columns"), "damaged .KeyError: 'columns'"),
         (lambda m: m.update(columns=3), "damaged"),
         (lambda m: m.pop("classes"), "damaged .KeyError: 'classes'"),
@@ -352,7 +352,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(copied, content):
         (lambda m: m.update(shards={}) or m.update(splits=[]), "damaged"),
         (lambda m: m["shards"][0].update(path="../manifest.json"), "not a plain file name"),
         (lambda m: m["shards"][0]["index"].update(path="/etc/passwd"), "not a plain file name"),
-        (lambda m: m["shards"][0].update(split="holdout"), "'holdout' is none of train, val, test"),
+        (lambda m: m["shards"][0].update(split="holdout"), "'holdout' is not one of train, val, test"),
         (lambda m: m["shards"][0].update(bytes=-1), "not a count"),
         (lambda m: m["rejected"].update(share="none"), "damaged"),
     ],
@@ -364,12 +364,12 @@ def test_a_manifest_of_another_format_or_version_or_damaged_is_refused(copied, c
 
 
 @pytest.mark.parametrize("split", ["val", "holdout", ""])
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(packed, split):
+def test_a_missing_split_is_refused_with_the_splits_that_exist(packed, split):
     with pytest.raises(ShardError, match=f"no samples in split '{split}' → choose one of: train, test"):
         open_split(packed, split)
 
 
-def test_missing_and_cut_files_are_named_when_looked_for(copied):
+def test_require_files_names_missing_and_cut_files(copied):
     os.truncate(copied / "train-000001.tar", 5000)
     split = open_split(copied, "train")
     with pytest.raises(ShardError, match=r"train-000001.tar has 5,000 bytes, not the .*`kfood verify"):
@@ -384,11 +384,11 @@ def test_missing_and_cut_files_are_named_when_looked_for(copied):
         test.require_files()
 
 
-def test_one_shard_that_is_gone_loses_no_other(copied):
+def test_a_missing_shard_does_not_affect_the_others(copied):
     (copied / "train-000001.tar").unlink()
     (copied / "train-000000.index.npy").write_bytes(b"junk")
     found = open_split(copied, "train").read_many([0, 9, 17])
-    assert [type(data) for data in found] == [ShardError, OutOfReachError, Sample]
+    assert [type(data) for data in found] == [ShardError, UnreachableError, Sample]
     assert "train-000000.index.npy is not the index" in str(found[0])
     assert "train-000001.tar cannot be opened" in str(found[1])
 
@@ -416,7 +416,7 @@ def test_a_shard_cut_while_it_is_open_is_noticed(copied):
 
 
 def test_a_label_changed_in_the_index_is_noticed(copied):
-    """The crc32 of a picture says nothing of its label: the index itself is checked against the manifest."""
+    """The crc32 of a picture does not cover its label, so the index is compared with its hash in the manifest."""
     path = copied / "train-000000.index.npy"
     index = np.load(path)
     index["label"] = 1 - index["label"]
@@ -443,22 +443,22 @@ def test_an_index_of_another_kind_is_refused_even_if_the_manifest_names_it(copie
     data = path.read_bytes()
     described = {"path": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit_manifest(copied, lambda m: m["shards"][-1].update(index=described))
-    with pytest.raises(ShardError, match=r"test-000000.index.npy (is not a numpy|does not hold|names a class)"):
+    with pytest.raises(ShardError, match=r"test-000000.index.npy (is not a numpy|does not hold|has a class id)"):
         open_split(copied, "test").read(0)
 
 
 @pytest.mark.parametrize("key", ["bytes", "samples"])
-def test_a_count_that_no_disk_holds_is_damage(copied, key):
+def test_an_impossible_count_in_the_manifest_is_damage(copied, key):
     manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
     manifest["shards"][0][key] = 2**64
-    (copied / "manifest.json").write_bytes(seal(manifest))
+    (copied / "manifest.json").write_bytes(with_checksum(manifest))
     with pytest.raises(ShardError, match=r"manifest\.json is damaged .*18446744073709551616 is not a count"):
         open_split(copied, "train")
 
 
 def test_a_sample_without_a_column_that_the_manifest_promises_is_damage(packed):
-    """As a tool that is not ours may have sealed it."""
+    """Another tool may have written such a manifest."""
     manifest = load_manifest(packed)
     promised = ShardSplit(replace(manifest, columns=(*manifest.columns, "question")), "train")
-    with pytest.raises(ShardError, match=r"has no whole sample at train-00000000 \(its question is no text\)"):
+    with pytest.raises(ShardError, match=r"has no valid sample at train-00000000 \(its question is not text\)"):
         promised.read(0)

@@ -1,4 +1,4 @@
-"""A step that was left out: who is named, when the run ends, and which checkpoint is called good."""
+"""A skipped step: which samples are named, when the run ends, and which checkpoint counts as good."""
 
 import math
 from pathlib import Path
@@ -45,26 +45,26 @@ def test_only_the_samples_whose_loss_is_not_finite_are_named(watch: SkipWatch, t
     assert "train-8" not in log
 
 
-def test_a_gradient_alone_names_the_whole_step_up_to_fifty() -> None:
+def test_a_non_finite_gradient_names_up_to_fifty_samples_of_the_step() -> None:
     losses = [Loss(f"train-{i}", 1.0) for i in range(60)]
-    told = reason(SKIPPED, losses, [])
-    assert told.startswith("a gradient is not finite, though each sample's loss is")
-    assert "train-49" in told and "train-50" not in told and told.endswith("and 10 more")
+    message = reason(SKIPPED, losses, [])
+    assert message.startswith("a gradient is not finite, though each sample's loss is")
+    assert "train-49" in message and "train-50" not in message and message.endswith("and 10 more")
 
 
 def test_a_step_without_a_usable_sample_names_one_with_its_reason() -> None:
-    told = reason(SKIPPED, [], [SkippedSample("train-3", "too long"), SkippedSample("train-4", "too long")])
-    assert told == "none of its samples can be used, train-3 for example: too long"
+    message = reason(SKIPPED, [], [SkippedSample("train-3", "too long"), SkippedSample("train-4", "too long")])
+    assert message == "none of its samples can be used, train-3 for example: too long"
 
 
-def test_an_overflow_of_the_loss_scale_names_nobody_until_there_is_no_scale_left() -> None:
+def test_an_overflow_of_the_loss_scale_names_samples_only_at_scale_1() -> None:
     losses = [Loss("train-0", 1.0)]
     assert reason(Update(math.inf, False, 65536.0), losses, []).endswith("at loss scale 65536, which is halved")
     assert "train-0" in reason(Update(math.inf, False, 1.0), losses, [])
     assert "train-0 (nan)" in reason(Update(math.nan, False, 65536.0), [Loss("train-0", math.nan)], [])
 
 
-def test_the_run_ends_after_too_many_in_a_row_and_an_update_starts_the_count_anew(watch, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_an_update_resets_the_count(watch, tmp_path: Path) -> None:
     good = checkpoint(tmp_path, 2)
     spoilt = [batch(3)], [torch.tensor([math.nan])]
     for step, update in enumerate((APPLIED, SKIPPED, SKIPPED, APPLIED, SKIPPED, SKIPPED)):
@@ -82,8 +82,8 @@ def test_a_checkpoint_is_good_once_a_later_step_was_taken_with_its_weights(tmp_p
     good = checkpoint(tmp_path, 4)
     checkpoint(tmp_path, 6)
     checkpoint(tmp_path, 8, complete=False)
-    # Step 6 was the last one applied: it used the weights of 5 steps, and nothing has used those of 6.
-    told = last_good(folder, 6)
-    assert told.startswith(f"the last good checkpoint is {good} (delete step-00000006 if")
-    assert "step-00000008" not in told
+    # Step 6 was the last one applied. It used the weights after 5 steps, and no step has used the weights after 6.
+    message = last_good(folder, 6)
+    assert message.startswith(f"the last good checkpoint is {good} (delete step-00000006 if")
+    assert "step-00000008" not in message
     assert last_good(folder, 7).endswith("step-00000006")

@@ -1,6 +1,6 @@
-"""slurm/stages.sh queues all or nothing. An sbatch that only writes down what it was given stands for Slurm.
+"""slurm/stages.sh queues all jobs or none. Instead of Slurm, a fake sbatch writes down its arguments.
 
-And what the scripts of the jobs say where they cannot begin.
+The tests also check what the job scripts print when they cannot begin.
 """
 
 import os
@@ -18,7 +18,7 @@ SITE = [line for line in (ROOT / "slurm/site.env.example").read_text().splitline
 
 @pytest.fixture
 def login(tmp_path: Path):
-    """Runs stages.sh on a login node; gives what it printed and what was queued, one job to a line."""
+    """A function that runs stages.sh as on a login node and returns output, status and one line per queued job."""
     queued = tmp_path / "queued"
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
@@ -49,7 +49,7 @@ def login(tmp_path: Path):
 
 
 def python(folder: Path, *lines: str) -> Path:
-    """A virtual environment whose Python runs these lines of shell."""
+    """Write a virtual environment whose `python` is a script of these shell lines, and return its folder."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin/activate").touch()
     (folder / "bin/python").write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
@@ -57,9 +57,9 @@ def python(folder: Path, *lines: str) -> Path:
     return folder
 
 
-def test_each_stage_is_trained_after_the_one_before_and_measured(login) -> None:
-    said, status, jobs = login(*STAGES)
-    assert status == 0, said
+def test_each_stage_is_trained_after_the_one_before_and_evaluated(login) -> None:
+    output, status, jobs = login(*STAGES)
+    assert status == 0, output
     assert len(STAGES) == 3 and len(jobs) == 6
     for at, recipe in enumerate(STAGES):
         trained, measured = jobs[2 * at], jobs[2 * at + 1]
@@ -70,52 +70,50 @@ def test_each_stage_is_trained_after_the_one_before_and_measured(login) -> None:
         assert f"--adapter {run}/adapter --out {run}/tuned" in measured
 
 
-def test_a_recipe_with_a_mistake_keeps_all_from_being_queued(login, tmp_path: Path) -> None:
+def test_no_job_is_queued_if_one_recipe_has_a_mistake(login, tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text(yaml.safe_dump({"extends": str(STAGES[1]), "lora": {"ranks": 4}}))
-    said, status, jobs = login(STAGES[0], bad, STAGES[2])
+    output, status, jobs = login(STAGES[0], bad, STAGES[2])
     assert (status, jobs) == (2, [])
-    assert "lora.ranks: no such key" in said and "stages: nothing was queued" in said
-    assert "Traceback" not in said and "unbound" not in said
+    assert "lora.ranks: no such key" in output and "stages: nothing was queued" in output
+    assert "Traceback" not in output and "unbound" not in output
 
 
 @pytest.mark.parametrize(("taken", "cancelled"), [(0, None), (1, "1"), (4, "1 2 3 4")])
-def test_a_job_that_is_refused_takes_those_before_it_along(
-    login, tmp_path: Path, taken: int, cancelled: str | None
-) -> None:
-    said, status, jobs = login(*STAGES, REFUSED_AFTER=str(taken))
+def test_a_refused_job_cancels_the_jobs_before_it(login, tmp_path: Path, taken: int, cancelled: str | None) -> None:
+    output, status, jobs = login(*STAGES, REFUSED_AFTER=str(taken))
     assert (status, len(jobs)) == (1, taken)
-    assert "no such partition" in said and f"not all jobs could be queued; cancelling {cancelled or 'none'}" in said
-    told = tmp_path / "cancelled"
-    assert (told.read_text().strip() if told.exists() else None) == cancelled
+    assert "no such partition" in output and f"not all jobs could be queued; cancelling {cancelled or 'none'}" in output
+    message = tmp_path / "cancelled"
+    assert (message.read_text().strip() if message.exists() else None) == cancelled
 
 
-def test_a_python_without_the_packages_keeps_all_from_being_queued(login, tmp_path: Path) -> None:
+def test_no_job_is_queued_if_python_lacks_the_packages(login, tmp_path: Path) -> None:
     bare = python(tmp_path / "bare", f'exec {sys.executable} -S "$@"')
-    said, status, jobs = login(*STAGES, venv=bare)
+    output, status, jobs = login(*STAGES, venv=bare)
     assert (status, jobs) == (2, [])
-    assert "No module named" in said and "name the jobs' Python in site.env" in said
-    assert "stages: nothing was queued" in said and "Traceback" not in said
+    assert "No module named" in output and "name the jobs' Python in site.env" in output
+    assert "stages: nothing was queued" in output and "Traceback" not in output
 
 
-def test_modules_and_environment_are_those_of_the_jobs(login, tmp_path: Path) -> None:
-    """On a login node they may be all there is to read a recipe with."""
+def test_recipes_are_read_with_the_modules_and_environment_of_the_jobs(login, tmp_path: Path) -> None:
+    """A login node may have no other Python that can read a recipe."""
     named = python(tmp_path / "named", f'echo "$LOADED" > {tmp_path}/asked', f'exec {sys.executable} "$@"')
     module = {"BASH_FUNC_module%%": '() { export LOADED="$*"; }'}
-    said, status, jobs = login(*STAGES, modules="python/3.12", venv=named, **module)
-    assert (status, len(jobs)) == (0, 6), said
+    output, status, jobs = login(*STAGES, modules="python/3.12", venv=named, **module)
+    assert (status, len(jobs)) == (0, 6), output
     assert (tmp_path / "asked").read_text() == "load python/3.12\n"
 
 
-def test_a_site_that_lacks_a_line_is_told_which(login, tmp_path: Path) -> None:
-    said, status, jobs = login(*STAGES, lacks="KFOOD_NODE_TIMEOUT")
+def test_the_missing_line_of_a_site_file_is_named(login, tmp_path: Path) -> None:
+    output, status, jobs = login(*STAGES, lacks="KFOOD_NODE_TIMEOUT")
     assert (status, jobs) == (2, [])
-    assert f"{tmp_path}/site.env does not set KFOOD_NODE_TIMEOUT → copy its line from slurm/site.env.example" in said
+    assert f"{tmp_path}/site.env does not set KFOOD_NODE_TIMEOUT → copy its line from slurm/site.env.example" in output
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
-def test_a_job_submitted_from_elsewhere_says_so(script: Path, tmp_path: Path) -> None:
-    """Slurm runs a copy of the script, in the folder that sbatch was called from."""
+def test_a_job_submitted_from_another_folder_says_so(script: Path, tmp_path: Path) -> None:
+    """Slurm runs a copy of the script in the folder where sbatch was called."""
     copy = tmp_path / "slurm_script"
     copy.write_text(script.read_text())
     done = subprocess.run(["bash", str(copy)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
@@ -132,15 +130,15 @@ def test_a_job_submitted_from_elsewhere_says_so(script: Path, tmp_path: Path) ->
         ([0, 2, 4], ["1/5", "3/5", "5/5"]),
     ],
 )
-def test_each_packer_of_an_array_with_gaps_has_a_part_of_its_own(tmp_path: Path, tasks: list[int], parts: list[str]):
-    """As Slurm sets the variables; an srun that writes down its last word stands for Slurm."""
+def test_each_packer_of_an_array_with_gaps_gets_another_part(tmp_path: Path, tasks: list[int], parts: list[str]):
+    """The variables are set as Slurm sets them. Instead of Slurm, a fake srun prints its last argument."""
     srun = tmp_path / "bin/srun"
     srun.parent.mkdir()
     srun.write_text('#!/bin/sh\nfor word; do last="$word"; done; echo "$last"\n')
     srun.chmod(0o755)
     (tmp_path / "site.env").write_text("\n".join(SITE) + "\n")
     array = {"MIN": min(tasks), "MAX": max(tasks), "COUNT": len(tasks)}
-    said = []
+    output = []
     for task in tasks:
         variables = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in (array | {"ID": task}).items()}
         variables |= {"SLURM_JOB_NUM_NODES": "1", "KFOOD_SITE": str(tmp_path / "site.env")}
@@ -150,5 +148,5 @@ def test_each_packer_of_an_array_with_gaps_has_a_part_of_its_own(tmp_path: Path,
             capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout.strip())
-    assert said == parts
+        output.append(done.stdout.strip())
+    assert output == parts

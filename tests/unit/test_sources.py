@@ -12,7 +12,7 @@ from kfood_dist.data.picture.images import ImageRejected
 from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources import Record, read_picture, scan
-from kfood_dist.pack.sources.scan import _with_own_names
+from kfood_dist.pack.sources.scan import _with_unique_names
 
 JPEG = encoded(picture())
 
@@ -49,7 +49,7 @@ def problems(records):
         ("찌개/김치 찌개/a.jpg", "김치찌개", "찌개"),
     ],
 )
-def test_the_class_is_the_own_folder_wherever_category_folders_repeat(tmp_path, path, label, category):
+def test_the_class_is_the_folder_of_the_picture_even_if_category_folders_repeat(tmp_path, path, label, category):
     put(tmp_path / path)
     (record,) = scan(tmp_path)
     assert (record.label, record.category, record.source) == (label, category, path)
@@ -69,7 +69,7 @@ def test_a_folder_around_everything_is_no_category(tmp_path):
     assert {r.category for r in scan(tmp_path / "kfood" / "한과")} == {""}
 
 
-def test_two_spellings_of_one_name_are_two_pictures_with_names_of_their_own(tmp_path):
+def test_two_unicode_forms_of_one_name_are_two_pictures_with_different_names(tmp_path):
     for form in ("NFC", "NFD"):
         put(tmp_path / "약과" / unicodedata.normalize(form, "사진.jpg"), JPEG + form.encode())
     put(tmp_path / "약과" / "사진 (2).jpg")
@@ -81,9 +81,9 @@ def test_two_spellings_of_one_name_are_two_pictures_with_names_of_their_own(tmp_
     }
 
 
-def test_many_records_of_one_name_are_numbered_past_the_names_that_are_taken():
+def test_many_records_of_one_name_get_numbers_that_are_not_taken():
     names = ["a.jpg"] * 20_000 + ["a (3).jpg", "a (3).jpg", "b.jpg", "b.jpg"]
-    given = _with_own_names([Record(Path(f"{n:05d}"), name) for n, name in enumerate(names)])
+    given = _with_unique_names([Record(Path(f"{n:05d}"), name) for n, name in enumerate(names)])
     assert {r.path.name: r.source for r in given if int(r.path.name) >= 20_000} == {
         "20000": "a (3).jpg",
         "20001": "a (3) (2).jpg",
@@ -94,13 +94,13 @@ def test_many_records_of_one_name_are_numbered_past_the_names_that_are_taken():
     assert numbered == ["a.jpg", "a (2).jpg", *(f"a ({n}).jpg" for n in range(4, 20_002))]
 
 
-def test_pictures_straight_in_the_source_are_of_the_dish_it_is_named_after(tmp_path):
+def test_pictures_directly_in_the_source_belong_to_the_dish_it_is_named_after(tmp_path):
     put(tmp_path / "약과" / "a.jpg")
     (record,) = scan(tmp_path / "약과")
     assert (record.label, record.category, record.source) == ("약과", "", "a.jpg")
 
 
-def test_only_pictures_count_in_capitals_too(tmp_path):
+def test_only_pictures_count_with_suffixes_in_any_case(tmp_path):
     names = ["a.jpg", "b.JPG", "c.jpeg", "d.PNG", "e.gif", "f.bmp", "g.WebP"]
     others = [
         "crop_area.properties",
@@ -155,13 +155,13 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     assert problems(records)["구이/불고기/gone.jpg"] == "missing"
 
 
-def test_something_that_is_no_file_is_not_waited_for(tmp_path):
+def test_scanning_does_not_wait_for_a_pipe(tmp_path):
     put(tmp_path / "불고기" / "a.jpg")
     os.mkfifo(tmp_path / "불고기" / "b.jpg")
     assert problems(scan(tmp_path)) == {"불고기/a.jpg": None, "불고기/b.jpg": "missing"}
 
 
-def test_labels_are_those_of_the_class_list_when_there_is_one(tmp_path):
+def test_labels_come_from_the_class_list_if_there_is_one(tmp_path):
     for name in ("국/만둣국", "국/떡국", "빵/식빵", "국/" + "가" * 13, "pasta/spaghetti_carbonara", "pasta/carbonara"):
         put(tmp_path / name / "a.jpg")
     classes = [
@@ -181,7 +181,7 @@ def test_labels_are_those_of_the_class_list_when_there_is_one(tmp_path):
     assert records["carbonara"].problem == "unknown_label"
 
 
-def test_a_label_that_was_found_may_be_of_any_length(tmp_path):
+def test_a_label_may_have_any_length_without_a_class_list(tmp_path):
     names = {"spaghetti_carbonara", "grilled_salmon", "가" * 13, "BBQ" + "나" * 13}
     for name in names:
         put(tmp_path / name / "a.jpg")
@@ -190,7 +190,7 @@ def test_a_label_that_was_found_may_be_of_any_length(tmp_path):
 
 # --- CSV
 
-# Rows of the real lists, as they are: `train_4.csv` ends its lines with CR LF and names some pictures twice.
+# Rows of the real lists, unchanged. `train_4.csv` ends its lines with CR LF and names some pictures twice.
 REAL_ROWS = [
     "dataset/kfood/나물/나물/가지볶음/Img_040_0782.jpg,가지볶음",
     "dataset/kfood/찌개/찌개/김치찌개/Img_119_0012.JPG,김치찌개",
@@ -233,13 +233,13 @@ def test_paths_start_at_the_csv_or_at_the_image_root(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp949", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("dish", ["불고기", "회"])
-def test_a_list_may_be_utf8_with_or_without_mark_or_cp949_or_utf16(tmp_path, encoding, dish):
+def test_a_list_may_be_utf8_with_or_without_bom_or_cp949_or_utf16(tmp_path, encoding, dish):
     put(tmp_path / f"구이/{dish}/a.jpg")
     (record,) = scan(write_csv(tmp_path / "list.csv", f"구이/{dish}/a.jpg,{dish}", encoding=encoding))
     assert (record.label, record.problem) == (dish, None)
 
 
-def test_one_row_in_another_encoding_refuses_the_list_and_encoding_decides(tmp_path):
+def test_a_list_of_two_encodings_is_refused_and_the_encoding_option_decides(tmp_path):
     put(tmp_path / "a.jpg")
     path = tmp_path / "list.csv"
     path.write_bytes("image_path,label\na.jpg,불고기\n".encode() + "b.jpg,약과\n".encode("cp949"))
@@ -252,7 +252,7 @@ def test_one_row_in_another_encoding_refuses_the_list_and_encoding_decides(tmp_p
         scan(tmp_path, encoding="cp949")
 
 
-def test_the_files_and_the_class_list_decide_where_the_letters_may_be_of_either_encoding(tmp_path):
+def test_the_files_and_the_class_list_decide_between_two_possible_encodings(tmp_path):
     """`카 cake` in CP949 is `ī cake` in UTF-8."""
     path = write_csv(tmp_path / "list.csv", "카 cake/a.jpg,dish", encoding="cp949")
     assert problems(scan(path)) == {"ī cake/a.jpg": "missing"}
@@ -282,7 +282,7 @@ def test_a_header_may_follow_blank_lines_and_hold_quoted_line_breaks(tmp_path):
     assert problems(scan(write_csv(tmp_path / "list.csv", "a.jpg,약과,", header=header))) == {"a.jpg": None}
 
 
-def test_a_stray_quote_in_the_header_swallows_no_row(tmp_path):
+def test_a_stray_quote_in_the_header_is_refused(tmp_path):
     put(tmp_path / "a.jpg")
     path = write_csv(tmp_path / "list.csv", "a.jpg,약과,", 'a.jpg,약과,"', header='image_path,label,"note')
     with pytest.raises(SourceError, match="image_path"):
@@ -295,7 +295,7 @@ def test_another_separator_may_be_named(tmp_path):
     assert problems(scan(path)) == {"a.jpg": None}
 
 
-def test_a_quoted_cell_may_hold_line_breaks_and_a_stray_quote_costs_its_own_line(tmp_path):
+def test_a_quoted_cell_may_hold_line_breaks_and_a_stray_quote_damages_only_its_line(tmp_path):
     for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"):
         put(tmp_path / name)
     path = write_csv(
@@ -319,13 +319,13 @@ def test_a_quoted_cell_may_hold_line_breaks_and_a_stray_quote_costs_its_own_line
     ]
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path):
+def test_a_duplicate_column_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"has the columns image_path, label, label → .*each name once"):
         scan(write_csv(tmp_path / "list.csv", "a.jpg,약과,떡", header="image_path,label,Label"))
 
 
-def test_a_list_written_elsewhere_finds_its_files(tmp_path):
-    """Each part of a path in another Unicode form, another case, or CP949 on the disk, and Windows' separators."""
+def test_a_list_written_on_another_system_finds_its_files(tmp_path):
+    """A path may have Windows separators. Its parts may have another Unicode form or case, or be CP949 on the disk."""
     apart = unicodedata.normalize("NFD", "구이")
     put(tmp_path / f"Kfood/{apart}/불고기/A.JPG")
     os.makedirs(folder := os.fsencode(tmp_path) + "/kfood2/회".encode("cp949"))
@@ -348,7 +348,7 @@ def test_a_list_written_elsewhere_finds_its_files(tmp_path):
     assert all(read_picture(r) == JPEG for r in records if r.problem is None)
 
 
-def test_of_several_files_that_a_path_may_mean_the_exact_one_counts_or_none(tmp_path):
+def test_a_path_that_may_mean_several_files_means_the_exact_one_or_none(tmp_path):
     for name in ("A/foo.jpg", "a/Foo.jpg", "a/only.jpg", unicodedata.normalize("NFD", "a/각.jpg")):
         put(tmp_path / name)
     put(tmp_path / unicodedata.normalize("NFD", "A/각.jpg"), JPEG + b"other")
@@ -360,11 +360,11 @@ def test_of_several_files_that_a_path_may_mean_the_exact_one_counts_or_none(tmp_
         "a/only.jpg": None,
         "a/각.jpg": None,
     }
-    assert [r.detail for r in records if r.problem] == ["any of A/foo.jpg, a/Foo.jpg"]
+    assert [r.detail for r in records if r.problem] == ["may be any of A/foo.jpg, a/Foo.jpg"]
     assert all(read_picture(r) == JPEG for r in records if r.problem is None)
 
 
-def test_every_faulty_row_is_named_and_costs_no_other(tmp_path):
+def test_every_faulty_row_is_named_and_does_not_affect_the_others(tmp_path):
     for name in ("불고기/a.jpg", "불고기/b.jpg", "약과/c.jpg", "d.jpg"):
         put(tmp_path / name)
     path = write_csv(
@@ -406,16 +406,16 @@ def test_other_columns_and_their_order_do_not_matter(tmp_path):
     assert (record.label, record.problem) == ("약과", None)
 
 
-def test_a_path_from_the_top_is_named_under_the_root_where_it_lies_there(tmp_path):
+def test_an_absolute_path_under_the_root_is_named_relative_to_it(tmp_path):
     put(tmp_path / "약과" / "a.jpg")
     (record,) = scan(write_csv(tmp_path / "list.csv", f"{tmp_path}/약과/a.jpg,약과"))
     assert (record.source, record.problem) == ("약과/a.jpg", None)
 
 
-# --- what is no source
+# --- unusable sources and files
 
 
-def test_what_is_no_source_is_refused_at_once(tmp_path):
+def test_an_unusable_source_is_refused_at_once(tmp_path):
     with pytest.raises(SourceError, match="does not exist"):
         scan(tmp_path / "none")
     with pytest.raises(SourceError, match=r"cannot be read \(File name too long\) → "):
@@ -423,7 +423,7 @@ def test_what_is_no_source_is_refused_at_once(tmp_path):
     (tmp_path / "empty" / "구이").mkdir(parents=True)
     with pytest.raises(SourceError, match="holds no pictures"):
         scan(tmp_path / "empty")
-    with pytest.raises(SourceError, match=r"kfood\.ZIP cannot be read: no whole zip .* → download it again"):
+    with pytest.raises(SourceError, match=r"kfood\.ZIP cannot be read: not a complete zip .* → download it again"):
         scan(put(tmp_path / "kfood.ZIP"))
     with pytest.raises(SourceError, match=r"neither a folder nor a \.zip, \.csv or \.jsonl"):
         scan(put(tmp_path / "list.txt"))
@@ -437,7 +437,7 @@ def test_what_is_no_source_is_refused_at_once(tmp_path):
         scan(put(tmp_path / "binary.csv", b"\xff\xfe\x00\xd8" * 4))
 
 
-def test_a_file_that_cannot_be_read_is_refused_and_costs_no_other(tmp_path):
+def test_a_file_that_cannot_be_read_is_only_a_refused_picture(tmp_path):
     path = put(tmp_path / "약과" / "a.jpg")
     (record,) = scan(tmp_path)
     path.unlink()
@@ -450,8 +450,8 @@ def test_a_file_that_cannot_be_read_is_refused_and_costs_no_other(tmp_path):
         read_picture(record)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_refused_and_costs_no_other(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_read_permission_is_only_a_refused_picture(tmp_path):
     path = put(tmp_path / "약과" / "a.jpg")
     path.chmod(0)
     (record,) = scan(tmp_path)
@@ -459,7 +459,7 @@ def test_a_file_that_may_not_be_read_is_refused_and_costs_no_other(tmp_path):
         read_picture(record)
 
 
-def test_a_source_that_went_away_stops_the_packing(tmp_path):
+def test_a_source_that_disappeared_stops_the_packing(tmp_path):
     put(tmp_path / "source" / "약과" / "a.jpg")
     (record,) = scan(tmp_path / "source")
     (tmp_path / "source").rename(tmp_path / "moved")
@@ -468,7 +468,7 @@ def test_a_source_that_went_away_stops_the_packing(tmp_path):
 
 
 @pytest.mark.parametrize("data", [JPEG + b"more", JPEG[:-1], b""])
-def test_a_file_of_another_size_than_was_listed_stops_the_packing(tmp_path, data):
+def test_a_file_whose_size_has_changed_stops_the_packing(tmp_path, data):
     path = put(tmp_path / "약과" / "a.jpg")
     (record,) = scan(tmp_path)
     path.write_bytes(data)
@@ -497,5 +497,5 @@ def test_a_huge_file_is_not_read_into_memory(tmp_path):
         read_picture(record)
 
 
-def test_a_devices_file_is_one_unusable_picture_and_does_not_stop_the_packing():
+def test_a_device_file_is_an_unusable_picture_and_does_not_stop_the_packing():
     assert read_picture(Record(Path("/proc/self/mem"), "mem")) == b""

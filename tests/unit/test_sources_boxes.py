@@ -30,7 +30,7 @@ JPEG = encoded(picture())
         ("Img_" * 1000 + "=76,41,485,427", None),
     ],
 )
-def test_a_line_says_a_box_or_is_counted(line, box):
+def test_a_line_gives_a_box_or_counts_as_malformed(line, box):
     boxes, num_malformed = parse(line.encode())
     assert (list(boxes.values()), num_malformed) == (([], 1) if box is None else ([box], 0))
 
@@ -71,7 +71,7 @@ BOXES = {
 
 @pytest.mark.parametrize("shape", ["folder", "zip", "zips"])
 def test_boxes_are_found_beside_the_pictures_of_every_shape(tmp_path, shape):
-    """Two lines fit nothing: one names no picture, one a stem that two pictures share."""
+    """Two lines match no picture: one names no picture, and one names a stem that two pictures share."""
     source = tmp_path / "kfood.zip"
     if shape == "folder":
         source = as_folder(tmp_path / "kfood", DISH)
@@ -93,7 +93,7 @@ def test_a_table_finds_boxes_beside_its_pictures_and_need_not_name_them_all(tmp_
     assert (scanned.kind, scanned.boxes) == ("csv", BoxCount(lists=1, lines_malformed=1))
 
 
-def test_a_list_that_cannot_be_read_costs_no_picture(tmp_path):
+def test_an_unreadable_list_of_boxes_does_not_lose_a_picture(tmp_path):
     (tmp_path / "folder" / "불고기" / "crop_area.properties").mkdir(parents=True)
     (tmp_path / "folder" / "불고기" / "a.jpg").write_bytes(JPEG)
     (record,) = (scanned := scan_source(tmp_path / "folder")).records

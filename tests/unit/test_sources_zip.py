@@ -36,13 +36,13 @@ def put(path: Path, data: bytes) -> Path:
     return path
 
 
-def said(records):
-    """What each record is refused for, or its category and label."""
+def output(records):
+    """Return, for each record, the reason of its refusal or its category and label."""
     return {r.source: r.problem or (r.category, r.label) for r in records}
 
 
 def prepared(records, workers):
-    """What became of the sound records, through the files that worker processes write."""
+    """Prepare the sound records in worker processes, and return the pictures and the refusals from their files."""
     with tempfile.TemporaryDirectory() as folder:
         chunks = cut([r for r in records if r.problem is None], SETTINGS)
         list(in_processes(partial(prepare_chunk, settings=SETTINGS, folder=Path(folder)), chunks, workers))
@@ -77,7 +77,7 @@ BESIDE = {
 
 
 def inner_zips(writer: str, inside: str = "{category}/", method: int = zipfile.ZIP_STORED) -> dict[str, bytes]:
-    """The dishes as one zip for each category; `inside` is what stands before a dish's folder in it."""
+    """Return the dishes as one zip for each category. In a zip, `inside` comes before the folder of a dish."""
     found: dict[str, dict[str, bytes]] = {}
     for name, data in (DISHES | BESIDE).items():
         category, _, rest = name.partition("/")
@@ -126,7 +126,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_of_the_set_says_the_same_of_its_pictures(tmp_path, shape):
+def test_every_shape_of_the_set_gives_the_same_pictures(tmp_path, shape):
     records = scan(SHAPES[shape](tmp_path))
     found = Counter((r.category, r.label, read_picture(r)) for r in records if r.problem is None)
     assert found == Counter((*name.split("/")[:2], data) for name, data in DISHES.items())
@@ -135,7 +135,7 @@ def test_every_shape_of_the_set_says_the_same_of_its_pictures(tmp_path, shape):
     assert {r.num_bytes for r in records} == {len(data) for data in DISHES.values()}
 
 
-def test_names_lead_through_zips_as_through_folders(tmp_path):
+def test_names_treat_zips_as_folders(tmp_path):
     data = zipped({"구이.zip": zipped({"갈비구이/a.jpg": JPEG}), "구이//./불고기/b.jpg": JPEG})
     records = scan(put(tmp_path / "kfood.zip", data))
     assert [r.source for r in records] == ["구이.zip/갈비구이/a.jpg", "구이/불고기/b.jpg"]
@@ -144,7 +144,7 @@ def test_names_lead_through_zips_as_through_folders(tmp_path):
     assert (record.source, record.category, record.label) == ("구이/전부.zip/갈비구이/a.jpg", "전부", "갈비구이")
 
 
-def test_pictures_straight_in_a_zip_are_of_the_dish_it_is_named_after(tmp_path):
+def test_pictures_directly_in_a_zip_belong_to_the_dish_it_is_named_after(tmp_path):
     (record,) = scan(put(tmp_path / "약과.zip", zipped({"a.jpg": JPEG})))
     assert (record.source, record.category, record.label) == ("a.jpg", "", "약과")
     (record,) = scan(put(tmp_path / "한과.zip", zipped({"약과.zip": zipped({"a.jpg": JPEG})})))
@@ -152,7 +152,7 @@ def test_pictures_straight_in_a_zip_are_of_the_dish_it_is_named_after(tmp_path):
 
 
 def test_all_classes_of_the_real_set_are_read_from_cp949_names(tmp_path):
-    """회 in CP949 is valid UTF-8, of another letter."""
+    """The bytes of 회 in CP949 are valid UTF-8 for another letter."""
     with open(CLASSES, encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     categories = dict.fromkeys(row["category"] for row in rows)
@@ -168,7 +168,7 @@ def test_all_classes_of_the_real_set_are_read_from_cp949_names(tmp_path):
     assert {r.problem for r in scan(tmp_path / "kfood.zip", classes=load_classes(CLASSES))} == {None}
 
 
-def test_names_that_may_have_either_encoding_are_read_as_those_beside_them(tmp_path):
+def test_names_of_unclear_encoding_are_read_like_the_names_beside_them(tmp_path):
     names = ["구이/불고기/a.jpg", "회/a.jpg", "카 cake/a.jpg"]
     for writer in ("windows", "macos"):
         records = scan(put(tmp_path / "kfood.zip", zipped(dict.fromkeys(names, JPEG), writer)))
@@ -177,12 +177,12 @@ def test_names_that_may_have_either_encoding_are_read_as_those_beside_them(tmp_p
     assert {r.label for r in records} == {"crème", "Käse"}
 
 
-def test_a_name_in_utf8_beside_the_systems_own_counts(tmp_path):
-    """Info-ZIP's extra field, where it is of this very name."""
+def test_a_utf8_name_in_the_extra_field_is_used(tmp_path):
+    """Info-ZIP's extra field holds the name in UTF-8. It counts only if its CRC fits the name of the member."""
     raw, path = "카 cake/a.jpg".encode("cp949"), tmp_path / "kfood.zip"
     for crc, label in ((zipfile.crc32(raw), "카cake"), (7, "īcake")):
-        told = b"\1" + crc.to_bytes(4, "little") + "카 cake/a.jpg".encode()
-        data = zipped({raw: JPEG}, extra=b"\x75\x70" + len(told).to_bytes(2, "little") + told)
+        message = b"\1" + crc.to_bytes(4, "little") + "카 cake/a.jpg".encode()
+        data = zipped({raw: JPEG}, extra=b"\x75\x70" + len(message).to_bytes(2, "little") + message)
         assert [r.label for r in scan(put(path, data))] == [label]
 
 
@@ -197,15 +197,15 @@ def test_a_name_in_no_known_encoding_is_still_a_picture(tmp_path):
 def test_a_zip_beside_the_folder_it_was_extracted_to_is_not_read_twice(tmp_path):
     as_folder(tmp_path, {"구이/불고기/a.jpg": JPEG, "구이.zip": zipped({"불고기/a.jpg": JPEG})})
     found = scan_source(tmp_path)
-    assert said(found.records) == {"구이/불고기/a.jpg": ("구이", "불고기")}
-    assert found.passed.as_json() == {
+    assert output(found.records) == {"구이/불고기/a.jpg": ("구이", "불고기")}
+    assert found.ignored.as_json() == {
         "by_suffix": {".zip": 1},
         "machine_made": {},
         "containers": {"extracted": {"count": 1, "first": "구이.zip"}},
     }
 
 
-def test_records_are_small_and_a_changed_picture_is_told_by_its_crc(tmp_path):
+def test_records_are_small_and_hold_the_crc_of_a_zipped_picture(tmp_path):
     inner = {f"불고기/Img_000_{i:04d}.jpg": JPEG for i in range(16)}
     records = scan(put(tmp_path / "kfood.zip", zipped({"구이.zip": zipped(inner)})))
     assert len(pickle.dumps(records)) < 16 * 250
@@ -215,7 +215,7 @@ def test_records_are_small_and_a_changed_picture_is_told_by_its_crc(tmp_path):
 
 
 def test_a_zip_of_many_gigabytes_is_read_at_its_far_end(tmp_path):
-    """Offsets beyond 4 GiB, as in the 16 GB of the real set; the bytes before are a hole in the file."""
+    """The offsets are beyond 4 GiB, as in the 16 GB of the real set. The bytes before them are a hole in the file."""
     path = put(tmp_path / "kfood.zip", b"")
     os.truncate(path, 5 * 2**30)
     with zipfile.ZipFile(path, "a") as archive:
@@ -224,10 +224,10 @@ def test_a_zip_of_many_gigabytes_is_read_at_its_far_end(tmp_path):
     records = scan(path)
     assert min(info.header_offset for info in zipfile.ZipFile(path).infolist()) == 5 * 2**30
     assert [read_picture(record) for record in records] == [JPEG, OTHER]
-    assert said(records) == {"구이.zip/불고기/a.jpg": ("구이", "불고기"), "구이/갈비구이/b.jpg": ("구이", "갈비구이")}
+    assert output(records) == {"구이.zip/불고기/a.jpg": ("구이", "불고기"), "구이/갈비구이/b.jpg": ("구이", "갈비구이")}
 
 
-# --- names that lead astray
+# --- unsafe and duplicate names
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_zip_of_many_gigabytes_is_read_at_its_far_end(tmp_path):
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_name_that_leads_anywhere_is_refused_and_leads_nowhere(tmp_path, name, nested):
+def test_an_unsafe_name_is_refused_and_writes_nothing(tmp_path, name, nested):
     data = zipped({name: JPEG, "구이/불고기/ok.jpg": JPEG, "../read.txt": b"", "../": b""})
     records = scan(put(tmp_path / "kfood.zip", zipped({"구이.zip": data}) if nested else data))
     assert [r.problem for r in records if not r.source.endswith("ok.jpg")] == ["unsafe_path"]
@@ -255,7 +255,7 @@ def test_a_name_that_leads_anywhere_is_refused_and_leads_nowhere(tmp_path, name,
     assert [path.name for path in tmp_path.rglob("*")] == ["kfood.zip"]
 
 
-def test_two_members_of_one_name_are_told_apart_and_the_last_counts(tmp_path):
+def test_two_members_of_one_name_get_different_names_and_the_last_counts(tmp_path):
     members = [
         ("불고기/a.jpg", JPEG),
         (unicodedata.normalize("NFD", "불고기/a.jpg").encode(), JPEG),
@@ -288,7 +288,7 @@ def peak_bytes(call) -> int:
 
 
 def bomb(num_bytes: int, **fields: int) -> bytes:
-    """A zip whose one picture inflates to so many zeros."""
+    """Return a zip whose only picture inflates to `num_bytes` zeros."""
     data = zipped({"불고기/a.jpg": bytes(num_bytes)}, method=zipfile.ZIP_DEFLATED)
     for name, value in fields.items():
         data = with_field(data, 0, {"unpacked": UNPACKED, "packed": PACKED}[name], value)
@@ -315,7 +315,7 @@ def test_a_bomb_is_not_inflated(tmp_path, data, refusal, nested):
     assert peak_bytes(read) < 8 * 2**20
 
 
-def test_a_size_beyond_the_data_is_not_reserved(tmp_path):
+def test_no_memory_is_reserved_for_a_size_beyond_the_data(tmp_path):
     (record,) = scan(put(tmp_path / "kfood.zip", bomb(2**20, unpacked=200 * 2**20)))
 
     def read():
@@ -331,12 +331,12 @@ def test_a_compressed_zip_of_zeros_in_a_zip_is_refused_before_it_is_inflated(tmp
     path = put(tmp_path / "kfood.zip", with_field(data, 1, UNPACKED, 1000))
     found = []
     assert peak_bytes(lambda: found.extend(scan(path))) < 8 * 2**20
-    assert said(found) == {"구이.zip": "too_large", "국.zip": "unreadable_archive"}
+    assert output(found) == {"구이.zip": "too_large", "국.zip": "unreadable_archive"}
     assert "extract the outer zip and pack the folder" in found[0].detail
 
 
 def test_a_directory_of_a_claimed_gigabyte_is_not_read(tmp_path):
-    """A sparse file: its last bytes claim that all before them is a directory."""
+    """The file is sparse, and its last bytes claim that all bytes before them are a directory."""
     end = b"PK\5\6" + bytes(8) + (2**30).to_bytes(4, "little") + bytes(6)
     path = put(tmp_path / "kfood.zip", b"")
     with open(path, "r+b") as file:
@@ -344,14 +344,14 @@ def test_a_directory_of_a_claimed_gigabyte_is_not_read(tmp_path):
         file.write(end)
 
     def look():
-        with pytest.raises(SourceError, match=r"no whole zip \(asks for 1,073,741,824 bytes at once\)"):
+        with pytest.raises(SourceError, match=r"not a complete zip \(asks for 1,073,741,824 bytes at once\)"):
             scan(path)
 
     assert peak_bytes(look) < 8 * 2**20
 
 
 def test_members_that_share_their_data_are_refused(tmp_path):
-    """What lets a small zip hold petabytes: many entries of its directory with one member's data."""
+    """A small zip could hold petabytes if many entries of its directory share the data of one member."""
     data = zipped({"불고기/a.jpg": JPEG, "불고기/b.jpg": JPEG})
     overlapping = with_field(data, 1, OFFSET, 0)
     with pytest.raises(SourceError, match="its members overlap"):
@@ -380,7 +380,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("fault", DAMAGED)
-def test_a_damaged_zip_is_an_error_as_source_and_one_refusal_inside(tmp_path, fault):
+def test_a_damaged_zip_is_an_error_as_the_source_and_one_refusal_inside_a_source(tmp_path, fault):
     damaged = DAMAGED[fault]
     with pytest.raises(SourceError, match=r"kfood\.zip cannot be read: .* → download it again"):
         scan(put(tmp_path / "kfood.zip", damaged))
@@ -394,7 +394,7 @@ def test_a_damaged_zip_is_an_error_as_source_and_one_refusal_inside(tmp_path, fa
     assert Counter(r.problem for r in scan(tmp_path / "folder")) == {None: 3, "unreadable_archive": 1}
 
 
-def test_an_inner_zip_whose_size_is_told_wrong_is_refused(tmp_path):
+def test_an_inner_zip_with_a_wrong_size_is_refused(tmp_path):
     outer = zipped({"구이.zip": SOUND, "국.zip": SOUND})
     long_name = bytearray(outer)
     long_name[outer.rindex(b"PK\3\4", 0, outer.rindex(SOUND)) + 27] = 0x7F
@@ -413,15 +413,15 @@ def test_a_zip_without_pictures_is_no_refused_picture_and_is_counted(tmp_path):
     inner = {"구이.zip": zipped({}), "국.zip": zipped({"a.txt": b""}), "면.zip": zipped({"라면/a.jpg": JPEG})}
     for source in (put(tmp_path / "outer.zip", zipped(inner)), as_folder(tmp_path / "folder", inner)):
         found = scan_source(source)
-        assert said(found.records) == {"면.zip/라면/a.jpg": ("면", "라면")}
-        assert found.passed.by_suffix == {".zip": 2, ".txt": 1}
+        assert output(found.records) == {"면.zip/라면/a.jpg": ("면", "라면")}
+        assert found.ignored.by_suffix == {".zip": 2, ".txt": 1}
 
 
-def test_a_third_zip_is_refused_and_costs_no_other(tmp_path):
+def test_a_third_level_of_zips_is_refused_and_does_not_affect_other_pictures(tmp_path):
     deepest = zipped({"불고기/a.jpg": JPEG})
     middle = zipped({"더.zip": deepest, "불고기/b.jpg": JPEG})
     records = scan(put(tmp_path / "kfood.zip", zipped({"구이.zip": middle})))
-    assert said(records) == {"구이.zip/더.zip": "nested_archive", "구이.zip/불고기/b.jpg": ("구이", "불고기")}
+    assert output(records) == {"구이.zip/더.zip": "nested_archive", "구이.zip/불고기/b.jpg": ("구이", "불고기")}
 
 
 def test_encrypted_members_are_refused(tmp_path):
@@ -453,7 +453,7 @@ MEMBERS = {f"불고기/{i}.jpg": JPEG for i in range(3)}
     ids=["crc", "unknown method", "lzma", "no deflate", "too long", "too short", "packed short", "no header there"],
 )
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_damaged_member_is_refused_and_costs_no_other(tmp_path, damage, nested):
+def test_a_damaged_member_is_refused_and_does_not_affect_the_others(tmp_path, damage, nested):
     data = damage(zipped(MEMBERS))
     records = scan(put(tmp_path / "kfood.zip", zipped({"구이.zip": data}) if nested else data))
     for workers in (1, 2):
@@ -463,7 +463,7 @@ def test_a_damaged_member_is_refused_and_costs_no_other(tmp_path, damage, nested
         assert len(pictures) == 2
 
 
-def test_a_byte_that_rotted_in_a_member_is_noticed(tmp_path):
+def test_a_damaged_byte_in_a_member_is_noticed(tmp_path):
     data = zipped(MEMBERS, method=zipfile.ZIP_DEFLATED)
     at = data.index(b"PK\3\4", 100) + 200
     records = scan(put(tmp_path / "kfood.zip", data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]))
@@ -471,8 +471,8 @@ def test_a_byte_that_rotted_in_a_member_is_noticed(tmp_path):
     assert [(r.source, r.reason) for r in refused] == [("불고기/1.jpg", "unreadable")]
 
 
-def test_no_damage_of_a_few_bytes_is_more_than_a_refusal(tmp_path):
-    """Bytes overwritten, most of them in headers and directories: every picture is read, or refused by name."""
+def test_a_few_damaged_bytes_cause_only_refusals(tmp_path):
+    """Overwrite bytes, mostly in headers and directories. Each picture is still read, or refused by name."""
     rng = random.Random(0)
     tiny = {f"불고기/{i}.jpg": b"picture" * i for i in range(3)} | {"불고기/crop_area.properties": b"1=1,2,3,4"}
     methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -494,7 +494,7 @@ def _outcomes(path):
     try:
         records = scan(path)
     except SourceError as error:
-        # Nothing has changed since: that would stop a packing for one damaged zip.
+        # The error is not "has changed": that would stop a packing because of one damaged zip.
         assert "cannot be read" in str(error) or "holds no pictures" in str(error)
         return ["SourceError"]
     assert len({r.source for r in records}) == len(records)
@@ -512,7 +512,7 @@ def _outcome(record):
 # --- through processes, and zips that change
 
 
-def test_workers_read_every_shape_of_zip_alike(tmp_path):
+def test_one_and_two_workers_read_the_same_from_zips(tmp_path):
     inner = zipped({f"불고기/{i}.jpg": encoded(picture(i)) for i in range(40)})
     stored = zipped({"구이.zip": inner, "국.zip": inner, "육회/a.jpg": JPEG, "빈/b.jpg": b"", "빈/c.jpg": b"no"})
     packed = zipped({"구이.zip": inner, "국.zip": inner}, method=zipfile.ZIP_DEFLATED)
@@ -535,7 +535,7 @@ def test_a_forked_process_opens_zips_itself(tmp_path):
     expected = [read_picture(record) for record in records]
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    with opened._of_this_process()._lock:  # as another thread may hold it at the moment of the fork
+    with opened._of_this_process()._lock:  # another thread may hold the lock at the moment of the fork
         children = [context.Process(target=_read_all, args=(records, results), daemon=True) for _ in range(2)]
         for child in children:
             child.start()
@@ -558,7 +558,7 @@ def test_few_zips_are_open_at_once(tmp_path, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_unpacked_zips_together_stay_under_the_bound(tmp_path, monkeypatch):
+def test_all_unpacked_zips_together_stay_under_the_limit(tmp_path, monkeypatch):
     inner = zipped({f"불고기/{i}.jpg": JPEG for i in range(10)})
     data = zipped({f"{i}.zip": inner for i in range(6)}, method=zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(opened, "MAX_UNPACKED_BYTES", 2 * len(inner) + 10)
@@ -581,7 +581,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_zip_that_is_no_longer_the_one_listed_stops_the_packing(tmp_path, change, method):
+def test_a_zip_that_has_changed_since_it_was_listed_stops_the_packing(tmp_path, change, method):
     path = put(tmp_path / "kfood.zip", zipped({"구이.zip": zipped(MEMBERS)}, method=method))
     records = scan(path)
     CHANGES[change](path)
@@ -610,7 +610,7 @@ def test_a_zip_shortened_between_two_reads_is_noticed_by_the_read(tmp_path):
         view.read()
 
 
-def test_a_zip_written_over_while_it_is_read_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+def test_a_zip_overwritten_while_it_is_read_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     path = put(tmp_path / "kfood.zip", zipped(MEMBERS))
     record = scan(path)[0]
 
@@ -626,7 +626,7 @@ def test_a_zip_written_over_while_it_is_read_is_no_fault_of_the_picture(tmp_path
 # --- the view
 
 
-def test_a_window_reads_like_the_bytes_it_shows(tmp_path):
+def test_a_view_reads_like_the_bytes_it_shows(tmp_path):
     data = bytes(range(256)) * 5
     path = put(tmp_path / "file", b"before" + data + b"after")
     status = path.stat()

@@ -16,7 +16,7 @@ def deal(samples, fractions, seed):
 
 
 @given(SAMPLES, FRACTIONS, st.integers(0, 9), st.randoms(use_true_random=False))
-def test_groups_stay_whole_and_input_order_decides_nothing(samples, text, seed, random):
+def test_groups_stay_together_and_the_input_order_has_no_effect(samples, text, seed, random):
     fractions = parse_fractions(text)
     splits = deal(samples, fractions, seed)
     assert all(fractions[split] > 0 for split in splits)
@@ -40,38 +40,38 @@ def test_each_class_is_in_every_wanted_split_and_near_its_share(sizes, text, see
         assert counts.total() == size
         if size >= len(wanted):
             assert set(counts) == set(wanted)
-            # Largest remainder is off by less than one; the least share of one sample may cost two more.
+            # Largest remainder is off by less than one. The rule of at least one sample per split may add two more.
             assert all(abs(counts[s] - fractions[s] * size) < 3 for s in wanted)
         elif "train" in wanted:
             assert "train" in counts
 
 
-def test_shares_are_exact_where_they_can_be():
+def test_shares_are_exact_if_possible():
     samples = [(i, "약과") for i in range(200)]
     assert Counter(deal(samples, parse_fractions("0.8,0.1,0.1"), 0)) == {"train": 160, "val": 20, "test": 20}
     assert Counter(deal(samples[:2], parse_fractions("0.8,0.1,0.1"), 0)) == {"train": 1, "test": 1}
 
 
-def test_another_seed_deals_otherwise():
+def test_another_seed_gives_other_splits():
     samples = [(i, "약과") for i in range(100)]
     fractions = parse_fractions("0.5,0.25,0.25")
     assert deal(samples, fractions, 0) == deal(samples, fractions, 0) != deal(samples, fractions, 1)
 
 
-def test_a_group_with_two_labels_goes_by_the_commoner():
-    """As the only group of its class it goes to train; among the eleven of the other it might go anywhere."""
+def test_a_group_with_two_labels_counts_for_its_more_common_label():
+    """As the only group of its class, it goes to train. As one of eleven of the other class, it could go anywhere."""
     samples = [(7, "나"), (7, "가"), (7, "가"), *[(100 + i, "나") for i in range(10)]]
     for seed in range(10):
         assert deal(samples, parse_fractions("0.5,0,0.5"), seed)[:3] == ["train"] * 3
 
 
-def test_digests_keep_purposes_and_seeds_apart():
+def test_digests_differ_between_purposes_and_seeds():
     digests = {keyed_digest(seed, purpose, "a") for seed in (0, 1) for purpose in ("split", "order")}
     assert len(digests) == 4
 
 
 @pytest.mark.parametrize("text", ["0.8,0.1", "0.8,0.1,0.2", "1.2,-0.1,-0.1", "a,b,c", "", "nan,0.5,0.5", "0.8 0.1 0.1"])
-def test_fractions_that_cannot_be_meant_are_refused(text):
+def test_impossible_fractions_are_refused(text):
     with pytest.raises(SourceError, match="is not three non-negative numbers"):
         parse_fractions(text)
 

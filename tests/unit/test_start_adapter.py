@@ -1,4 +1,4 @@
-"""A recipe that starts from an adapter: its weights are taken over, another form is refused with the difference."""
+"""A recipe that starts from an adapter takes its weights. An adapter of another form is refused with the difference."""
 
 import json
 import re
@@ -37,17 +37,17 @@ def test_the_weights_are_taken_over(tiny_model: Path, tiny_adapter: Path) -> Non
 @pytest.mark.parametrize(
     ("lora", "complaint"),
     [
-        ({"r": 8}, "lora.r is 8, its own 16"),
-        ({"alpha": 16}, "lora.alpha is 16, its own 32"),
-        ({"target_modules": ["q_proj"]}, r"lora.target_modules is \['q_proj'\], its own \['down_proj', "),
+        ({"r": 8}, "lora.r is 8, the adapter's is 16"),
+        ({"alpha": 16}, "lora.alpha is 16, the adapter's is 32"),
+        ({"target_modules": ["q_proj"]}, r"lora.target_modules is \['q_proj'\], the adapter's is \['down_proj', "),
     ],
 )
-def test_another_form_is_refused(tiny_adapter: Path, lora: dict, complaint: str) -> None:
+def test_an_adapter_of_another_form_is_refused(tiny_adapter: Path, lora: dict, complaint: str) -> None:
     with pytest.raises(ModelError, match=complaint):
         require_adapter(recipe(tiny_adapter, **lora))
 
 
-def test_what_is_no_adapter_is_refused(tmp_path: Path, tiny_adapter: Path) -> None:
+def test_a_missing_or_damaged_adapter_is_refused(tmp_path: Path, tiny_adapter: Path) -> None:
     with pytest.raises(ModelError, match="holds no adapter"):
         require_adapter(recipe(tmp_path))
     damaged = shutil.copytree(tiny_adapter, tmp_path / "damaged")

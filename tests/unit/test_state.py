@@ -1,4 +1,4 @@
-"""Optimiser state goes from any cut into any other; the same cut gets its bytes back."""
+"""Optimiser state that is saved for one cut loads into any other. The same cut gets back the same bytes."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ TOTAL = sum(SIZES.values())
 
 
 def cut(ranks: int, whole: torch.Tensor | None = None) -> list[list[Fragment]]:
-    """The parameters laid end to end and cut into equal parts, as ZeRO-1 and 2 do; the last one is padded."""
+    """Join the parameters and cut them into equal parts, as ZeRO-1 and ZeRO-2 do. The last part is padded."""
     size = -(-TOTAL // ranks)
     out = []
     for rank in range(ranks):
@@ -35,7 +35,7 @@ def cut(ranks: int, whole: torch.Tensor | None = None) -> list[list[Fragment]]:
 
 
 def by_parameter(whole: torch.Tensor | None = None) -> list[list[Fragment]]:
-    """Each parameter by itself on a single rank, as without ZeRO; matrices where the size allows."""
+    """Return each parameter by itself on a single rank, as without ZeRO, as a matrix if its size allows it."""
     fragments, at = [], 0
     for name, numel in SIZES.items():
         flat = torch.zeros(numel) if whole is None else whole[at : at + numel].clone()
@@ -49,7 +49,7 @@ CUTS = {"one by one": by_parameter, **{f"{n} ranks": lambda whole=None, n=n: cut
 
 
 def optimise(ranks: list[list[Fragment]], name: str, steps: int = 3) -> list[torch.optim.Optimizer]:
-    """One optimiser per rank, after a few steps on gradients that do not depend on the cut."""
+    """Return one optimiser per rank, after a few steps with gradients that do not depend on the cut."""
     gradient = torch.randn(TOTAL, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 0, TOTAL)
     parts = dict(zip(SIZES, gradient.split(list(SIZES.values())), strict=True))
     optimizers = []
@@ -84,7 +84,7 @@ def restore(folder: Path, ranks: list[list[Fragment]], name: str) -> list[torch.
 
 
 def gathered(ranks: list[list[Fragment]], optimizers: list[torch.optim.Optimizer], name: str) -> torch.Tensor:
-    """Weights, or a moment in float32, of all parameters end to end."""
+    """Return the weights of all parameters, or one of their moments in float32, joined in one tensor."""
     out = {parameter: torch.full((numel,), torch.nan) for parameter, numel in SIZES.items()}
     for fragments, optimizer in zip(ranks, optimizers, strict=True):
         for one in fragments:
@@ -108,7 +108,9 @@ def whole() -> torch.Tensor:
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw"])
 @pytest.mark.parametrize("after", CUTS)
 @pytest.mark.parametrize("before", CUTS)
-def test_any_cut_goes_into_any_other(tmp_path: Path, whole: torch.Tensor, before: str, after: str, name: str) -> None:
+def test_the_state_of_any_cut_loads_into_any_other_cut(
+    tmp_path: Path, whole: torch.Tensor, before: str, after: str, name: str
+) -> None:
     saved_ranks = CUTS[before](whole)
     saved = optimise(saved_ranks, name)
     save_all(tmp_path, saved_ranks, saved)
@@ -122,17 +124,18 @@ def test_any_cut_goes_into_any_other(tmp_path: Path, whole: torch.Tensor, before
         if before == after or name == "adamw":
             assert torch.equal(then, now)
         else:
-            # Rounded once more, among the codes of another block: by at most half the widest gap of the dynamic map,
-            # whose last decade, 0.1 to 1 of the block's largest value, has 64 steps signed and 128 unsigned.
+            # The moments are rounded once more, with the codes of another block. The error is at most half the widest
+            # gap of the dynamic map. Its last decade, 0.1 to 1 of the block's largest value, has 64 steps if signed
+            # and 128 if unsigned.
             assert (then - now).abs().max() <= 1.01 * then.abs().max() * 0.9 / (64 if signed else 128) / 2
-            assert (then - now).norm() < 0.012 * then.norm()  # at most 0.0107 was measured
+            assert (then - now).norm() < 0.012 * then.norm()  # the largest measured value is 0.0107
     steps = {float(state["step"]) for optimizer in restored for state in optimizer.state.values()}
     assert steps == {3.0}
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw"])
 @pytest.mark.parametrize("how", CUTS)
-def test_the_same_cut_goes_on_to_the_bit(tmp_path: Path, whole: torch.Tensor, how: str, name: str) -> None:
+def test_the_same_cut_resumes_bit_for_bit(tmp_path: Path, whole: torch.Tensor, how: str, name: str) -> None:
     ranks = CUTS[how](whole)
     save_all(tmp_path, ranks, optimise(ranks, name))
     uninterrupted = CUTS[how](whole)
@@ -152,7 +155,7 @@ def test_the_same_cut_goes_on_to_the_bit(tmp_path: Path, whole: torch.Tensor, ho
         assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_before_the_first_update_there_is_no_state_to_carry(tmp_path: Path, whole: torch.Tensor) -> None:
+def test_before_the_first_update_only_weights_are_restored(tmp_path: Path, whole: torch.Tensor) -> None:
     ranks = cut(2, whole)
     save_all(tmp_path, ranks, optimise(ranks, "adamw8bit", steps=0))
     fresh = cut(3)
@@ -161,7 +164,7 @@ def test_before_the_first_update_there_is_no_state_to_carry(tmp_path: Path, whol
     assert torch.equal(torch.cat([fragments[0].tensor.detach() for fragments in fresh])[:TOTAL], whole)
 
 
-def test_a_missing_file_is_named_by_what_it_held(tmp_path: Path, whole: torch.Tensor) -> None:
+def test_a_missing_file_is_reported_by_the_parameters_it_held(tmp_path: Path, whole: torch.Tensor) -> None:
     ranks = cut(3, whole)
     save_all(tmp_path, ranks, optimise(ranks, "adamw8bit"))
     (tmp_path / "rank-00001.safetensors").unlink()
@@ -173,7 +176,7 @@ def test_a_missing_file_is_named_by_what_it_held(tmp_path: Path, whole: torch.Te
         restore(tmp_path, cut(2), "adamw8bit")
 
 
-def test_the_parts_of_the_test_cover_everything_once() -> None:
+def test_the_cuts_of_this_test_cover_every_number_once() -> None:
     for make in CUTS.values():
         covered = sorted(
             (s.parameter, s.start, s.length) for fragments in make() for one in fragments for s in one.slices

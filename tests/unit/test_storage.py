@@ -1,4 +1,4 @@
-"""Reading from a folder and from real servers, with faults of each kind."""
+"""Reading from a folder and from real servers, with every kind of fault."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ from pictures import write_folder
 
 from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.shards.reader import open_split
-from kfood_dist.data.storage.base import MissingFileError, spans
+from kfood_dist.data.storage.base import MissingFileError, merge_ranges
 from kfood_dist.data.storage.local import LocalStorage
 from kfood_dist.data.storage.open import open_storage
 from kfood_dist.data.storage.remote import RemoteStorage
@@ -53,7 +53,7 @@ def local(packed):
 
 
 def quick(url, **options):
-    """A storage that gives up within a second or so."""
+    """Return a storage that gives up after about a second."""
     return RemoteStorage(url, **{"num_tries": 3, "timeout_s": 0.3, "pause_s": 0.01} | options)
 
 
@@ -72,8 +72,8 @@ def test_a_path_and_a_file_url_are_the_same_folder(packed, local):
 
 
 @pytest.mark.parametrize("quick_s", [-1.0, 1000.0])
-def test_ranges_come_in_order_whether_or_not_the_disk_is_waited_for(packed, monkeypatch, quick_s):
-    monkeypatch.setattr("kfood_dist.data.storage.local._QUICK_S", quick_s)  # every read has to wait, or none
+def test_ranges_come_in_order_from_a_quick_and_from_a_slow_disk(packed, monkeypatch, quick_s):
+    monkeypatch.setattr("kfood_dist.data.storage.local._QUICK_S", quick_s)  # every read counts as slow, or none does
     storage = LocalStorage(packed)
     data = (packed / TAR).read_bytes()
     ranges = [(TAR, 512 * n % len(data), 1 + 97 * n) for n in range(40)]
@@ -84,20 +84,20 @@ def test_ranges_come_in_order_whether_or_not_the_disk_is_waited_for(packed, monk
     storage.close()
 
 
-def test_near_ranges_are_one_read_within_bounds():
+def test_nearby_ranges_are_one_read_within_bounds():
     ranges = [("b", 0, 5), ("a", 100, 10), ("a", 0, 50), ("a", 60, 10), ("a", 62, 2), ("a", 200, 10)]
-    assert spans(ranges, gap=30) == [(("a", 0, 110), [2, 3, 4, 1]), (("a", 200, 10), [5]), (("b", 0, 5), [0])]
-    assert spans(ranges, gap=30, longest=60) == [
+    assert merge_ranges(ranges, gap=30) == [(("a", 0, 110), [2, 3, 4, 1]), (("a", 200, 10), [5]), (("b", 0, 5), [0])]
+    assert merge_ranges(ranges, gap=30, longest=60) == [
         (("a", 0, 50), [2]),
         (("a", 60, 50), [3, 4, 1]),
         (("a", 200, 10), [5]),
         (("b", 0, 5), [0]),
     ]
-    assert spans([("a", 0, 9), ("a", 0, 9), ("a", 3, 2)], gap=0) == [(("a", 0, 9), [0, 1, 2])]
+    assert merge_ranges([("a", 0, 9), ("a", 0, 9), ("a", 3, 2)], gap=0) == [(("a", 0, 9), [0, 1, 2])]
 
 
-def test_a_disk_that_is_slow_is_read_by_several_threads_together(packed, monkeypatch):
-    """Eight reads that wait for each other: one after another, they would never end."""
+def test_a_slow_disk_is_read_by_several_threads_at_once(packed, monkeypatch):
+    """Eight reads wait for each other. One after another, they would never end."""
     barrier = threading.Barrier(8)
     pread = os.pread
 
@@ -107,24 +107,24 @@ def test_a_disk_that_is_slow_is_read_by_several_threads_together(packed, monkeyp
 
     storage = LocalStorage(packed)
     monkeypatch.setattr("kfood_dist.data.storage.base._GAP_BYTES", 0)
-    storage._is_quick = False  # as after a read that had to wait
+    storage._is_quick = False  # as after a slow read
     monkeypatch.setattr("os.pread", waiting)
     assert storage.read_ranges([(TAR, 100 * n, 10) for n in range(8)])
 
 
-def test_a_long_range_that_will_be_needed_comes_into_the_page_cache_whole(tmp_path):
-    """Longer than any usual read-ahead of a disk, which is all that the kernel reads at one word of advice."""
+def test_will_need_brings_all_of_a_long_range_into_the_page_cache(tmp_path):
+    """For one call of `posix_fadvise`, the kernel reads at most the read-ahead of the disk. This range is longer."""
     path = tmp_path / "long.tar"
     path.write_bytes(os.urandom(1 << 20) * 64)
     drop_pages(path)
     at, size = (5 << 20) + 777, 48 << 20
     LocalStorage(tmp_path).will_need([("none.tar", 0, 9), ("long.tar", at, size)])
     assert settled(lambda: resident_share(path, at, size), 0.99) >= 0.99
-    assert resident_share(path, 0, 4 << 20) < 0.1, "and no more than was asked for"
+    assert resident_share(path, 0, 4 << 20) < 0.1, "no more than the range was brought in"
 
 
-def test_who_says_what_will_be_needed_does_not_wait_for_the_disk(packed, monkeypatch):
-    """The kernel takes no further advice before the test has gone on."""
+def test_will_need_does_not_wait_for_the_disk(packed, monkeypatch):
+    """`posix_fadvise` blocks here until the test continues."""
     gone_on, advised = threading.Event(), threading.Event()
     monkeypatch.setattr("os.posix_fadvise", lambda *words: gone_on.wait(20) and advised.set())
     LocalStorage(packed).will_need([(TAR, 0, 10)])
@@ -133,8 +133,8 @@ def test_who_says_what_will_be_needed_does_not_wait_for_the_disk(packed, monkeyp
     assert advised.wait(20)
 
 
-def test_what_is_not_there_or_not_installed_is_said_with_the_remedy(monkeypatch):
-    with pytest.raises(ShardError, match="gopher:// is no protocol that fsspec knows → use a path"):
+def test_an_unknown_protocol_or_a_missing_package_is_reported_with_the_remedy(monkeypatch):
+    with pytest.raises(ShardError, match="gopher:// is not a protocol that fsspec knows → use a path"):
         open_storage("gopher://host/x")
     with pytest.raises(ShardError, match=r"ftp://host/x cannot be opened: .*'host'.* → use a path, or http"):
         open_storage("ftp://host/x").read("manifest.json")
@@ -167,9 +167,9 @@ assert not {{"fsspec", "aiohttp", "torch"}} & set(sys.modules)
 
 
 @pytest.mark.parametrize("rest", ["?X-Signature=s3cr3t", "/?a=1", "#s3cr3t", "?", "?x#y"])
-def test_a_url_with_more_than_a_folder_is_refused_without_repeating_it(rest):
-    told = r"https://host/set/? is followed by a query or fragment .* → give the folder's address alone; .* s3://"
-    with pytest.raises(ShardError, match=told) as error:
+def test_a_url_with_a_query_or_fragment_is_refused_without_repeating_it(rest):
+    message = r"https://host/set/? is followed by a query or fragment .* → give only the folder's address; .* s3://"
+    with pytest.raises(ShardError, match=message) as error:
         open_storage("https://host/set" + rest)
     assert "s3cr3t" not in str(error.value)
 
@@ -181,17 +181,17 @@ def test_a_url_gives_what_the_folder_gives(packed, server, local):
     assert split.index_hash == open_split(packed, "train").index_hash
     assert split.manifest.where == server.url
     split.require_files()
-    split.will_need(range(18))  # nothing to tell a server
-    with pytest.raises(ShardError, match="is no local folder, which this needs"):
+    split.will_need(range(18))  # does nothing, because a server takes no advice
+    with pytest.raises(ShardError, match="is not a local folder, but this needs one"):
         _ = split.manifest.folder
 
 
-def test_near_samples_are_one_request(server, local):
+def test_nearby_samples_are_one_request(server, local):
     split = open_split(quick(server.url), "train")
     split.read_many(range(7, 14))
     split.read_many(reversed(range(7, 14)))
     assert server.gets[TAR] == 2
-    # A manifest, two indexes, two shards: nothing else is asked for, and no more of a shard than is wanted.
+    # Only the manifest, two indexes and two shards are requested, and of a shard only the wanted bytes.
     assert split.read_many([0, 13]) == [local[0], local[13]]
     assert server.gets == {
         "manifest.json": 1,
@@ -204,13 +204,13 @@ def test_near_samples_are_one_request(server, local):
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_that_passes_is_tried_again(server, local, kind):
+def test_a_temporary_fault_is_retried(server, local, kind):
     split = open_split(quick(server.url), "train")
     split.rows(range(18))
     server.gets.clear()
     server.break_next(kind, TAR, 2)
     assert split.read_many(range(18)) == local
-    assert server.gets == {"train-000000.tar": 1, TAR: 3, "train-000002.tar": 1}  # only what failed is asked again
+    assert server.gets == {"train-000000.tar": 1, TAR: 3, "train-000002.tar": 1}  # only the failed request is repeated
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_fault_that_passes_is_tried_again(server, local, kind):
         ("stall", "no answer within 0.3 s"),
     ],
 )
-def test_a_fault_that_stays_is_one_error_and_loses_only_its_shard(server, local, kind, cause):
+def test_a_lasting_fault_is_one_error_and_affects_only_its_shard(server, local, kind, cause):
     split = open_split(quick(server.url), "train")
     split.rows(range(18))
     server.gets.clear()
@@ -230,19 +230,19 @@ def test_a_fault_that_stays_is_one_error_and_loses_only_its_shard(server, local,
     results = split.read_many(range(18))
     assert results[:7] == local[:7] and results[14:] == local[14:]
     assert all(isinstance(result, ShardError) for result in results[7:14])
-    with pytest.raises(ShardError, match=rf"{server.url}/{TAR} cannot be read, after 3 tries \(.*({cause})") as told:
+    with pytest.raises(ShardError, match=rf"{server.url}/{TAR} cannot be read, after 3 tries \(.*({cause})") as message:
         split.read(9)
-    assert "check the network and the server" in told.value.remedy
-    assert server.gets[TAR] == 6  # three tries for each of the two calls, and no more
+    assert "check the network and the server" in message.value.remedy
+    assert server.gets[TAR] == 6  # exactly three tries for each of the two calls
     server.break_next(kind, TAR, 0)
     assert split.read(9) == local[9]
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("name", ["manifest.json", "train-000001.index.npy"])
-def test_manifest_and_index_are_tried_again_too(server, local, kind, name):
+def test_manifest_and_index_are_retried_too(server, local, kind, name):
     if (kind, name) == ("truncated", "manifest.json"):
-        return  # nobody states the manifest's size: the next test
+        return  # the size of the manifest is not known in advance; the next test covers this
     server.break_next(kind, name, 2)
     assert open_split(quick(server.url), "train").read_many(range(18)) == local
     server.break_next(kind, name, math.inf)
@@ -250,13 +250,13 @@ def test_manifest_and_index_are_tried_again_too(server, local, kind, name):
         open_split(quick(server.url), "train").read(8)
 
 
-def test_half_a_manifest_is_told(server):
+def test_a_truncated_manifest_is_reported(server):
     server.break_next("truncated", "manifest.json", 1)
     with pytest.raises(ShardError, match=r"/manifest.json is not JSON"):
         load_manifest(quick(server.url))
 
 
-def test_what_no_second_try_mends_is_not_tried_again(server, tmp_path, local):
+def test_a_permanent_error_is_not_retried(server, tmp_path, local):
     with pytest.raises(MissingFileError, match=r"/none has no manifest\.json"):
         load_manifest(quick(f"{server.url}/none"))
     assert server.gets["none/manifest.json"] == 1
@@ -279,7 +279,7 @@ def test_a_server_that_ignores_ranges_is_noticed(server):
     assert server.gets[TAR] == 1
 
 
-def test_a_server_that_is_not_there_is_told(server):
+def test_an_unreachable_server_is_reported(server):
     url = server.url
     server.shutdown()
     server.server_close()
@@ -300,7 +300,7 @@ def test_wrong_bytes_from_a_server_are_noticed(packed, tmp_path, local):
     assert "has wrong bytes at train-00000009 (crc32 differs)" in str(results[9])
 
 
-def test_sizes_are_asked_of_the_server_and_faults_named(packed, tmp_path):
+def test_require_files_asks_the_server_for_sizes_and_names_faults(packed, tmp_path):
     copy = shutil.copytree(packed, tmp_path / "copy")
     with serving(copy) as server:
         split = open_split(quick(server.url), "train")
@@ -319,7 +319,7 @@ def read_all(split, connection):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_split_behind_a_url_works_in_other_processes(server, local, method):
-    """The loop thread and the connections of a process do not survive a fork, and those of the parent must."""
+    """The loop thread and connections do not work in a forked child, and the fork must not break the parent's."""
     split = open_split(quick(server.url, timeout_s=2), "train")
     assert split.read(0) == local[0]
     context = multiprocessing.get_context(method)
@@ -335,7 +335,7 @@ def test_a_split_behind_a_url_works_in_other_processes(server, local, method):
 
 
 def test_a_child_keeps_the_connections_it_inherited(server, local):
-    """Their finalizers wait for a thread that the child has not, and close sockets that the parent uses."""
+    """Their finalizers would wait for a thread that the child does not have, and close sockets that the parent uses."""
     split = open_split(quick(server.url, timeout_s=2), "train")
     inherited = weakref.ref(split.manifest.storage._open())
     child = os.fork()
@@ -381,14 +381,14 @@ def test_loader_processes_read_from_a_url(server, local, method):
     assert list(loader) == local
 
 
-def test_a_storage_keeps_its_settings_when_it_is_sent():
+def test_a_pickled_storage_keeps_its_settings():
     storage = RemoteStorage("http://host/x/", num_tries=2, timeout_s=3, pause_s=4, num_in_flight=5)
     assert vars(pickle.loads(pickle.dumps(storage))) == vars(storage)
     assert storage.where == "http://host/x"
 
 
-def test_requests_are_in_flight_together_but_not_without_bound(packed, local):
-    """The server answers nobody before four have asked: one request at a time would never end."""
+def test_several_requests_are_in_flight_at_once(packed, local):
+    """The server answers no request before it has four. With one request at a time, this would never end."""
     barrier = threading.Barrier(4)
     with serving(packed) as server:
         split = open_split(quick(server.url, num_in_flight=4, timeout_s=20), "train")
@@ -406,7 +406,7 @@ def test_requests_are_in_flight_together_but_not_without_bound(packed, local):
 
 @pytest.fixture(scope="module")
 def bucket(packed):
-    """The packed folder in a bucket of a local S3 server, found as a user says where it is: by the environment."""
+    """The packed folder in a bucket of a local S3 server, which environment variables name, as for a user."""
     boto3 = pytest.importorskip("boto3")
     from moto.server import ThreadedMotoServer
 
@@ -433,10 +433,10 @@ def test_a_bucket_gives_what_the_folder_gives(bucket, local):
     assert pickle.loads(pickle.dumps(split)).read(5) == local[5]
 
 
-def test_what_a_bucket_lacks_is_named(bucket, local):
+def test_a_file_that_a_bucket_lacks_is_named(bucket, local):
     storage = RemoteStorage("s3://food/sets/kfood", num_tries=2, pause_s=0.01, timeout_s=10)
     split = open_split(storage, "train")
-    bucket.delete_object(Bucket="food", Key=f"sets/kfood/{TAR}")  # the last test that reads it
+    bucket.delete_object(Bucket="food", Key=f"sets/kfood/{TAR}")  # no later test reads this object
     results = split.read_many(range(18))
     assert results[:7] == local[:7]
     assert isinstance(results[9], MissingFileError)
@@ -447,7 +447,7 @@ def test_what_a_bucket_lacks_is_named(bucket, local):
         load_manifest(RemoteStorage("s3://nobucket/x", num_tries=2, pause_s=0.01, timeout_s=10))
 
 
-def test_a_bucket_without_credentials_is_told_at_once(bucket):
+def test_missing_credentials_for_a_bucket_are_reported_at_once(bucket):
     code = """
 from kfood_dist.data.storage.remote import RemoteStorage
 try:
@@ -465,5 +465,5 @@ except Exception as error:
     assert "→ check the credentials" in done.stdout
 
 
-def test_the_manifest_of_a_url_is_the_folders(packed, server):
+def test_the_manifest_of_a_url_equals_that_of_the_folder(packed, server):
     assert load_manifest(server.url).raw == json.loads((packed / "manifest.json").read_text())

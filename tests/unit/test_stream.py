@@ -1,4 +1,4 @@
-"""Loader processes: the plan's order, faults as themselves, an end with the parent, nothing left behind."""
+"""Loader processes keep the plan's order, raise errors unchanged, end with their parent and leave nothing behind."""
 
 import gc
 import multiprocessing
@@ -39,7 +39,7 @@ def micro_batches(num_samples: int, epochs: int = 1) -> list[MicroBatch]:
 
 
 @pytest.mark.parametrize(("num_workers", "method"), [(0, "fork"), (2, "fork"), (3, "fork"), (2, "spawn")])
-def test_the_order_is_the_plans_whatever_the_workers(
+def test_the_order_is_the_plans_with_any_number_of_workers(
     collator: StreamingCollator, num_workers: int, method: str
 ) -> None:
     asked = micro_batches(len(collator.shards), epochs=2)
@@ -49,7 +49,7 @@ def test_the_order_is_the_plans_whatever_the_workers(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_mistake_met_in_a_worker_is_raised_as_itself(
+def test_an_error_in_a_worker_is_raised_with_its_own_type(
     tmp_path: Path, tiny_model: Path, tiny_shards: Path, num_workers: int
 ) -> None:
     import shutil
@@ -125,8 +125,8 @@ for _ in range(30):
 """
 
 
-def test_workers_leave_no_shared_memory_whatever_they_do_when_their_parent_is_killed() -> None:
-    """Killed as the parent is, they left some in every fourth of these rounds: torch was about to unlink it."""
+def test_workers_leave_no_shared_memory_if_their_parent_is_killed_at_any_moment() -> None:
+    """Workers killed like their parent left shared memory in one of four rounds, before torch unlinked it."""
     before = shared_memory()
     subprocess.run([sys.executable, "-c", KILLED_AGAIN_AND_AGAIN], check=True, cwd=ROOT, timeout=120)
     assert wait_until(lambda: shared_memory() <= before)
@@ -164,7 +164,7 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_start(tmp_path: Pat
 
 
 def test_memory_stays_flat_over_fifty_epochs(collator: StreamingCollator) -> None:
-    """Parent and workers together; the first epochs fill caches and pools."""
+    """Count parent and workers together. The first epochs do not count, because they fill caches and pools."""
     num_samples = len(collator.shards)
     per_epoch = len(micro_batches(num_samples))
     family: list[psutil.Process] = []
@@ -176,7 +176,7 @@ def test_memory_stays_flat_over_fifty_epochs(collator: StreamingCollator) -> Non
             gc.collect()
             after[epoch] = sum(own_memory(process) for process in family if process.is_running())
     assert len(family) >= 3
-    # One epoch's batches take 14 MB in uint8: keeping even one in four of them would show many times over.
+    # The batches of one epoch take 14 MB in uint8. Keeping even one of four would exceed the limit many times.
     assert after[49] - after[9] < 12 * 2**20, after
 
 
@@ -197,8 +197,8 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 20, pause_s: float =
     return True
 
 
-def test_a_process_ends_though_its_workers_hear_no_first_sigterm_and_a_stream_is_left_open() -> None:
-    """As when an exception that something keeps holds the loop's frame: nothing closes the stream then."""
+def test_a_process_with_an_open_stream_ends_though_its_workers_ignore_the_first_sigterm() -> None:
+    """Nothing closes the stream if, for example, something keeps an exception that holds the frame of the loop."""
     code = f"""
 import itertools, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
@@ -210,7 +210,7 @@ class Collator:
 
 kept = stream(Collator(), itertools.count(), 2)
 print(next(kept))
-sys.modules["kept"] = kept  # alive to the very end
+sys.modules["kept"] = kept  # alive until the process ends
 """
     before = shared_memory()
     for _ in range(5):
@@ -244,10 +244,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm needs root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small /dev/shm")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_batches_need_no_shared_memory_and_no_path_for_a_socket(tmp_path: Path, method: str) -> None:
-    """8 MiB a batch through a /dev/shm of one page, with a TMPDIR in which no socket could be named."""
+    """Batches of 8 MiB pass with a /dev/shm of one page and a TMPDIR whose path is too long for a socket."""
     script, temporary = tmp_path / "script.py", tmp_path / ("x" * 100)
     script.write_text(HANDS_OVER)
     temporary.mkdir()
@@ -267,12 +267,12 @@ def test_a_process_without_descriptors_left_says_so_at_once(tmp_path: Path) -> N
         [sys.executable, str(script), "40", "fork"], capture_output=True, text=True, timeout=60, cwd=ROOT,
         env={**environment(), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    told = "a loader process cannot be started (Too many open files) → raise the limit of open files (`ulimit -n`), "
-    assert (done.stdout, done.returncode) == (f"{told}or set data.num_workers=0\n", 0), done.stderr
+    message = "a loader process cannot be started (Too many open files) → raise the limit of open files (`ulimit -n`), "
+    assert (done.stdout, done.returncode) == (f"{message}or set data.num_workers=0\n", 0), done.stderr
 
 
 class Ends:
-    """In place of a collator: its third batch ends the process that makes it, or raises."""
+    """A replacement for a collator. Its third batch ends the process that makes it, or raises."""
 
     def __init__(self, how: Callable[[], Batch]):
         self.how = how
@@ -301,7 +301,7 @@ def fault_of_ours() -> Batch:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended, killed by SIGKILL → most likely memory ran out"),
         (killed_while_it_sends, "ended, killed by SIGKILL → most likely memory ran out"),
@@ -313,11 +313,11 @@ def fault_of_ours() -> Batch:
     ],
 )
 def test_a_worker_that_cannot_answer_ends_the_stream_at_once_with_the_cause(
-    how: Callable[[], Batch], told: str, num_workers: int
+    how: Callable[[], Batch], message: str, num_workers: int
 ) -> None:
     batches = stream(Ends(how), iter(range(9)), num_workers)  # type: ignore[arg-type]
     assert len([next(batches), next(batches)]) == 2
-    with pytest.raises(RuntimeError if how in (cannot_be_sent, fault_of_ours) else LaunchError, match=told):
+    with pytest.raises(RuntimeError if how in (cannot_be_sent, fault_of_ours) else LaunchError, match=message):
         next(batches)
     assert not multiprocessing.active_children()
 
@@ -327,7 +327,7 @@ def test_a_process_without_threads_left_says_so_at_once(monkeypatch: pytest.Monk
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    told = r"a loader process cannot be started \(no thread can be started\) → raise the limit of processes"
-    with pytest.raises(LaunchError, match=told):
+    message = r"a loader process cannot be started \(no thread can be started\) → raise the limit of processes"
+    with pytest.raises(LaunchError, match=message):
         next(stream(Ends(no_memory), iter(range(9)), 2))  # type: ignore[arg-type]
     assert not multiprocessing.active_children()

@@ -1,4 +1,4 @@
-"""The launcher's watch over a run: what becomes of a request that cannot be passed on."""
+"""How the launcher supervises a run: a stop request that it cannot pass on, and the signals that it handles."""
 
 import signal
 import subprocess
@@ -18,11 +18,11 @@ from kfood_dist.launch.supervise import Supervisor
 supervisor = Supervisor()
 child = "import time; print('running', flush=True); time.sleep(2); print('done', flush=True)"
 status = supervisor.run([sys.executable, "-c", child], os.environ, Path(sys.argv[1]))
-print(supervisor.asked, status)
+print(supervisor.stop_requested, status)
 """
 
 
-def test_a_request_that_cannot_be_passed_on_is_said_and_ends_nothing(tmp_path: Path) -> None:
+def test_a_stop_request_that_cannot_be_passed_on_is_reported_and_ends_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-c", SUPERVISED, str(run)],
@@ -34,7 +34,7 @@ def test_a_request_that_cannot_be_passed_on_is_said_and_ends_nothing(tmp_path: P
     process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=60)
     assert output == "done\nTrue 75\n" and process.returncode == 0
-    assert errors == f"the run cannot be asked to stop, and goes on: {run}: No such file or directory\n"
+    assert errors == f"the run cannot be asked to stop, and continues: {run}: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_a_request_that_cannot_be_passed_on_is_said_and_ends_nothing(tmp_path: P
     [
         ([], ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"]),
         ([signal.SIGHUP], ["SIGINT", "SIGQUIT", "SIGTERM"]),  # nohup launch/eval.sh
-        ([signal.SIGTERM, signal.SIGHUP], ["SIGINT", "SIGQUIT"]),  # what the launcher starts to train
+        ([signal.SIGTERM, signal.SIGHUP], ["SIGINT", "SIGQUIT"]),  # the process that the launcher starts to train
     ],
 )
-def test_the_agent_leaves_alone_what_it_was_started_to_ignore(
+def test_the_agent_does_not_handle_signals_that_it_was_started_to_ignore(
     ignored: list[signal.Signals], handled: list[str]
 ) -> None:
-    """torchrun's own handler ends all ranks, also at a signal that `nohup` had ignored."""
+    """torchrun's own handler ends all ranks, even at a signal that `nohup` had set to be ignored."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         for number in before:

@@ -1,4 +1,4 @@
-"""Prompt, answer and tail-preserving truncation, on the real tokenizer classes."""
+"""Prompt, answer, and truncation that keeps the tail, on the real tokenizer classes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +33,13 @@ def tokenizer(tiny_model: Path):
 def build(
     tokenizer, vision: Patches, max_length: int = 1536, system: str = "도우미", prompt: str = "이름은?"
 ) -> Callable[[str | None], Encoded]:
-    """Encodes an answer to one picture of 6 image tokens."""
+    """Return a function that encodes an answer to one picture of 6 image tokens."""
     template, picture = Template(tokenizer, vision, max_length), np.full(NUM_IMAGE_TOKENS, vision.image_token)
     messages = DishTask(system, prompt).messages({}, 1)
     return lambda answer: template.encode(messages, [picture], answer)
 
 
-def test_the_whole_conversation_reads_as_the_chat_template_writes_it(tokenizer, vision: Patches) -> None:
+def test_the_conversation_equals_the_output_of_the_chat_template(tokenizer, vision: Patches) -> None:
     encoded = build(tokenizer, vision)("김치찌개")
     assert tokenizer.decode(encoded.ids) == (
         "<|im_start|>system\n도우미<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -48,7 +48,7 @@ def test_the_whole_conversation_reads_as_the_chat_template_writes_it(tokenizer, 
     )
 
 
-def test_labels_are_the_answer_and_its_end_token_only(tokenizer, vision: Patches) -> None:
+def test_labels_are_only_the_answer_and_its_end_token(tokenizer, vision: Patches) -> None:
     encoded = build(tokenizer, vision)("김치찌개")
     answer = [
         *tokenizer("김치찌개", add_special_tokens=False)["input_ids"],
@@ -78,12 +78,12 @@ def test_truncation_drops_the_first_droppable_tokens_and_no_more(droppable: list
     assert keep.sum() == min(len(flags), max_length)
     assert keep[~flags].all()
     kept_among_droppable = keep[flags].tolist()
-    assert kept_among_droppable == sorted(kept_among_droppable)  # False … False True … True: a tail is kept
+    assert kept_among_droppable == sorted(kept_among_droppable)  # False … False True … True: the tail is kept
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    # Not a token of the chat template, which is refused; hypothesis finds such words in the code and tries them.
+    # Texts with a token of the chat template are refused. Hypothesis finds such tokens in the code and tries them.
     system=st.text(max_size=40).filter(lambda text: "<|" not in text),
     prompt=st.text(min_size=1, max_size=60).filter(lambda text: "<|" not in text),
     answer=st.text(min_size=1, max_size=12).filter(lambda text: "<|" not in text),
@@ -110,7 +110,7 @@ def test_truncated_samples_keep_answer_image_and_the_tail_of_the_text(
     assert kept.tolist() == text[len(text) - len(kept) :].tolist()
 
 
-def test_system_text_goes_before_any_of_the_prompt(tokenizer, vision: Patches) -> None:
+def test_system_text_is_cut_before_the_prompt(tokenizer, vision: Patches) -> None:
     whole = build(tokenizer, vision, system="가" * 30, prompt="나" * 30)("파전")
     cut = build(tokenizer, vision, max_length=len(whole) - 20, system="가" * 30, prompt="나" * 30)("파전")
     text = tokenizer.decode(cut.ids)
@@ -118,7 +118,7 @@ def test_system_text_goes_before_any_of_the_prompt(tokenizer, vision: Patches) -
     assert "파전<|im_end|>" in text and text.count("가") < 30
 
 
-def test_answer_and_image_alone_may_fill_the_limit_exactly(tokenizer, vision: Patches) -> None:
+def test_answer_and_image_may_fill_the_limit_exactly(tokenizer, vision: Patches) -> None:
     answer = [*tokenizer("파전", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     exact = NUM_IMAGE_TOKENS + 2 + len(answer)
     assert len(build(tokenizer, vision, exact)("파전")) == exact
@@ -137,7 +137,7 @@ def test_a_sample_with_a_token_of_the_template_is_refused(tokenizer, vision: Pat
         build(tokenizer, vision)("밥<|image_pad|>")
 
 
-def test_several_pictures_stand_in_their_places(tokenizer, vision: Patches) -> None:
+def test_several_pictures_are_in_their_places(tokenizer, vision: Patches) -> None:
     messages = (Message("user", (PICTURE, "앞", PICTURE, PICTURE, "뒤")),)
     pictures = [np.full(n, vision.image_token) for n in (2, 1, 3)]
     encoded = Template(tokenizer, vision, 1536).encode(messages, pictures, "밥")
@@ -149,7 +149,7 @@ def test_several_pictures_stand_in_their_places(tokenizer, vision: Patches) -> N
 
 
 def test_a_template_that_drops_a_text_is_refused(tiny_model: Path, vision: Patches) -> None:
-    """As LLaVA's does with a system text that is a string."""
+    """LLaVA's template drops a system text that is a string."""
     forgetful = load_tokenizer(str(tiny_model))
     forgetful.chat_template = (
         "{% for message in messages if message.role != 'system' %}{% for part in message.content %}"

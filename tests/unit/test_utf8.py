@@ -1,4 +1,4 @@
-"""Names of files are right under any locale, or refused; the console keeps its own encoding."""
+"""File names are read correctly under any locale, or refused. The console keeps its own encoding."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from kfood_dist.launch import ranks
 from kfood_dist.launch import start as launch
 from kfood_dist.pack.sources import scan
 from kfood_dist.system import utf8
-from kfood_dist.system.files import write_whole
+from kfood_dist.system.files import write_atomically
 from kfood_dist.system.utf8 import as_utf8
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -25,13 +25,13 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.fixture(scope="module")
 def korean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a console in EUC-KR."""
+    """The environment variables of a console in EUC-KR."""
     folder = tmp_path_factory.mktemp("locales")
     if not shutil.which("localedef"):
-        pytest.skip("no localedef here")
+        pytest.skip("this system has no localedef")
     subprocess.run(["localedef", "-i", "ko_KR", "-f", "EUC-KR", folder / "ko_KR.EUC-KR"], check=False)
     if not (folder / "ko_KR.EUC-KR").is_dir():
-        pytest.skip("localedef has no ko_KR here")
+        pytest.skip("the localedef of this system has no ko_KR")
     return {"LOCPATH": str(folder), "LC_ALL": "ko_KR.EUC-KR", "PYTHONUTF8": "0"}
 
 
@@ -48,12 +48,12 @@ def pack(source: str | bytes, out: str | bytes, workers: str, variables: dict[st
     return done.stdout
 
 
-def test_a_folder_is_packed_alike_under_any_locale(tmp_path: Path, korean: dict[str, str]) -> None:
-    """Whether the words were typed in UTF-8 or in the locale's encoding."""
+def test_a_folder_is_packed_the_same_under_any_locale(tmp_path: Path, korean: dict[str, str]) -> None:
+    """The arguments may be in UTF-8 or in the encoding of the locale."""
     write_folder(tmp_path / "음식", {"구이/갈비구이": 4, "회/육회": 4})
     pack("음식", "결과", "1", ASCII, tmp_path)
-    said = pack("음식", "다른 결과".encode("euc_kr"), "2", korean, tmp_path)
-    assert "다른 결과".encode("euc_kr") in said
+    output = pack("음식", "다른 결과".encode("euc_kr"), "2", korean, tmp_path)
+    assert "다른 결과".encode("euc_kr") in output
     first, second = ((tmp_path / out / "manifest.json").read_bytes() for out in ("결과", "다른 결과"))
     assert [c["name"] for c in json.loads(first)["classes"]] == ["갈비구이", "육회"]
     assert first == second
@@ -61,7 +61,9 @@ def test_a_folder_is_packed_alike_under_any_locale(tmp_path: Path, korean: dict[
     assert (done.returncode, done.stdout.split(b":")[0]) == (0, "결과".encode("euc_kr"))
 
 
-def test_a_program_of_ones_own_is_refused_under_another_locale(tmp_path: Path, korean: dict[str, str]) -> None:
+def test_a_program_that_calls_the_library_is_refused_under_another_locale(
+    tmp_path: Path, korean: dict[str, str]
+) -> None:
     write_folder(tmp_path / "갈비구이", {"a": 1})
     for variables, encoding in ((ASCII, "ascii"), (korean, "euc_kr")):
         call = "from kfood_dist.cli import main; raise SystemExit(main(['pack', '.', 'out']))"
@@ -74,7 +76,7 @@ def test_a_program_of_ones_own_is_refused_under_another_locale(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("main", [cli.main, launch.main, ranks.main])
-def test_each_program_starts_itself_anew_once_with_its_words(
+def test_each_program_restarts_itself_once_with_its_arguments(
     main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
@@ -95,7 +97,7 @@ def test_each_program_starts_itself_anew_once_with_its_words(
     assert program == command[0] == words[0]
     assert command[1:] == [b"-X", b"utf8", *words[1:]]
     assert (variables[b"PYTHONUTF8"], variables[b"PYTHONIOENCODING"]) == (b"1", b"euc_kr:backslashreplace")
-    monkeypatch.setenv("PYTHONUTF8", "1")  # as if it had been in vain
+    monkeypatch.setenv("PYTHONUTF8", "1")  # as after a restart that did not help
     if main is ranks.main:
         with pytest.raises(LaunchError, match="not as UTF-8"):
             main()
@@ -105,7 +107,7 @@ def test_each_program_starts_itself_anew_once_with_its_words(
     assert len(started) == 1
 
 
-def test_library_calls_are_refused_in_such_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_calls_are_refused_if_names_are_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utf8, "names_are_utf8", lambda: False)
     assert cli.main(["verify", str(tmp_path)]) == 2
     assert launch.main(["train", "recipe.yaml"]) == 2
@@ -113,7 +115,7 @@ def test_library_calls_are_refused_in_such_a_process(tmp_path: Path, monkeypatch
         scan(tmp_path)
 
 
-def test_words_typed_in_the_locales_encoding_become_utf8_unless_they_name_a_file(
+def test_arguments_in_the_locales_encoding_become_utf8_unless_they_name_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -125,7 +127,7 @@ def test_words_typed_in_the_locales_encoding_become_utf8_unless_they_name_a_file
     assert as_utf8(words, "no such encoding") == words
 
 
-def test_a_path_that_is_no_utf8_is_kept_in_json(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_kept_in_json(tmp_path: Path) -> None:
     path = os.fsdecode(b"/data/\xb1\xb8")
-    write_whole(tmp_path / "run.json", json.dumps({"command": [path]}, ensure_ascii=False))
+    write_atomically(tmp_path / "run.json", json.dumps({"command": [path]}, ensure_ascii=False))
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"command": [path]}

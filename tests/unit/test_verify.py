@@ -10,7 +10,7 @@ import pytest
 from pictures import encoded, picture, write_folder
 
 from kfood_dist.cli import main
-from kfood_dist.data.shards.manifest import seal
+from kfood_dist.data.shards.manifest import with_checksum
 from kfood_dist.data.shards.reader import NO_LABEL
 from kfood_dist.data.shards.tars import Entry, members, save_index, write_tar
 from kfood_dist.data.shards.verify import verify
@@ -33,7 +33,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def folder(packed, tmp_path):
-    """A copy to damage."""
+    """A copy of the packed folder that a test may damage."""
     return shutil.copytree(packed, tmp_path / "out")
 
 
@@ -48,7 +48,7 @@ def flip(path, position):
 
 
 def describe_again(folder, name):
-    """Make the manifest agree with a tampered tar and index, so that only what is inside can give them away."""
+    """Make the manifest agree with a changed tar and index, so that only their contents can reveal the fault."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for shard in manifest["shards"]:
@@ -56,7 +56,7 @@ def describe_again(folder, name):
             if described["path"].startswith(name):
                 data = (folder / described["path"]).read_bytes()
                 described.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    path.write_bytes(seal(manifest))
+    path.write_bytes(with_checksum(manifest))
 
 
 def change_index(folder, name, change):
@@ -67,35 +67,35 @@ def change_index(folder, name, change):
     describe_again(folder, name)
 
 
-def test_a_sound_folder_has_no_fault_and_one_line(packed, capsys):
+def test_a_sound_folder_has_no_fault_and_one_line_of_output(packed, capsys):
     assert faults(packed) == []
     assert main(["verify", str(packed)]) == 0
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
-    assert "all sound: 16 samples in 3 shards" in said
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1
+    assert "no faults: 16 samples in 3 shards" in output
 
 
-def test_any_fault_is_exit_status_1_and_every_one_is_named(folder, capsys):
+def test_faults_give_exit_status_1_and_every_fault_is_named(folder, capsys):
     os.truncate(folder / f"{FIRST}.tar", 3000)
     (folder / f"{SECOND}.tar").unlink()
     (folder / "train-000009.tar").write_bytes(b"")
     flip(folder / f"{TEST}.index.npy", 200)
     assert main(["verify", str(folder)]) == 1
-    said = capsys.readouterr().out
-    assert f"{FIRST}.tar: has 3,000 bytes, not the" in said
-    assert f"{SECOND}.tar: cannot be read (No such file" in said
-    assert "train-000009.tar: is not in the manifest" in said
-    assert f"{TEST}.index.npy: " in said
-    assert "faults in" in said
+    output = capsys.readouterr().out
+    assert f"{FIRST}.tar: has 3,000 bytes, not the" in output
+    assert f"{SECOND}.tar: cannot be read (No such file" in output
+    assert "train-000009.tar: is not in the manifest" in output
+    assert f"{TEST}.index.npy: " in output
+    assert "faults in" in output
 
 
 def test_a_single_fault_is_counted_as_one(folder, capsys):
     (folder / "train-000009.tar").write_bytes(b"")
     assert main(["verify", str(folder)]) == 1
-    assert f"\n1 fault in {folder}: restore what is named, or pack the source again\n" in capsys.readouterr().out
+    assert f"\n1 fault in {folder}: restore these files, or pack the source again\n" in capsys.readouterr().out
 
 
-def test_a_folder_without_a_manifest_is_a_fault_and_no_folder_an_error(folder, tmp_path, capsys):
+def test_a_missing_manifest_is_a_fault_and_a_missing_folder_is_an_error(folder, tmp_path, capsys):
     (folder / "manifest.json").write_text("{")
     assert "is not JSON" in faults(folder)[0]
     (folder / "manifest.json").unlink()
@@ -114,7 +114,7 @@ def test_a_url_is_refused_as_it_was_written(capsys):
 
 
 def cuts(path):
-    """Places to cut a tar: in a header, at a sample's and a member's boundary, in a payload, before the end mark."""
+    """Return where to cut a tar: in a header or payload, at a sample or member, before the end mark, and others."""
     found = list(members(path))
     sample = found[2]
     return {
@@ -143,13 +143,13 @@ def test_a_cut_tar_that_the_manifest_agrees_with_still_lacks_its_samples(folder)
     os.truncate(path, cuts(path)["at a sample"])
     describe_again(folder, FIRST)
     assert faults(folder) == [
-        f"{FIRST}.index.npy: {folder}/{FIRST}.index.npy leads beyond the end of {FIRST}.tar",
+        f"{FIRST}.index.npy: {folder}/{FIRST}.index.npy points beyond the end of {FIRST}.tar",
     ]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """One split of one shard of one sample: small enough to try every byte of every file."""
+    """One split of one shard with one sample: small enough to test every byte of every file."""
     root = tmp_path_factory.mktemp("tiny")
     source = write_folder(root / "source", {"구이/불고기": 1})
     (source / "구이/불고기/broken.jpg").write_bytes(b"junk")
@@ -163,7 +163,7 @@ EVERY_FILE = ("manifest.json", "rejected.csv", f"{FIRST}.index.npy", f"{FIRST}.t
 
 @pytest.mark.parametrize("name", EVERY_FILE)
 def test_one_flipped_byte_anywhere_is_noticed(tiny, tmp_path, name, one_in):
-    """Every byte of every file of a packed folder, one at a time; by default one in 13."""
+    """Flip one bit in one byte at a time of every file in a packed folder: each 13th byte, or all in a sweep."""
     folder = shutil.copytree(tiny, tmp_path / "out")
     original = (tiny / name).read_bytes()
     for position in range(0, len(original), one_in(13)):
@@ -219,8 +219,8 @@ def test_an_index_that_belongs_to_another_tar_is_noticed(packed, folder):
     describe_again(folder, FIRST)
     found = faults(folder)
     assert f"{FIRST}.tar: holds train-00000000.jpg, which is not in its index" in found
-    assert f"{FIRST}.tar: lacks 12 of 12 members, train-00000006.jpg first" in found
-    assert "manifest.json: has keys in train that do not count its samples" in found
+    assert f"{FIRST}.tar: lacks 12 of 12 members; the first is train-00000006.jpg" in found
+    assert "manifest.json: has keys in train that are not numbered in order from 0" in found
 
 
 def swap(index, field):
@@ -235,19 +235,19 @@ def swap(index, field):
         (lambda index: swap(index, "crc32"), "train-00000000 has wrong bytes"),
         (lambda index: swap(index, "group"), "train-00000000.json contradicts its index"),
         (lambda index: index["label"].fill(0), "contradicts its index"),
-        (lambda index: index["num_images"].fill(2), "lacks 6 of 18 members, train-00000000.1.jpg first"),
+        (lambda index: index["num_images"].fill(2), "lacks 6 of 18 members; the first is train-00000000.1.jpg"),
         (lambda index: index["num_images"].fill(0), "holds train-00000000.jpg, which is not in its index"),
-        (lambda index: index["label"].fill(2), "names a class beyond the manifest's 2"),
-        (lambda index: index["label"].fill(NO_LABEL), "names a class beyond the manifest's 2"),
+        (lambda index: index["label"].fill(2), "has a class id beyond the manifest's class count (2)"),
+        (lambda index: index["label"].fill(NO_LABEL), "has a class id beyond the manifest's class count (2)"),
     ],
 )
-def test_an_index_that_lies_is_noticed_even_if_the_manifest_names_it(folder, change, fault):
+def test_a_false_index_is_noticed_even_if_the_manifest_agrees(folder, change, fault):
     change_index(folder, FIRST, change)
     assert any(fault in found for found in faults(folder)), faults(folder)
 
 
 def test_a_picture_that_no_longer_decodes_is_noticed_though_every_checksum_agrees(folder):
-    """As if it had been packed broken: the picture's bytes, its crc32 and all hashes agree with one another."""
+    """The picture was damaged before it was packed: its bytes, its crc32 and all hashes agree."""
     first = next(members(folder / f"{FIRST}.tar"))
     write_over(folder, first, encoded(picture(9, 32, 32))[:100].ljust(len(first.data), b"\0"))
     (found,) = faults(folder)
@@ -255,7 +255,7 @@ def test_a_picture_that_no_longer_decodes_is_noticed_though_every_checksum_agree
 
 
 def write_over(folder, member, data):
-    """Put other bytes in the place of a member of the first sample; its crc32 and all hashes agree with them."""
+    """Overwrite a member of the first sample, and make its crc32 and all hashes agree with the new bytes."""
     assert len(data) == len(member.data)
     path = folder / f"{FIRST}.tar"
     tar = bytearray(path.read_bytes())
@@ -273,11 +273,11 @@ def test_a_picture_of_another_size_than_the_manifests_is_noticed_though_every_ch
     first = next(members(folder / f"{FIRST}.tar"))
     small = encoded(picture(9, 32, 16), quality=30)
     write_over(folder, first, small.ljust(len(first.data), b"\0"))
-    assert faults(folder) == [f"{FIRST}.tar: train-00000000.jpg is 32×16, the manifest says 32×32"]
+    assert faults(folder) == [f"{FIRST}.tar: train-00000000.jpg is 32×16, but the manifest says 32×32"]
 
 
 def write_again(folder, change):
-    """Write the first shard anew with the first sample's entry changed; index and manifest agree with it."""
+    """Write the first shard again with a changed first entry, and make index and manifest agree with it."""
     tar, index_file = folder / f"{FIRST}.tar", folder / f"{FIRST}.index.npy"
     found, entries = list(members(tar)), []
     for jpeg, text, row in zip(found[::2], found[1::2], np.load(index_file), strict=True):
@@ -291,25 +291,25 @@ def write_again(folder, change):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda said: said.update(width=33), "says 33×32, the manifest 32×32"),
-        (lambda said: said.update(height="32"), "says 32×'32', the manifest 32×32"),
-        (lambda said: said.pop("width"), "is not a sample's JSON (KeyError: 'width')"),
-        (lambda said: said.update(group=1), "contradicts its index"),
-        (lambda said: said.pop("group"), "is not a sample's JSON (KeyError: 'group')"),
-        (lambda said: said.update(label="유과"), "contradicts its index"),
-        (lambda said: said.update(category=None), "has a column that is no text"),
-        (lambda said: said.pop("label"), "is not a sample's JSON (KeyError: 'label')"),
-        (lambda said: said.update(sources=[]), "names 0 sources, its index 1 picture"),
-        (lambda said: said.update(sources=["a", "b"]), "names 2 sources, its index 1 picture"),
-        (lambda said: said.update(sources=3), "is not a sample's JSON (TypeError"),
-        (lambda said: said.pop("sources"), "is not a sample's JSON (KeyError: 'sources')"),
+        (lambda output: output.update(width=33), "says 33×32, the manifest says 32×32"),
+        (lambda output: output.update(height="32"), "says 32×'32', the manifest says 32×32"),
+        (lambda output: output.pop("width"), "is not a sample's JSON (KeyError: 'width')"),
+        (lambda output: output.update(group=1), "contradicts its index"),
+        (lambda output: output.pop("group"), "is not a sample's JSON (KeyError: 'group')"),
+        (lambda output: output.update(label="유과"), "contradicts its index"),
+        (lambda output: output.update(category=None), "has a column that is not text"),
+        (lambda output: output.pop("label"), "is not a sample's JSON (KeyError: 'label')"),
+        (lambda output: output.update(sources=[]), "names 0 sources, but its index has 1 picture"),
+        (lambda output: output.update(sources=["a", "b"]), "names 2 sources, but its index has 1 picture"),
+        (lambda output: output.update(sources=3), "is not a sample's JSON (TypeError"),
+        (lambda output: output.pop("sources"), "is not a sample's JSON (KeyError: 'sources')"),
     ],
 )
-def test_a_json_that_lies_is_noticed_though_every_checksum_agrees(folder, change, fault):
+def test_a_false_json_is_noticed_though_every_checksum_agrees(folder, change, fault):
     def changed(entry):
-        said = json.loads(entry.json)
-        change(said)
-        return replace(entry, json=json.dumps(said).encode())
+        output = json.loads(entry.json)
+        change(output)
+        return replace(entry, json=json.dumps(output).encode())
 
     write_again(folder, lambda entry: entry)
     assert faults(folder) == []
@@ -319,18 +319,18 @@ def test_a_json_that_lies_is_noticed_though_every_checksum_agrees(folder, change
 
 
 @pytest.mark.parametrize("text", [b"[]", b"3", b"{", b"\xff", b"[" * 100_000], ids=["list", "3", "{", "ff", "deep"])
-def test_a_json_that_is_none_is_noticed_though_every_checksum_agrees(folder, text):
+def test_an_invalid_json_is_noticed_though_every_checksum_agrees(folder, text):
     write_again(folder, lambda entry: replace(entry, json=text))
     (found,) = faults(folder)
     assert found.startswith(f"{FIRST}.tar: train-00000000.json is not a sample's JSON")
 
 
-def test_the_pictures_of_a_sample_are_each_looked_at(folder):
-    """The second of two is broken."""
+def test_each_picture_of_a_sample_is_checked(folder):
+    """The second of two pictures is damaged."""
 
     def changed(entry):
-        said = json.loads(entry.json) | {"sources": ["a", "b"]}
-        return replace(entry, pictures=(*entry.pictures, b"junk"), json=json.dumps(said).encode())
+        output = json.loads(entry.json) | {"sources": ["a", "b"]}
+        return replace(entry, pictures=(*entry.pictures, b"junk"), json=json.dumps(output).encode())
 
     write_again(folder, changed)
     (found,) = faults(folder)
@@ -340,10 +340,10 @@ def test_the_pictures_of_a_sample_are_each_looked_at(folder):
 def test_counts_and_groups_that_do_not_add_up_are_noticed(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["per_class"]["약과"] += 1
-    (folder / "manifest.json").write_bytes(seal(manifest))
+    (folder / "manifest.json").write_bytes(with_checksum(manifest))
     assert faults(folder) == [
-        "manifest.json: states other numbers of samples, groups or pictures per class than the indexes"
+        "manifest.json: states other counts of samples, groups or samples per class than the indexes"
     ]
     group = int(np.load(folder / f"{TEST}.index.npy")["group"][0])
     change_index(folder, FIRST, lambda index: index["group"].fill(group))
-    assert "manifest.json: has 1 groups in test that lie in another split too" in faults(folder)
+    assert "manifest.json: has 1 groups in test that are also in another split" in faults(folder)

@@ -1,4 +1,4 @@
-"""Who is to blame when nothing moves, and that a single process is watched too."""
+"""Which rank is blamed when no rank moves. A single process is watched too."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from kfood_dist.system.world import World
 from kfood_dist.train.loop import Trainer
-from kfood_dist.train.run.watchdog import Seen, Watch, blame
+from kfood_dist.train.run.watchdog import Seen, Watch, stalled_ranks
 
 NOW = 1000.0
 
@@ -24,31 +24,33 @@ def seen(num_beats: int, moved_s_ago: float, answered_s_ago: float = 0.0, doing:
     return Seen(num_beats, doing, tick=1, moved=NOW - moved_s_ago, answered=NOW - answered_s_ago)
 
 
-def test_nobody_is_blamed_while_all_move() -> None:
-    assert blame([seen(5, 59), seen(9, 0)], 60, NOW) == []
+def test_no_rank_is_blamed_while_all_ranks_move() -> None:
+    assert stalled_ranks([seen(5, 59), seen(9, 0)], 60, NOW) == []
 
 
 def test_the_rank_that_is_behind_is_blamed_not_those_that_wait_for_it() -> None:
     ranks = [seen(12, 61, doing="the update of step 7"), seen(10, 62, doing="reading"), seen(12, 61)]
-    assert blame(ranks, 60, NOW) == ["rank 1 stays at reading"]
+    assert stalled_ranks(ranks, 60, NOW) == ["rank 1 stays at reading"]
 
 
 def test_a_rank_that_does_not_answer_is_blamed_first() -> None:
     ranks = [seen(12, 61), seen(12, 61, answered_s_ago=62, doing="the update of step 7"), seen(11, 61)]
-    assert blame(ranks, 60, NOW) == ["rank 1 does not answer; it was last at the update of step 7"]
+    assert stalled_ranks(ranks, 60, NOW) == ["rank 1 does not answer; it was last at the update of step 7"]
 
 
-def test_while_rank_0_is_silent_nothing_is_known_of_the_others() -> None:
+def test_only_rank_0_is_blamed_while_it_does_not_answer() -> None:
     ranks = [seen(12, 61, answered_s_ago=61), seen(12, 61), seen(12, 61, answered_s_ago=61)]
-    assert blame(ranks, 60, NOW) == ["rank 0 does not answer; it was last at step 7"]
+    assert stalled_ranks(ranks, 60, NOW) == ["rank 0 does not answer; it was last at step 7"]
 
 
-def test_when_all_wait_at_the_same_place_that_is_said() -> None:
-    assert blame([seen(12, 61), seen(12, 61)], 60, NOW) == ["all ranks wait at step 7"]
+def test_ranks_that_all_wait_at_the_same_place_are_reported() -> None:
+    assert stalled_ranks([seen(12, 61), seen(12, 61)], 60, NOW) == ["all ranks wait at step 7"]
 
 
-def test_the_watch_goes_on_until_the_process_group_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Under NCCL leaving it waits for the other ranks, of which one may stall."""
+def test_the_watch_continues_until_the_process_group_is_destroyed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Under NCCL, leaving the process group waits for the other ranks, and one of them may stall."""
     watch, watched = Watch(World(), 60, tmp_path), []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: watched.append(not watch._ended.is_set()))
@@ -77,13 +79,11 @@ stuck()
 
 
 @pytest.mark.parametrize("disk", ["sound", "gone", "hanging"])
-def test_a_single_process_that_stalls_is_ended_with_its_stack_where_that_can_be_written(
-    tmp_path: Path, disk: str
-) -> None:
+def test_a_stalled_single_process_is_ended_and_its_stack_written_if_possible(tmp_path: Path, disk: str) -> None:
     run_dir = tmp_path / "gone" if disk == "gone" else tmp_path
     stacks = tmp_path / "stalled-rank-00000.txt"
     if disk == "hanging":
-        os.mkfifo(stacks)  # opening it waits for a reader, as a file system that went away does
+        os.mkfifo(stacks)  # opening it waits for a reader, as on a file system that does not answer
     done = subprocess.run(
         [sys.executable, "-c", STALLS, str(run_dir)], capture_output=True, text=True, timeout=30, check=False
     )
@@ -92,8 +92,8 @@ def test_a_single_process_that_stalls_is_ended_with_its_stack_where_that_can_be_
     assert disk != "sound" or " in stuck" in stacks.read_text()
 
 
-def test_a_connection_that_breaks_is_made_again(tmp_path: Path) -> None:
-    """Or the other ranks would take this one for silent, and end a run in which all is well."""
+def test_a_broken_connection_is_opened_again(tmp_path: Path) -> None:
+    """Otherwise the other ranks would believe that this rank does not answer, and end a healthy run."""
     hosted = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     hosted.set("0", '[5, "step 5", 5]')
     watch = Watch(World(rank=1, size=2, local_rank=1), 0.5, tmp_path)

@@ -1,4 +1,4 @@
-"""Zips for the packing tests, their names as Korean Windows, macOS and others write them, and their faults."""
+"""Zips for the packing tests, with names as Korean Windows, macOS and other systems write them, and with faults."""
 
 import io
 import struct
@@ -9,13 +9,13 @@ from pathlib import Path
 
 _UTF8_FLAG = 0x800
 
-# Fields of a directory's entry: offset in it and type (APPNOTE.TXT 4.3.12).
+# Fields of a directory entry: the offset in the entry and the type (APPNOTE.TXT 4.3.12).
 FLAGS, METHOD, CRC, PACKED, UNPACKED, OFFSET = (8, "<H"), (10, "<H"), (16, "<I"), (20, "<I"), (24, "<I"), (42, "<I")
 _ENTRY_BYTES = 46
 
 
 class _Named(zipfile.ZipInfo):
-    """A member whose name is written as the given bytes."""
+    """A member whose name is written as the bytes in `raw`."""
 
     raw: bytes
     flag: int
@@ -30,9 +30,10 @@ def zipped(
     method: int = zipfile.ZIP_STORED,
     extra: bytes = b"",
 ) -> bytes:
-    """A zip of `members` in their order, each with the `extra` field; names as bytes are written as they are.
+    """Return a zip of `members` in their order, each with the `extra` field.
 
-    Writers: `windows` CP949, `macos` UTF-8 in NFD, `flagged` UTF-8 and the flag that says so.
+    Names that are bytes are written unchanged. Others depend on `writer`: `windows` writes CP949, `macos` writes UTF-8
+    in NFD, and `flagged` writes UTF-8 and sets the flag for UTF-8.
     """
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", method) as archive:
@@ -56,7 +57,7 @@ def _raw_name(name: str | bytes, writer: str) -> tuple[bytes, int]:
 
 
 def with_field(data: bytes, number: int, field: tuple[int, str], value: int) -> bytes:
-    """The zip with one field of its directory's entry `number` overwritten."""
+    """Return the zip with one field of directory entry `number` overwritten."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         at = archive.start_dir
     for _ in range(number):
@@ -70,7 +71,7 @@ def with_field(data: bytes, number: int, field: tuple[int, str], value: int) -> 
 
 
 def as_folder(path: Path, members: dict[str, bytes]) -> Path:
-    """The members as files under a new folder."""
+    """Write the members as files under `path`, and return it."""
     for name, data in members.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)

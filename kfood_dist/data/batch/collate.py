@@ -1,11 +1,11 @@
-"""The streaming collator: a micro-batch of sample ids in, one batch of tensors out.
+"""The streaming collator: turn a micro-batch of sample ids into one batch of tensors.
 
     ids ──► sample ──► pictures ──► RGB ──► the model's pixels ─┐
                   └──► columns ──► task ──► template ──► ids, labels ──► pad ──► Batch
 
-Always holds: each picture's pixels and image tokens travel together; a sample that cannot fit is left out by name
-(`Batch.refused`) and never stalls a rank: if nothing remains, a filler without labels is put in its place. A sample
-that cannot be read any more is, while training, replaced by another that depends on its id alone (`Batch.replaced`).
+Always holds: each picture's pixels and image tokens stay together. A sample that cannot fit is skipped, and
+`Batch.refused` names it. It never stalls a rank: if no sample remains, a filler without labels takes its place. In
+training, a sample that can no longer be read is replaced by another, which depends only on its id (`Batch.replaced`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,16 +21,16 @@ from kfood_dist.data.batch.template import IGNORED, Encoded, SampleRefused, Temp
 from kfood_dist.data.picture.images import ImageRejected, decode_rgb
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.sample import Sample
-from kfood_dist.data.storage.base import OutOfReachError
+from kfood_dist.data.storage.base import UnreachableError
 from kfood_dist.data.task.base import Task
 from kfood_dist.errors import ShardError
 
-# So many samples in a row do not rot by chance: then the shards themselves are out of reach.
+# If this many substitutes in a row cannot be read, that is not chance: the shards themselves cannot be read.
 _SUBSTITUTES_TRIED = 8
 
 
 class SkippedSample(NamedTuple):
-    """A sample that is not in its batch, by its key, and why."""
+    """The key of a sample that is not in its batch, and the reason."""
 
     key: str
     why: str
@@ -38,16 +38,16 @@ class SkippedSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One padded micro-batch of B samples and length L; everything the model needs and the meters count."""
+    """One padded micro-batch of B samples and length L, with everything that the model needs and the meters count."""
 
     input_ids: torch.Tensor  # (B, L) int64
     attention_mask: torch.Tensor  # (B, L) int64
     is_image: torch.Tensor  # (B, L) int64, 1 at image tokens
     labels: torch.Tensor  # (B, L) int64, IGNORED outside answers
-    pixels: torch.Tensor  # of all pictures, in the form of the model's `Pictures`
+    pixels: torch.Tensor  # of all pictures, in the format of the model's `Pictures`
     facts: dict[str, torch.Tensor]  # what goes with the pixels, such as grids
-    ids: tuple[int, ...] = ()  # the samples asked for and in here, themselves or by a substitute
-    columns: tuple[dict[str, Any], ...] = ()  # theirs, where the batch is for generation
+    ids: tuple[int, ...] = ()  # the requested samples that are in here, or whose substitute is
+    columns: tuple[dict[str, Any], ...] = ()  # of these samples, if the batch is for generation
     refused: tuple[SkippedSample, ...] = ()
     replaced: tuple[SkippedSample, ...] = ()
 
@@ -60,15 +60,15 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory from which a GPU copies at once."""
+        """Return the same batch in pinned memory, from which a GPU copies directly."""
         return self._each_tensor(torch.Tensor.pin_memory)
 
     def __reduce__(self) -> "tuple[Callable[[dict[str, Any]], Batch], tuple[dict[str, Any]]]":
-        # As arrays, which pickle passes on as they lie in memory: torch would copy a tensor several times.
+        # As arrays, because pickle passes on their memory without a copy. torch would copy a tensor several times.
         return _from_arrays, (_mapped(vars(self), torch.Tensor, torch.Tensor.numpy),)
 
     def _each_tensor(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -80,7 +80,7 @@ def _from_arrays(values: dict[str, Any]) -> Batch:
 
 
 def _mapped(values: dict[str, Any], kind: type, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The values with all of one kind changed, also inside of dictionaries."""
+    """Return the values with all of one kind changed, also inside dictionaries."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, dict):
@@ -91,7 +91,7 @@ def _mapped(values: dict[str, Any], kind: type, change: Callable[[Any], Any]) ->
 
 
 class Readable(Protocol):
-    """What samples are read from: a split, a mixture, or single pictures."""
+    """The source of samples: a split, a mixture, or single pictures."""
 
     def __len__(self) -> int: ...
     def key(self, i: int) -> str: ...
@@ -99,12 +99,12 @@ class Readable(Protocol):
 
 
 class StreamingCollator(Dataset[Batch]):
-    """Turns micro-batches of sample ids into batches; a map-style dataset whose index is a MicroBatch.
+    """A map-style dataset whose index is a MicroBatch: it turns micro-batches of sample ids into batches.
 
-    `for_generation` leaves the answers off and pads on the left, so that generation can begin at the end of every row.
-    A sample that cannot be read raises ShardError; `unreadable` may "refuse" it, or "replace" it, as training wants
-    it. What is out of reach is no damage: OutOfReachError is raised, or which samples are seen would depend on the
-    weather.
+    `for_generation` omits the answers and pads on the left, so that generation can begin at the end of every row.
+    A sample that cannot be read raises ShardError. `unreadable` "refuse" skips such a sample instead, and "replace"
+    replaces it, as training needs. A shard that is out of reach is not damaged, so it always raises UnreachableError.
+    Otherwise the state of the storage would decide which samples are seen.
     """
 
     def __init__(
@@ -154,13 +154,14 @@ class StreamingCollator(Dataset[Batch]):
         )
 
     def _samples(self, ids: Sequence[int]) -> Iterator["_Decoded | ShardError"]:
-        """Each sample with its pictures decoded, or what is wrong with it, unless that is to be raised.
+        """Yield each sample with its pictures decoded, or the error of a damaged sample.
 
-        One at a time, so that a picture is encoded while it lies in the processor's cache.
+        Raises the error instead if a shard is out of reach, or if `unreadable` is "stop". Decodes one sample at a
+        time, so that a picture is encoded while it is in the processor's cache.
         """
         for i, read in zip(ids, self.shards.read_many(ids), strict=True):
             sample = read if isinstance(read, ShardError) else self._decode(i, read)
-            if isinstance(sample, OutOfReachError) or (isinstance(sample, ShardError) and self.unreadable == "stop"):
+            if isinstance(sample, UnreachableError) or (isinstance(sample, ShardError) and self.unreadable == "stop"):
                 raise sample
             yield sample
 
@@ -168,10 +169,10 @@ class StreamingCollator(Dataset[Batch]):
         try:
             return _Decoded(sample.columns, [decode_rgb(jpeg) for jpeg in sample.pictures])
         except ImageRejected as error:
-            return ShardError(f"{self.shards.key(i)} does not decode ({error.detail})", "see `kfood verify`")
+            return ShardError(f"{self.shards.key(i)} does not decode ({error.detail})", "run `kfood verify`")
 
     def _substitute(self, i: int, fault: ShardError) -> "_Decoded":
-        """Another sample, a function of i and of what can be read; raises `fault` if none is found."""
+        """Return another sample, chosen by i and by which samples can be read. Raises `fault` if none is found."""
         for candidate in islice(substitutes(i, len(self.shards)), _SUBSTITUTES_TRIED):
             [sample] = self._samples([candidate])
             if not isinstance(sample, ShardError):
@@ -179,7 +180,10 @@ class StreamingCollator(Dataset[Batch]):
         raise fault
 
     def _filler(self, i: int, block: "_Block") -> "_Row":
-        """What keeps a rank going whose samples are all left out: one without an answer, if need be a blank picture."""
+        """Return a row without an answer for a rank whose samples are all skipped, so that the rank does not stall.
+
+        It is sample i, or a blank picture if that cannot be used.
+        """
         [sample] = self._samples([i])
         size = self.shards.manifest.image_size
         blank = _Decoded(dict(self.task.example), [np.zeros((size, size, 3), dtype=np.uint8)])
@@ -189,7 +193,7 @@ class StreamingCollator(Dataset[Batch]):
             return self._row(blank, False, block)
 
     def _row(self, sample: "_Decoded", answered: bool, block: "_Block") -> "_Row":
-        """Encode a sample; its pixels go into the block. Raises SampleRefused, and then none of them do."""
+        """Encode a sample, and put its pixels into the block. If it raises SampleRefused, it puts none there."""
         pictures = [
             self.template.pictures.encode(rgb, block.free_row(number)) for number, rgb in enumerate(sample.pictures)
         ]
@@ -233,23 +237,23 @@ class _Row(NamedTuple):
 
 
 class _Block:
-    """The pixels of a micro-batch, one picture after the other: each is written where it will stay.
+    """The pixels of a micro-batch, one picture after the other. Each picture is written directly to its final place.
 
-    Pictures of a packed set are of one size; should one differ, all are joined at the end instead.
+    The pictures of a packed set have one size. If one differs, all are joined at the end instead.
     """
 
     def __init__(self, num_pictures: int):
-        self._num_pictures = num_pictures  # a guess: should there be more, all are joined at the end
-        self._rows: np.ndarray | None = None  # (pictures, *one's shape), made when the first is known
+        self._num_pictures = num_pictures  # a guess: if there are more, all are joined at the end
+        self._rows: np.ndarray | None = None  # (pictures, *shape of one), made for the first picture
         self._parts: list[np.ndarray] = []
 
     def free_row(self, number: int) -> np.ndarray | None:
-        """Where the pixels of the next picture but `number` may be written."""
+        """Return the place for the pixels of the next picture (`number` 0) or a later one. None if there is none."""
         place = len(self._parts) + number
         return None if self._rows is None or place >= len(self._rows) else self._rows[place]
 
     def keep(self, pixels: np.ndarray) -> None:
-        """Count a picture's pixels in, whether or not they were written to a free row."""
+        """Add a picture's pixels, whether or not they were written to a free row."""
         if self._rows is None and self._num_pictures > 1:
             self._rows = np.empty((self._num_pictures, *pixels.shape), pixels.dtype)
             self._rows[0] = pixels
@@ -257,16 +261,17 @@ class _Block:
         self._parts.append(pixels)
 
     def joined(self) -> np.ndarray:
-        """The pixels of all pictures, their first axes joined."""
+        """Return the pixels of all pictures, joined along their first axes."""
         if self._rows is not None and all(part.base is self._rows for part in self._parts):
             return self._rows[: len(self._parts)].reshape(-1, *self._rows.shape[2:])
         return np.concatenate(self._parts)
 
 
 def substitutes(i: int, num_samples: int) -> Iterator[int]:
-    """Stand-ins for sample i, in the order to try them.
+    """Yield substitutes for sample i, in the order to try them.
 
-    The golden section leads far away at each try: what spoils one sample often spoils its neighbours too.
+    Each try jumps far away, by the golden ratio (0.618) of the samples, because damage to one sample often affects its
+    neighbours too.
     """
     stride = max(1, round(num_samples * 0.618033988749895))
     for attempt in range(1, num_samples):

@@ -2,9 +2,9 @@
 
     micro-batches of the plan ──► loader processes in turn: collator ──► a socket each ──► a thread each ──► Batch, …
 
-Always holds: the order is the plan's whatever the number of workers. A batch crosses as bytes: no shared memory, no
-named socket and no descriptor is needed for it. A worker that ends is noticed at once; workers end with their parent,
-however that ends; a user's mistake met in a worker is raised here as itself.
+Always holds: the order is the plan's, for any number of workers. A batch is sent as bytes: it needs no shared memory,
+no named socket and no file descriptor. The parent notices at once if a worker ends. Workers end when their parent
+ends, for any reason. A user's mistake that a worker finds is raised in the parent as the same error.
 """
 
 import atexit
@@ -29,7 +29,7 @@ import torch
 from kfood_dist.data.batch.collate import Batch, StreamingCollator
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.errors import KfoodError, LaunchError
-from kfood_dist.system.processes import end_with_parent, how_it_ended, keep_freed_memory
+from kfood_dist.system.processes import describe_exit, end_with_parent, keep_freed_memory
 
 _PATIENCE_S = 5
 _REMEDIES = {
@@ -47,15 +47,15 @@ def stream(
     ahead: int = 2,
     start_method: str = "fork",
 ) -> Generator[Batch, None, None]:
-    """The batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this one).
+    """Yield the batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this process).
 
     The processes end with the last batch, or when the generator is closed.
 
-    At least `ahead` of them are under way at any time, so that a step that takes several at once need not wait.
-    `start_method` is multiprocessing's: `fork` starts at once; `spawn` takes seconds, and shares no memory with a
-    process whose network driver does not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
+    At least `ahead` batches are in progress at any time, so that a step that takes several at once need not wait.
+    `start_method` is multiprocessing's. `fork` starts at once. `spawn` takes seconds, but shares no memory with this
+    process, whose network driver may not survive a fork. (Workers of a `forkserver` would outlive a killed parent.)
 
-    Raises KfoodError: what a worker met, and LaunchError if one cannot be started or ends.
+    Raises the KfoodError of a worker. Raises LaunchError if a worker cannot be started, or if it ends.
     """
     if not num_workers:
         keep_freed_memory()
@@ -63,7 +63,7 @@ def stream(
             batch = collator[micro_batch]
             yield batch.pin_memory() if pin_memory else batch
         return
-    _end_what_is_left_at_exit()
+    _end_workers_at_exit()
     workers: list[_Worker] = []
     try:
         for _ in range(num_workers):
@@ -75,27 +75,27 @@ def stream(
 
 
 def _in_turn(workers: "list[_Worker]", micro_batches: Iterator[MicroBatch], ahead: int) -> Iterator[Batch]:
-    asked: deque[_Worker] = deque()
+    busy: deque[_Worker] = deque()
     for worker, micro_batch in zip(cycle(workers), micro_batches, strict=False):
         worker.ask(micro_batch)
-        asked.append(worker)
-        if len(asked) == ahead:
-            yield asked.popleft().answer()
-    while asked:
-        yield asked.popleft().answer()
+        busy.append(worker)
+        if len(busy) == ahead:
+            yield busy.popleft().answer()
+    while busy:
+        yield busy.popleft().answer()
 
 
 class _Worker:
-    """One loader process, seen from its parent: answers what it is asked, in that order."""
+    """One loader process, as its parent sees it. It answers requests in the order in which they were made."""
 
     def __init__(self, collator: StreamingCollator, start_method: str, pin_memory: bool):
         self._device = torch.cuda.current_device() if pin_memory else None
-        self._answers: SimpleQueue[Any] = SimpleQueue()  # None: there will be no more
-        # Takes what comes as it comes: the worker goes on to its next batch.
+        self._answers: SimpleQueue[Any] = SimpleQueue()  # None: no more will come
+        # Takes each batch as soon as it arrives, so that the worker can start its next one.
         self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
         try:
             self._socket, theirs = socket.socketpair()
-            with theirs:  # so that the worker alone holds it, and its end is the connection's
+            with theirs:  # so that only the worker holds it, and the connection ends with the worker
                 context: Any = multiprocessing.get_context(start_method)
                 self._process = context.Process(target=_work, args=(collator, theirs), name="loader", daemon=True)
                 self._process.start()
@@ -108,17 +108,17 @@ class _Worker:
     def _start_receiver(self) -> None:
         try:
             self._receiver.start()
-        except RuntimeError:  # which says no more than that it cannot be
+        except RuntimeError:  # its text does not name the cause
             self._process.kill()
             self._process.join(_PATIENCE_S)
             raise OSError(errno.EAGAIN, "no thread can be started") from None
 
     def ask(self, micro_batch: MicroBatch) -> None:
-        with suppress(ConnectionError):  # it ended, which the answer tells
+        with suppress(ConnectionError):  # the worker ended: `answer` raises that
             self._socket.sendall(b"".join(as_bytes(micro_batch)))
 
     def answer(self) -> Batch:
-        """The batch that was asked for first of those not yet answered. Raises what the worker met."""
+        """Return the batch of the oldest open request. Raises the worker's error, or LaunchError if it ended."""
         found = self._answers.get()
         if found is None:
             raise self._fault()
@@ -147,17 +147,17 @@ class _Worker:
     def _fault(self) -> LaunchError:
         self._process.join(_PATIENCE_S)
         status = self._process.exitcode
-        remedy = "most likely memory ran out: give the job more, or lower data.num_workers"
+        remedy = "most likely memory ran out: give the job more memory, or lower data.num_workers"
         if status not in (None, -signal.SIGKILL):
-            remedy = "most likely a library failed on a picture: see what it printed, and look with `kfood verify`"
+            remedy = "most likely a library failed on a picture: read what it printed, and run `kfood verify`"
         return LaunchError(
-            f"a loader process ended{'' if status is None else f', {how_it_ended(status)}'}",
-            f"{remedy}; a new start resumes",
+            f"a loader process ended{'' if status is None else f', {describe_exit(status)}'}",
+            f"{remedy}; the same command resumes",
         )
 
 
 def as_bytes(value: Any) -> Sequence[bytes | memoryview]:
-    """What to send of a value, one after the other. Arrays in it go as they lie in memory (pickle 5, PEP 574)."""
+    """Return the parts to send for a value, in order. Its arrays are sent as they are in memory (pickle 5, PEP 574)."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
@@ -165,7 +165,7 @@ def as_bytes(value: Any) -> Sequence[bytes | memoryview]:
 
 
 def receive(connection: socket.socket) -> Any:
-    """The next value that was sent. Raises EOFError at the end, also if it is in the middle of a value."""
+    """Return the next value that was sent. Raises EOFError if the connection ends, also in the middle of a value."""
     (num_parts,) = struct.unpack("<Q", _read(connection, 8))
     sizes = struct.unpack(f"<{num_parts}Q", _read(connection, 8 * num_parts))
     head, *buffers = [_read(connection, size) for size in sizes]
@@ -184,7 +184,7 @@ def _read(connection: socket.socket, size: int) -> bytearray:
 
 
 def _work(collator: StreamingCollator, connection: socket.socket) -> None:
-    """Answer with a batch for each micro-batch, in a process of its own, until the parent ends it."""
+    """Answer each micro-batch with a batch, in a separate process, until the parent ends it."""
     _start_worker()
     with suppress(EOFError, ConnectionError):
         while True:
@@ -193,22 +193,23 @@ def _work(collator: StreamingCollator, connection: socket.socket) -> None:
 
 
 def _answer(collator: StreamingCollator, micro_batch: MicroBatch) -> Sequence[bytes | memoryview]:
-    """What to send of a batch, or of what went wrong with it."""
+    """Return the parts to send for a batch, or for the error that it raised."""
     try:
         return as_bytes(collator[micro_batch])
     except KfoodError as error:
         return as_bytes(error)
     except MemoryError:
-        what, remedy = "a loader process has no memory left", "give the job more, or lower data.num_workers"
-        return as_bytes(LaunchError(what, f"{remedy}; a new start resumes"))
+        what, remedy = "a loader process has no memory left", "give the job more memory, or lower data.num_workers"
+        return as_bytes(LaunchError(what, f"{remedy}; the same command resumes"))
     except Exception:
         return as_bytes(RuntimeError(f"in a loader process:\n{traceback.format_exc()}"))
 
 
 def _start_worker() -> None:
-    """Signals reach a whole terminal or job, and the parent alone decides; where it is killed, its workers go at once.
+    """Set up a loader process: how it takes signals, and how it uses memory and threads.
 
-    Only a second SIGTERM is obeyed, the first may be such a signal.
+    Signals reach every process of a terminal or job, but only the parent decides, so a worker ignores them. It obeys
+    a second SIGTERM, because only the first may be such a signal. If the parent is killed, its workers end at once.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -221,9 +222,10 @@ def _start_worker() -> None:
 
 
 @cache
-def _end_what_is_left_at_exit() -> None:
-    """At its end, let this process end the workers that still run: to one SIGTERM, with which multiprocessing would
-    ask them to end before it waits for them for ever, they are deaf.
+def _end_workers_at_exit() -> None:
+    """Make this process kill the workers that still run when it exits.
+
+    Otherwise multiprocessing would send them one SIGTERM, which they ignore, and then wait for them forever.
     """
 
     def end() -> None:

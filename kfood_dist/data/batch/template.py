@@ -1,10 +1,10 @@
-"""From messages and answer to token ids, with tail-preserving truncation.
+"""Turn messages and an answer into token ids, with truncation that preserves the tail.
 
     messages ──► chat template ──► ids, each placeholder its picture's tokens ──► + answer, end token
-                                          └──► truncate: the first text tokens go, nothing else
+                                          └──► truncate: drops the first text tokens, nothing else
 
-Always holds: the answer is whole; image tokens are whole and keep their number; what is dropped is text, from the
-front: first what stands ahead of the image, then the prompt. Training, evaluation and prediction all come through here.
+Always holds: the answer is complete, and so are the image tokens. Only text is dropped, from the front: first the text
+before the image, then the prompt. Training, evaluation and prediction all use this module.
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from kfood_dist.data.picture.protocol import Pictures
 from kfood_dist.data.task.base import Message
 from kfood_dist.errors import ModelError, first_line
 
-# A data set of dishes has a few hundred answers; one of free text must not fill the memory.
-_MOST_REMEMBERED = 4096
+# A data set of dishes has a few hundred answers. A data set of free text must not fill the memory.
+_CACHE_SIZE = 4096
 
-_OTHER = "use the chat template and tokenizer that were published with this very model; a text model's do not serve"
+_OTHER = "use the chat template and tokenizer that were published with this model; those of a text model do not work"
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
 class SampleRefused(Exception):
-    """A sample that cannot be encoded; its text says why."""
+    """A sample that cannot be encoded. The text of the exception says why."""
 
 
 class SampleTooLong(SampleRefused):
-    """A sample whose answer and pictures exceed the limit by themselves, so that no truncation makes it fit."""
+    """A sample whose answer and pictures exceed the limit, even if all text that may be dropped is dropped."""
 
     def __init__(self) -> None:
         super().__init__("answer and image alone exceed data.max_length")
@@ -57,9 +57,9 @@ class Encoded:
 
 
 def truncate(droppable: np.ndarray, max_length: int) -> np.ndarray:
-    """Mask of the tokens to keep, bool (length,): the first `length - max_length` droppable tokens go.
+    """Return the mask of the tokens to keep, bool (length,). Drops the first `length - max_length` droppable tokens.
 
-    Raises SampleTooLong if the tokens that may not be dropped alone exceed `max_length`.
+    Raises SampleTooLong if there are more than `max_length` tokens that must not be dropped.
     """
     excess = len(droppable) - max_length
     if excess <= 0:
@@ -70,9 +70,9 @@ def truncate(droppable: np.ndarray, max_length: int) -> np.ndarray:
 
 
 class Template:
-    """Encodes (messages, pictures, answer) for one model; picklable, so workers can hold it.
+    """The encoder of (messages, pictures, answer) for one model. Picklable, so that workers can hold it.
 
-    `tokenizer` is a transformers tokenizer with a chat template. Raises ModelError if it has none.
+    `tokenizer` is a transformers tokenizer with a chat template. Raises ModelError if it has no chat template.
     """
 
     def __init__(self, tokenizer: Any, pictures: Pictures, max_length: int):
@@ -88,23 +88,24 @@ class Template:
         self._encoded: dict[tuple[tuple[Message, ...], tuple[bytes, ...], str | None], Encoded] = {}
 
     def encode(self, messages: tuple[Message, ...], pictures: Sequence[np.ndarray], answer: str | None) -> Encoded:
-        """Tokens of messages, with the ids that stand for each of their pictures, and the answer; None: all but it.
+        """Return the tokens of the messages and the answer. If `answer` is None, returns all tokens but the answer's.
 
-        Where the text is cut at all, it is cut by the answer's length more when there is an answer. The same words give
-        the same arrays, which are not to be written to. Raises SampleRefused, and ModelError if the chat template
-        refuses the messages, or does not place their pictures.
+        `pictures` has the ids that stand for each picture of the messages. If text must be dropped, an answer makes it
+        shorter by the answer's length. The same input gives the same arrays: do not write to them. Raises
+        SampleRefused if the sample cannot be encoded. Raises ModelError if the chat template refuses the messages, or
+        does not place their pictures.
         """
         words = messages, tuple(ids.tobytes() for ids in pictures), answer
-        return _remembered(self._encoded, words, lambda: self._encode(messages, pictures, answer))
+        return _cached(self._encoded, words, lambda: self._encode(messages, pictures, answer))
 
     def _encode(self, messages: tuple[Message, ...], pictures: Sequence[np.ndarray], answer: str | None) -> Encoded:
-        context = _remembered(self._contexts, messages, lambda: self._context(messages))
+        context = _cached(self._contexts, messages, lambda: self._context(messages))
         places = np.flatnonzero(context == self.pictures.placeholder)
         if len(places) != len(pictures):
             raise ModelError(
                 "the base model's chat template does not place exactly one image token for one picture", _OTHER
             )
-        pieces = np.split(context, np.sort(np.concatenate([places, places + 1])))  # texts and placeholders in turn
+        pieces = np.split(context, np.sort(np.concatenate([places, places + 1])))  # texts and placeholders alternate
         for number, ids in enumerate(pictures):
             pieces[2 * number + 1] = ids
         is_picture = np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces])
@@ -120,7 +121,7 @@ class Template:
         )
 
     def _context(self, messages: tuple[Message, ...]) -> np.ndarray:
-        """Token ids of everything ahead of the answer, with one placeholder for each picture."""
+        """Return the token ids of everything before the answer, with one placeholder for each picture."""
         texts = [text for message in messages for text in message.content if text is not None]
         for text in texts:
             self._require_plain(text)
@@ -134,7 +135,7 @@ class Template:
         ]
         try:
             written = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a chat template is a program, and may raise anything
+        except Exception as error:  # a chat template is a program, and may raise any exception
             raise ModelError(
                 f"the base model's chat template refuses a picture ({type(error).__name__}: {first_line(error)})",
                 _OTHER,
@@ -142,14 +143,14 @@ class Template:
         if lost := [text for text in texts if text.strip() not in written]:
             raise ModelError(
                 f"the base model's chat template drops the text {lost[0][:60]!r}",
-                'use a template that writes it; for a system text, --set data.system="" leaves it out',
+                'use a template that writes it; if it is the system text, omit it with --set data.system=""',
             )
-        # As transformers does: a template that writes the beginning token itself gets no second one.
+        # Like transformers: if the template writes the beginning-of-text token itself, no second one is added.
         begins = self.tokenizer.bos_token is not None and written.startswith(self.tokenizer.bos_token)
         return self._tokenise(written, special=not begins)
 
     def decode(self, ids: Any) -> str:
-        """The text of generated ids, special tokens left out."""
+        """Return the text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _answer(self, answer: str) -> np.ndarray:
@@ -157,7 +158,7 @@ class Template:
         return np.append(self._tokenise(answer), self.tokenizer.eos_token_id)
 
     def _require_plain(self, text: str) -> None:
-        """Raise SampleRefused for a text that would be read as a token of the template, such as a picture's."""
+        """Raise SampleRefused if a part of the text would be read as a special token, such as a picture's."""
         for token in self.tokenizer.all_special_tokens:
             if token in text:
                 raise ReservedToken(token)
@@ -166,9 +167,9 @@ class Template:
         return np.array(self.tokenizer(text, add_special_tokens=special)["input_ids"], dtype=np.int64)
 
 
-def _remembered(known: dict[Any, Any], words: Any, make: Any) -> Any:
+def _cached(known: dict[Any, Any], words: Any, make: Any) -> Any:
     if words not in known:
-        if len(known) >= _MOST_REMEMBERED:
+        if len(known) >= _CACHE_SIZE:
             known.clear()
         known[words] = make()
     return known[words]

@@ -1,1 +1,1 @@
-"""From the bytes of a picture file to what a model is shown."""
+"""From the bytes of a picture file to the input of a model."""

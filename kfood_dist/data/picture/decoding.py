@@ -1,10 +1,10 @@
-"""From a picture file's bytes to a Pillow image of 8 bits a channel; what cannot be used is refused with a reason.
+"""Turn a picture file's bytes into a Pillow image with 8 bits per channel, or refuse it with a reason.
 
-    bytes ──► kind, by the first bytes ──► header ──► sides, memory ──► pixels (a JPEG's later, for they can be scaled)
+    bytes ──► kind, by the first bytes ──► header ──► sides, memory ──► pixels (a JPEG's later: they can be scaled)
       ▲                                                                   │ unreadable
       └────────────── the same without its metadata ◄─────────────────────┘
 
-A file is what its bytes say, whatever its suffix. Of several pages or frames the first counts.
+The bytes of a file decide its kind, not its suffix. If a file has several pages or frames, the first one is used.
 """
 
 import io
@@ -17,26 +17,26 @@ from PIL.JpegImagePlugin import JpegImageFile, jpeg_factory
 
 from kfood_dist.data.picture.metadata import SCAN, jpeg_segments, without_metadata
 
-# All that Pillow knows by their first bytes and that photographs are kept in; JPEG and HEIC are opened below.
+# Formats that photographs are kept in and that Pillow recognises by their first bytes. JPEG and HEIC are opened below.
 _FORMATS = ("PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _UNKNOWN = "not a JPEG, PNG, GIF, BMP, WebP, TIFF, AVIF, JPEG 2000, PPM or HEIC file"
 
-# Brands of HEIF (ISO 23008-12, annex B) that pillow-heif opens; with an AVIF brand it is Pillow's.
+# Brands of HEIF (ISO 23008-12, annex B) that pillow-heif opens. Pillow opens a file that also has an AVIF brand.
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}
 NEEDS_HEIC = "needs_heic_extra"
 HEIC_REMEDY = "pip install 'kfood_dist[heic]'"
 
 MAX_PIXELS = 100_000_000
-# libjpeg holds two bytes for each coefficient; four components in full resolution are the most that a pixel has.
+# Per pixel: libjpeg holds two bytes per coefficient, and a pixel has at most four components in full resolution.
 _COEFFICIENT_BYTES = 8
 
-# TIFF 6.0: how many bits a sample has, and which value is white.
+# Tags of TIFF 6.0: the number of bits of a value, and which value is white.
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
 
 class ImageRejected(Exception):
-    """A picture that is not used: `reason` is a word to count by, `detail` a sentence for a person."""
+    """A picture that cannot be used. `reason` is a word to count by, `detail` is a text for a person."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -48,10 +48,11 @@ class ImageRejected(Exception):
 
 
 def open_picture(data: bytes, min_side: int, max_pixels: int) -> tuple[Image.Image, bytes]:
-    """Open a picture file, and decode it unless it is a JPEG; also returns the bytes that were opened.
+    """Open a picture file, and decode it unless it is a JPEG. Returns the image and the bytes that were opened.
 
-    These lack the metadata if they stood in the way; what they say of the orientation is kept in the image's `info`.
-    Raises ImageRejected: `unreadable`, `too_small`, `too_large`, or NEEDS_HEIC where pillow-heif is not installed.
+    If the file can only be opened without its metadata, these bytes lack it. Its EXIF and XMP, which may give the
+    orientation, are then kept in the image's `info`.
+    Raises ImageRejected: `unreadable`, `too_small`, `too_large`, or NEEDS_HEIC if pillow-heif is not installed.
     """
     try:
         return _open_checked(data, min_side, max_pixels), data
@@ -65,14 +66,15 @@ def open_picture(data: bytes, min_side: int, max_pixels: int) -> tuple[Image.Ima
 
 
 def is_jpeg(image: Image.Image) -> bool:
-    """Whether an opened picture is a JPEG, whose pixels `decode` is still to read. Phones' MPO is one."""
+    """Return whether an opened picture is a JPEG, whose pixels `decode` reads later. The MPO files of phones count."""
     return isinstance(image, JpegImageFile)
 
 
 def open_jpeg(data: bytes) -> Image.Image:
-    """Open a JPEG without decoding it. Raises ImageRejected `unreadable`.
+    """Open a JPEG without decoding it. Raises ImageRejected `unreadable` if that fails.
 
-    By its factory, as Image.open refuses over 179 million pixels, although they need not all be decoded.
+    Calls Pillow's JPEG factory, because Image.open refuses over 179 million pixels, although not all of them need to
+    be decoded.
     """
     try:
         return jpeg_factory(io.BytesIO(data))
@@ -81,9 +83,10 @@ def open_jpeg(data: bytes) -> Image.Image:
 
 
 def decode(image: Image.Image, least: tuple[int, int]) -> Image.Image:
-    """Read an opened picture's pixels, of a JPEG at 1/2, 1/4 or 1/8 of its size if that is not below `least`.
+    """Read the pixels of an opened picture.
 
-    Raises ImageRejected `unreadable`.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is not below `least` (width, height).
+    Raises ImageRejected `unreadable` if the pixels cannot be read.
     """
     image.draft(None, least)
     try:
@@ -94,9 +97,10 @@ def decode(image: Image.Image, least: tuple[int, int]) -> Image.Image:
 
 
 def require_memory(image: Image.Image, data: bytes, least: tuple[int, int], max_pixels: int) -> None:
-    """Raise ImageRejected `too_large` if decoding a JPEG down to `least` takes the memory of over `max_pixels`.
+    """Raise ImageRejected `too_large` if decoding a JPEG down to `least` takes the memory of over `max_pixels` pixels.
 
-    Scaled decoding holds what comes out, and all coefficients too if each scan brings only a part of them.
+    Scaled decoding holds the decoded picture. If each scan of the file has only a part of the coefficients, it also
+    holds all of them.
     """
     assert isinstance(image, JpegImageFile)
     width, height = image.size
@@ -114,10 +118,10 @@ def require_memory(image: Image.Image, data: bytes, least: tuple[int, int], max_
 
 
 def reject_unreadable(error: Exception) -> NoReturn:
-    """Raise a decoder's error as ImageRejected `unreadable`; want of memory stays what it is."""
+    """Raise a decoder's error as ImageRejected `unreadable`. Raises a MemoryError or an ImageRejected unchanged."""
     if isinstance(error, MemoryError | ImageRejected):
         raise error
-    # Decoders meet hostile bytes here and raise nearly anything; each is counted under its own words.
+    # Decoders get hostile bytes here and raise almost any exception. The detail keeps each one's own text.
     words = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", f"{type(error).__name__}: {error}")
     raise ImageRejected("unreadable", words[:200]) from None
 
@@ -131,7 +135,7 @@ def _open_checked(data: bytes, min_side: int, max_pixels: int) -> Image.Image:
         return image
     if width * height > max_pixels:
         raise ImageRejected("too_large", f"{width}×{height}, more than {max_pixels:,} pixels")
-    # Now, for a PNG's EXIF may lie behind its pixels: asked for it, Pillow decodes them too.
+    # Decoded now, because a PNG's EXIF may come after its pixels: Pillow decodes them anyway to read the EXIF.
     image = decode(image, image.size)
     return _in_8_bits(image) if image.mode[0] in "IF" else image
 
@@ -144,7 +148,7 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.UnidentifiedImageError:
-        # Pillow's own text holds a memory address, which would differ from run to run.
+        # Pillow's own text contains a memory address, which would differ from run to run.
         raise ImageRejected("unreadable", _UNKNOWN) from None
     except Image.DecompressionBombError as error:
         raise ImageRejected("too_large", str(error)) from None
@@ -164,7 +168,7 @@ def _open_heif(data: bytes) -> Image.Image:
     try:
         from pillow_heif import HeifImageFile
     except ImportError:
-        raise ImageRejected(NEEDS_HEIC, f"a HEIC picture, which takes pillow-heif → {HEIC_REMEDY}") from None
+        raise ImageRejected(NEEDS_HEIC, f"a HEIC picture, which needs pillow-heif → {HEIC_REMEDY}") from None
     try:
         return HeifImageFile(io.BytesIO(data))
     except Exception as error:
@@ -172,7 +176,10 @@ def _open_heif(data: bytes) -> Image.Image:
 
 
 def _coefficient_bytes(image: JpegImageFile, data: bytes) -> int:
-    """What libjpeg keeps of a JPEG's coefficients: all where a scan has not all components, or not all bits."""
+    """Return the bytes of coefficients that libjpeg holds while it decodes a JPEG.
+
+    It holds all coefficients if a scan has only some of the components or only some of the bits, otherwise none.
+    """
     try:
         scan = next(start for marker, start, _ in jpeg_segments(data) if marker == SCAN)
         if "progressive" not in image.info and data[scan + 4] == image.layers:
@@ -185,7 +192,10 @@ def _coefficient_bytes(image: JpegImageFile, data: bytes) -> int:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more than 8 bits by its high byte; Pillow's conversion would clip it, to nearly white."""
+    """Convert a grey picture of more than 8 bits to its high byte. Pillow's conversion would clip it to nearly white.
+
+    Raises ImageRejected `unreadable` if it is not known which value is white.
+    """
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image)
     if image.mode == "F" or values.max() > 65535:

@@ -1,12 +1,12 @@
-"""One way from a picture file to the JPEG that is packed, trained on, evaluated and predicted from.
+"""Prepare a picture file as a JPEG, in one way for packing, training, evaluation and prediction.
 
     file bytes ──► opened ──► decoded (a JPEG scaled) ──► upright ──► box ──► RGB ──► size×size ──► JPEG bytes
-      decoding.py        └──► an ordinary JPEG: brightness and colour each by itself, never made RGB ──┘
+      decoding.py        └──► an ordinary JPEG: brightness and colour resized separately ──────────────┘
 
-A pure function of its arguments: nothing on disk, no global setting, the same bytes for the same bytes. What
-cannot be used leaves as ImageRejected with a reason that a table can count; want of memory is the machine's fault and
-stays a MemoryError. Colour profiles are ignored, as training pipelines usually do; of several pages or frames the first
-counts.
+Always holds: the result depends only on the arguments, not on files on disk or global settings. The same input bytes
+give the same output bytes. A picture that cannot be used raises ImageRejected, with a reason that a table can count.
+Lack of memory is the machine's fault, not the picture's, and stays a MemoryError. Colour profiles are ignored, as
+training pipelines usually do. If a file has several pages or frames, the first one is used.
 """
 
 import io
@@ -33,10 +33,10 @@ from kfood_dist.data.picture.resample import resample
 
 RESIZE_POLICIES = ("squash", "letterbox", "crop")
 
-# The middle of the range: after normalisation it is near zero for every usual mean and deviation.
+# A grey near the middle of the range: after normalisation it is near zero for every usual mean and deviation.
 _LETTERBOX_RGB = (114, 114, 114)
 
-# EXIF tag 0x0112 (TIFF 6.0, "Orientation"): what turns the stored picture upright.
+# EXIF tag 0x0112 (TIFF 6.0, "Orientation"): how to turn the stored picture upright.
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,14 +47,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TURNED = (5, 6, 7, 8)  # width and height change places
+_TURNED = (5, 6, 7, 8)  # width and height are swapped
 
-# Of 255: what is no more opaque than this anywhere would be a white picture.
+# Out of 255. If no pixel is more opaque than this, the picture over white would just be white.
 _HIDDEN_ALPHA = 12
-# Of 255: rows whose colours differ less than this show nothing. libwebp makes hidden rows nearly one colour each.
+# Out of 255. A row whose colours differ by less than this shows nothing: libwebp gives a hidden row almost one colour.
 _VISIBLE_RANGE = 8
 
-# Pillow writes a picture's own comment into the JPEG, and fails if it is longer than a segment.
+# Pillow writes a picture's own comment into the JPEG, and fails if it is longer than a JPEG segment.
 _MAX_COMMENT_BYTES = 65533
 
 Box = tuple[int, int, int, int]
@@ -72,12 +72,19 @@ def prepare_jpeg(
 ) -> bytes:
     """Turn a picture file into an upright RGB JPEG of size×size pixels (4:2:0, baseline).
 
-    `squash` ignores the aspect ratio, `letterbox` fits the picture on grey 114, `crop` keeps the centre
-    square. Raises ImageRejected with reason `empty` (no bytes), `unreadable` (no picture, or cut short),
-    `too_small` (a side under `min_side` pixels), `too_large` (over `max_pixels` to decode, refused before any is; or
-    so long that it would be, resized to be cropped), `invisible` (all of it transparent, with no colours beneath) or
-    `needs_heic_extra` (pillow-heif is not installed). A JPEG is decoded scaled, so it may be larger than `max_pixels`.
-    A usable `box` (x, y, width, height in pixels of the upright picture) is all that is kept of it.
+    `squash` ignores the aspect ratio, `letterbox` fits the picture on grey 114, `crop` keeps the centre square.
+    A JPEG is decoded scaled, so it may be larger than `max_pixels`. If a `box` (x, y, width, height in pixels of the
+    upright picture) is usable, only this part is kept.
+
+    Raises ImageRejected with one of these reasons:
+
+    * `empty`: no bytes
+    * `unreadable`: not a picture, or cut short
+    * `too_small`: a side is under `min_side` pixels
+    * `too_large`: over `max_pixels` pixels to decode (refused before any is decoded), or so long that the picture
+      would have more when resized for `crop`
+    * `invisible`: fully transparent, with no colours beneath
+    * `needs_heic_extra`: pillow-heif is not installed
     """
     return prepare_cropped(data, size, policy, quality, min_side, box, max_pixels)[0]
 
@@ -91,13 +98,16 @@ def prepare_cropped(
     box: Box | None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[bytes, bool | None]:
-    """What `prepare_jpeg` gives, and whether it is the box alone: False where that is unusable, None without a box."""
+    """Return the JPEG of `prepare_jpeg`, and whether only the box was kept.
+
+    That is False if the box is unusable, and None without a box.
+    """
     if policy not in RESIZE_POLICIES:
-        raise ValueError(f"resize policy {policy!r} is none of {', '.join(RESIZE_POLICIES)}")
+        raise ValueError(f"resize policy {policy!r} is not one of {', '.join(RESIZE_POLICIES)}")
     if not data:
         raise ImageRejected("empty", "0 bytes")
     with warnings.catch_warnings():
-        # Pillow warns of odd EXIF blocks, palettes and sizes; what matters of that is decided below.
+        # Pillow warns about odd EXIF blocks, palettes and sizes. The code below decides which of these matter.
         warnings.simplefilter("ignore")
         image, data = open_picture(data, min_side, max_pixels)
         view = _View.of(image, box)
@@ -120,9 +130,9 @@ def prepare_cropped(
 
 
 def usable_box(box: Box, width: int, height: int) -> Box | None:
-    """The part of a box (x, y, width, height) that lies in a picture of this size, all in pixels; None if hardly any.
+    """Return the part of a box (x, y, width, height) that is inside a picture of this size, all in pixels.
 
-    A box of under _MIN_BOX pixels on a side is a slip of the pen, not a dish.
+    Returns None if a side of this part is under _MIN_BOX pixels: such a box is a mistake, not a dish.
     """
     left, top = max(0, box[0]), max(0, box[1])
     right, bottom = min(width, box[0] + box[2]), min(height, box[1] + box[3])
@@ -132,9 +142,9 @@ def usable_box(box: Box, width: int, height: int) -> Box | None:
 
 
 def decode_rgb(jpeg: bytes) -> np.ndarray:
-    """Decode a JPEG into uint8 RGB of shape (height, width, 3); raises ImageRejected `unreadable`.
+    """Decode a JPEG into uint8 RGB of shape (height, width, 3). Raises ImageRejected `unreadable` if that fails.
 
-    By libjpeg-turbo with its exact DCT and smooth colour: the same values as Pillow, in half the time.
+    Uses libjpeg-turbo with its exact DCT and smooth colour: the same values as Pillow, in half the time.
     """
     try:
         return simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False, strict=True)
@@ -144,7 +154,7 @@ def decode_rgb(jpeg: bytes) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _View:
-    """What is seen of a picture: its size when upright, how to turn it so, and the box that is kept, all in pixels."""
+    """The visible part of a picture: its upright size, its EXIF orientation, and the box that is kept, in pixels."""
 
     whole: tuple[int, int]
     orientation: int
@@ -158,13 +168,13 @@ class _View:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of what is kept."""
+        """Width and height of the part that is kept."""
         return self.whole if self.box is None else self.box[2:]
 
     def scale_for(self, target: tuple[int, int]) -> tuple[int, int]:
-        """The stored size that a scaled decoding must not go below, so that what is kept has twice the target.
+        """Return the stored size that scaled decoding must not go below, so that the kept part has twice the target.
 
-        Twice leaves the resampling filter enough to work on.
+        Twice the target leaves the resampling filter enough pixels to work on.
         """
         least = [
             math.ceil(2 * wanted * whole / kept)
@@ -174,13 +184,13 @@ class _View:
         return width, height
 
     def within(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The box as left, top, right and bottom in the upright picture decoded at `size`."""
+        """Return the box as left, top, right and bottom in the upright picture decoded at `size`."""
         left, top, width, height = self.box or (0, 0, *self.whole)
         x, y = size[0] / self.whole[0], size[1] / self.whole[1]
         return left * x, top * y, min(size[0], (left + width) * x), min(size[1], (top + height) * y)
 
     def cut(self, image: Image.Image) -> Image.Image:
-        """The box of an upright picture, to whole pixels."""
+        """Crop an upright picture to the box, rounded outwards to full pixels."""
         if self.box is None:
             return image
         left, top, right, bottom = self.within(image.size)
@@ -188,11 +198,11 @@ class _View:
 
 
 def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality: int) -> bytes | None:
-    """An ordinary JPEG squashed to size×size without ever being made RGB; None if it is another kind of picture.
+    """Squash an ordinary JPEG to size×size plane by plane. Returns None if it is another kind of picture.
 
-    Resampling is most of the work, and colour is stored at half the resolution: so brightness is resized by itself,
-    and colour straight to the half-size planes of the result. tests/bench/README.md has what that gains, and how near
-    the result is to the exactly resized picture.
+    Resampling is most of the work, and colour is stored at half the resolution. So brightness is resized separately,
+    and colour directly to the half-size planes of the result. tests/bench/README.md shows what this gains, and how
+    near the result is to the exactly resized picture.
     """
     if not is_jpeg(image) or image.mode != "RGB" or size % 2:
         return None
@@ -201,7 +211,7 @@ def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality:
     except MemoryError:
         raise
     except Exception:
-        # Damaged, or stored in another way: the other path decides which.
+        # The file is damaged or stored in another way. `prepare_cropped` decodes it as RGB and finds out which.
         return None
     resized = []
     for plane, side in zip(planes, (size, size // 2, size // 2), strict=True):
@@ -211,14 +221,15 @@ def _by_planes(data: bytes, image: Image.Image, view: _View, size: int, quality:
 
 
 def _decode_planes(data: bytes, image: Image.Image, view: _View, size: int) -> Sequence[np.ndarray]:
-    """Brightness, blueness and redness, (h, w) each, at twice the size it is wanted at or more; raises anything.
+    """Decode the brightness, blue and red planes (Y, Cb, Cr), uint8 (h, w) each. May raise any exception.
 
-    Brightness alone decodes fast, and colour from half the size: two decodings cost less than one of everything. Of a
-    progressive file they do not: there finding the coefficients, which both must do, is most of the work.
+    If the file has enough pixels, each plane has at least twice the size that it is resized to. Decoding only
+    brightness is fast, and colour needs only half the size, so two decodings cost less than one of everything. A
+    progressive file is decoded once: both decodings would have to find its coefficients, and that is most of the work.
     """
     width, height = view.scale_for((size, size))
     if image.info.get("progressive"):
-        image = open_jpeg(data)  # should it fail, the other path needs its own as it was
+        image = open_jpeg(data)  # a new image: if decoding fails, `prepare_cropped` needs the first one unchanged
         image.draft("YCbCr", (width, height))
         return [np.asarray(plane) for plane in image.split()]
     grey = simplejpeg.decode_jpeg(data, "GRAY", min_width=width, min_height=height, strict=True)[:, :, 0]
@@ -227,25 +238,25 @@ def _decode_planes(data: bytes, image: Image.Image, view: _View, size: int) -> S
     return grey, blue, red
 
 
-# Cb and Cr of R, G and B (JFIF 1.02, section 7), in whole multiples of 2⁻¹⁴: then float32 adds them without error.
+# Weights of R, G and B in Cb and Cr (JFIF 1.02, section 7), in integer multiples of 2⁻¹⁴: float32 adds them exactly.
 _COLOUR = (
     np.rint(np.array([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]) * 2**14).astype(np.float32) / 2**14
 )
 
 
-# Rows are converted so many pixels at a time, to stay in the processor's cache and take no memory to speak of.
+# Rows are converted this many pixels at a time, which stay in the processor's cache and take little memory.
 _PIXELS_AT_ONCE = 1 << 15
 
 
 def _colour(rgb: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8 RGB to (2, h, w) uint8 Cb and Cr."""
+    """Convert (h, w, 3) uint8 RGB to (2, h, w) uint8 Cb and Cr."""
     height, width, _ = rgb.shape
     out = np.empty((2, height, width), dtype=np.uint8)
     rows = max(1, _PIXELS_AT_ONCE // width)
     for top in range(0, height, rows):
         strip = rgb[top : top + rows]
         pixels = strip.reshape(-1, 3).T.astype(np.float32, order="C")
-        # The half that rounds is one unit short of it, or the purest blue and red would become 256, which is 0.
+        # The 0.5 for rounding is reduced by 2⁻¹⁴. Otherwise the purest blue and red become 256, which is 0 in uint8.
         out[:, top : top + rows] = (_COLOUR @ pixels + np.float32(128.5 - 2**-14)).reshape(2, *strip.shape[:2])
     return out
 
@@ -259,7 +270,7 @@ def _check_target(target: tuple[int, int], size: int, max_pixels: int) -> None:
 
 
 def _target(source: tuple[int, int], size: int, policy: str) -> tuple[int, int]:
-    """The size in pixels to resize a picture to, before it is padded or cropped to size×size."""
+    """Return the size in pixels to resize a picture to, before it is padded or cropped to size×size."""
     if policy == "squash":
         return size, size
     side = max(source) if policy == "letterbox" else min(source)
@@ -273,7 +284,7 @@ def _orientation(image: Image.Image) -> int:
     except MemoryError:
         raise
     except Exception:
-        # A broken EXIF block says nothing of the orientation: the picture is shown as stored, as viewers do.
+        # A damaged EXIF block gives no orientation: the picture is shown as stored, as viewers do.
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
@@ -288,7 +299,11 @@ def _upright_plane(plane: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with transparent parts over white; or the colours alone where transparency would hide them all."""
+    """Convert a picture to RGB, with transparent parts over white.
+
+    If transparency would hide everything, only the colours are used. Raises ImageRejected: `unreadable`, or
+    `invisible` if these colours show nothing.
+    """
     try:
         if not image.has_transparency_data:
             return image if image.mode == "RGB" else image.convert("RGB")
@@ -308,7 +323,7 @@ def _without_alpha(overlay: Image.Image) -> Image.Image:
     rows = np.asarray(colours.resize((64, 64), Image.Resampling.NEAREST))
     low, high = np.percentile(rows, (10, 90), axis=1)
     if np.mean((high - low).max(axis=-1) < _VISIBLE_RANGE) > 0.9:
-        raise ImageRejected("invisible", "all of it is transparent, and no picture lies beneath")
+        raise ImageRejected("invisible", "all of it is transparent, and the colours beneath show nothing")
     return colours
 
 
@@ -317,7 +332,7 @@ def _fit(image: Image.Image, size: int, policy: str) -> Image.Image:
     resized = image.resize(target, Image.Resampling.LANCZOS)
     if target == (size, size):
         return resized
-    # Larger than the square is cut on both sides alike, smaller is padded on both sides alike.
+    # A side longer than the square is cut equally at both ends, a shorter one is padded equally at both ends.
     canvas = Image.new("RGB", (size, size), _LETTERBOX_RGB)
     canvas.paste(resized, ((size - target[0]) // 2, (size - target[1]) // 2))
     return canvas

@@ -1,9 +1,9 @@
-"""A JPEG's and a PNG's parts by their markers: what its pixels need, and what only speaks about it.
+"""Split a JPEG or PNG file by its markers: the parts that its pixels need, and the parts that only describe it.
 
-    file bytes ──► segments or chunks ──► those of the pixels, as a file ──► opened when the whole file cannot be
+    file bytes ──► segments or chunks ──► those of the pixels, as a file ──► opened if the original cannot be
                                      └──► EXIF and XMP, for the orientation
 
-Pillow refuses a picture for metadata that it cannot read, or finds too large, though no pixel depends on them.
+Pillow refuses a picture whose metadata it cannot read or finds too large, although no pixel depends on the metadata.
 """
 
 import struct
@@ -14,18 +14,18 @@ SCAN = 0xDA
 _STANDALONE = (0x00, 0x01, *range(0xD0, 0xD9))  # stuffing, TEM, RST0 to RST7, SOI: markers without a length
 _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-# JFIF and Adobe segments decide how colours are stored; libjpeg takes no notice of shorter ones.
+# JFIF and Adobe segments decide how colours are stored. libjpeg ignores those with fewer bytes than this.
 _OF_COLOURS = {_APP0: 4 + 14, _APP14: 4 + 12}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_XMP = b"XML:com.adobe.xmp\0"
-_XMP_BYTES = 2**20  # the orientation stands near its start
+_XMP_BYTES = 2**20  # the orientation is near its start
 
 
 def without_metadata(data: bytes) -> tuple[bytes | None, dict[str, bytes]]:
-    """The file with its pixels alone, and its `exif` and `xmp` as Pillow's `info` has them.
+    """Return the file with only its pixels, and its `exif` and `xmp` in the form of Pillow's `info`.
 
-    The file is None if it is neither JPEG nor PNG, or its parts cannot be told apart.
+    The file is None if it is neither JPEG nor PNG, or if its parts cannot be separated.
     """
     try:
         if data.startswith(b"\xff\xd8"):
@@ -38,9 +38,9 @@ def without_metadata(data: bytes) -> tuple[bytes | None, dict[str, bytes]]:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Each segment of a JPEG up to its first scan's header: marker, start and end in bytes.
+    """Yield each segment of a JPEG up to the header of its first scan: marker, start and end in bytes.
 
-    Raises struct.error, ValueError or IndexError where the file ends before that.
+    Raises struct.error, ValueError or IndexError if the file ends before that.
     """
     marker, end = 0, 2
     while marker != SCAN:
@@ -77,14 +77,14 @@ def _plain_png(data: bytes) -> tuple[bytes, dict[str, bytes]]:
             found["exif"] = _EXIF + body
         elif kind == b"iTXt" and body.startswith(_PNG_XMP):
             found["xmp"] = _png_text(body[len(_PNG_XMP) :])
-        if kind[:1].isupper() or kind == b"tRNS":  # a capital: critical (PNG 3rd edition, 5.4)
+        if kind[:1].isupper() or kind == b"tRNS":  # a capital marks a critical chunk (PNG 3rd edition, 5.4)
             kept.append(data[at:end])
         at = end
     return b"".join(kept), found
 
 
 def _png_text(body: bytes) -> bytes:
-    """The text of an iTXt chunk after its keyword: two flags, language, translated keyword, text."""
+    """Return the text of an iTXt chunk. `body` follows its keyword: two flags, language, translated keyword, text."""
     _, _, text = body[2:].split(b"\0", 2)
     if not body[0]:
         return text

@@ -1,9 +1,9 @@
-"""Pictures as the Qwen-VL tower's patches, in uint8: one reshape on the worker, the arithmetic on the device.
+"""Pictures as patches of the Qwen-VL vision tower, in uint8. A worker only reshapes them, the device computes.
 
     RGB (H, W, 3) uint8 ──► patchify ──► patches (num_patches, p·p·3) uint8, grid (1, H/p, W/p)
 
-Normalisation and the repeat in time happen on the device, so a picture crosses to it as one byte per value instead of
-eight.
+Normalisation and repetition in time happen on the device, so a picture is copied to it as one byte per value instead
+of eight.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """What a base model's config and image processor say about pictures."""
+    """The settings for pictures from a base model's config and image processor."""
 
     patch_size: int
     merge_size: int
@@ -39,11 +39,11 @@ class PatchSpec:
 
     @property
     def kept(self) -> frozenset[int]:
-        """Tokens that truncation may not drop."""
+        """Tokens that truncation must not drop."""
         return frozenset({self.image_token_id, self.vision_start_token_id, self.vision_end_token_id})
 
     def require_fitting(self, image_size: int) -> None:
-        """Raise RecipeError unless a square picture of this side is a whole number of image tokens."""
+        """Raise RecipeError unless `image_size`, the side of a square picture in pixels, is a multiple of `unit`."""
         if image_size % self.unit:
             below = image_size // self.unit * self.unit
             raise RecipeError(
@@ -53,7 +53,7 @@ class PatchSpec:
 
 
 class Patches:
-    """`Pictures` of a Qwen-VL whose processor only cuts, rescales and normalises a picture of this size."""
+    """`Pictures` of a Qwen-VL model whose processor only cuts, rescales and normalises pictures of the packed size."""
 
     def __init__(self, spec: PatchSpec):
         self.spec = spec
@@ -83,15 +83,16 @@ def patchify(
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Cut RGB (H, W, 3) uint8 into patches (num_patches, p·p·3) uint8 and their grid (time, height, width).
 
-    Patches that merge into one token lie together: (H/pm, W/pm, m, m, p, p, channel), the order of transformers'
-    Qwen2VLImageProcessor. The channels stay innermost, so that whole rows of a patch are copied, in a sixth of the
-    time; the device puts them in front. The patches are written to `out` if it is given and of their shape.
+    Patches that merge into one token are next to each other: (H/pm, W/pm, m, m, p, p, channel). This is the order of
+    transformers' Qwen2VLImageProcessor, except for the channels. They stay innermost, so that complete rows of a patch
+    are copied, in a sixth of the time. The device moves them to the front. The patches are written to `out` if it is
+    given and has their shape.
     """
     p, m = spec.patch_size, spec.merge_size
     rows, columns = rgb.shape[0] // p, rgb.shape[1] // p
     shape = (rows * columns, p * p * 3)
     patches = out if out is not None and out.shape == shape else np.empty(shape, dtype=np.uint8)
-    line = np.dtype((np.void, p * 3))  # a row of a patch: moved as one piece
+    line = np.dtype((np.void, p * 3))  # a row of a patch, copied as one item
     lines = np.ascontiguousarray(rgb).reshape(-1).view(line).reshape(rows // m, m, p, columns // m, m)
     into = patches.reshape(-1).view(line).reshape(rows // m, columns // m, m, m, p)
     into[...] = lines.transpose(0, 3, 1, 4, 2)
@@ -99,9 +100,9 @@ def patchify(
 
 
 def normalise_patches(patches: "torch.Tensor", spec: PatchSpec) -> "torch.Tensor":
-    """uint8 patches (n, p·p·3) → pixel_values (n, 3·T·p·p) float32, normalised and repeated T times in time.
+    """Convert uint8 patches (n, p·p·3) to pixel_values (n, 3·T·p·p) float32, normalised and repeated T times in time.
 
-    Equals transformers' Qwen2VLImageProcessor, which rescales by 1/255, then takes (x - mean) / std per channel.
+    Equals transformers' Qwen2VLImageProcessor, which rescales by 1/255, then computes (x - mean) / std per channel.
     """
     import torch
 

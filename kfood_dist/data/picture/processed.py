@@ -1,9 +1,9 @@
-"""Pictures as a model's own transformers processor makes them: for every model without a quicker way of its own.
+"""Pictures made by a model's own transformers processor, for every model that has no faster way here.
 
-    RGB (H, W, 3) uint8 ──► image processor ──► pixel_values float32, and what else it hands out
+    RGB (H, W, 3) uint8 ──► image processor ──► pixel_values float32, and its other outputs
                        └──► expand ──► the tokens that stand for a picture of this size
 
-It runs in the loader process, on every picture, and gives floats: four to eight times as many bytes as uint8.
+The processor runs in the loader process, on every picture. It returns floats: four to eight times the bytes of uint8.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,11 @@ Facts = dict[str, np.ndarray]
 
 
 class Processed:
-    """`Pictures` through a transformers image processor.
+    """`Pictures` made by a transformers image processor.
 
-    `expand` gives the tokens of a picture, int64 (n,), from the picture and what the processor made of it besides
-    pixels; pictures of one size have as many. `token_types` names the model's input that marks image tokens, if any.
+    `expand` returns the tokens of a picture, int64 (n,), from the picture and the processor's outputs except the
+    pixels. All pictures of one size get the same tokens. `token_types` names the model's input that marks image
+    tokens, if there is one.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Processed:
         self._ids: dict[tuple[int, ...], np.ndarray] = {}
 
     def encode(self, rgb: np.ndarray, out: np.ndarray | None = None) -> Picture:
-        # The channels' place is said, since a processor would have to guess it of a very small picture.
+        # The axis of the channels is given, because a processor would have to guess it for a very small picture.
         made = self._image_processor(images=[rgb], return_tensors="np", input_data_format="channels_last")
         facts = {name: np.asarray(value) for name, value in made.items()}
         pixels = facts.pop("pixel_values").astype(np.float32)

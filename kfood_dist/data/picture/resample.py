@@ -1,9 +1,9 @@
-"""Resizing one plane of a picture by the Lanczos filter: the same weights as Pillow's, as products of matrices.
+"""Resize one plane of a picture with the Lanczos filter: Pillow's weights, applied as matrix products.
 
     plane (h, w) uint8 ──► columns by a banded (side, h) matrix ──► rows by a banded (side, w) one ──► (side, side)
 
-Pillow resizes a plane value by value; BLAS does it three times as fast. The weights are whole multiples of 2⁻¹⁴, so
-every sum is exact in float32, whatever the order of adding: the result is the same on every processor and BLAS.
+Pillow resizes a plane value by value. BLAS does it three times as fast. The weights are integer multiples of 2⁻¹⁴, so
+every sum is exact in float32 in any order of adding: the result is the same on every processor and BLAS.
 """
 
 import math
@@ -14,8 +14,8 @@ import numpy as np
 
 _SUPPORT = 3.0  # Lanczos with three lobes
 _UNIT = 1 << 14
-# Few rows share a matrix, or it would be mostly zeros; few columns are taken at once, so that everything stays in the
-# processor's cache and BLAS starts no threads: packing has a process for each core already.
+# Only a few rows share a matrix, because a larger one would be mostly zeros. Only a few columns are resized at once, so
+# that everything stays in the processor's cache and BLAS starts no threads: packing already has a process per core.
 _ROWS, _ROWS_OF_STEEP = 16, 4
 _STEEP = 4.0
 _COLUMNS = 640
@@ -24,7 +24,10 @@ Band = tuple[slice, slice, np.ndarray]
 
 
 def resample(plane: np.ndarray, side: int, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-    """Resize (h, w) uint8 to (side, side) uint8, or the part of it in `box`: left, top, right, bottom in its pixels."""
+    """Resize a plane (h, w) uint8 to (side, side) uint8.
+
+    With a `box` (left, top, right, bottom in pixels of the plane), resizes only that part.
+    """
     height, width = plane.shape
     left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
     upright = _resize_columns(plane, side, _bands(height, side, top, bottom))
@@ -32,7 +35,10 @@ def resample(plane: np.ndarray, side: int, box: tuple[float, float, float, float
 
 
 def _resize_columns(plane: np.ndarray, side: int, bands: tuple[Band, ...]) -> np.ndarray:
-    """(h, w) uint8 to (side, w) uint8, in memory by columns if the plane is: nothing is then copied to turn it."""
+    """Resize the columns of a plane: (h, w) uint8 to (side, w) uint8.
+
+    The result is stored by columns if the plane is, so that transposing it copies nothing.
+    """
     order: Literal["C", "F"] = "C" if plane.flags.c_contiguous else "F"
     out = np.empty((side, plane.shape[1]), dtype=np.uint8, order=order)
     for start in range(0, plane.shape[1], _COLUMNS):
@@ -45,9 +51,12 @@ def _resize_columns(plane: np.ndarray, side: int, bands: tuple[Band, ...]) -> np
     return out
 
 
-@lru_cache(maxsize=256)  # of some 40 KB each
+@lru_cache(maxsize=256)  # about 40 KB each
 def _bands(size: int, side: int, start: float, stop: float) -> tuple[Band, ...]:
-    """The matrix (side, size) of resizing start … stop to `side` pixels, as (its rows, columns used, weights) bands."""
+    """Return the (side, size) matrix that resizes `start` to `stop` to `side` pixels.
+
+    It comes as bands: (its rows, the columns that they use, weights).
+    """
     scale = (stop - start) / side
     width = max(scale, 1.0)
     centres = start + (np.arange(side) + 0.5) * scale
@@ -74,7 +83,10 @@ def _bands(size: int, side: int, start: float, stop: float) -> tuple[Band, ...]:
 
 
 def _lanczos(begins: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Lanczos' window sinc(x) · sinc(x/3) at begins[:, None] + steps, by sin(a + b): few sines make all of them."""
+    """Return Lanczos' window sinc(x) · sinc(x/3) at begins[:, None] + steps.
+
+    Uses the formula for sin(a + b), so that only a few sines are computed.
+    """
     x = np.pi * (begins[:, None] + steps)
     a, b = np.pi * begins[:, None], np.pi * steps
     sine = np.sin(a) * np.cos(b) + np.cos(a) * np.sin(b)

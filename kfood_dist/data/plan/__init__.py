@@ -1,1 +1,1 @@
-"""Who reads which sample at which step."""
+"""Which rank reads which sample at which step."""

@@ -1,11 +1,12 @@
-"""Who reads what: a pure function of a few integers, the same for every cut into ranks and workers.
+"""Which samples a step reads: a pure function of a few integers, the same for any number of ranks and workers.
 
     (seed, epoch) ──► Order: the sample ids of an epoch, in a global order (`sampling.py`)
     step          ──► ids of that step: the next G of the order (G = global batch; an epoch's last step may be short)
     ids           ──► deal: (micro_step, rank, slot) → id, by position
 
-Always holds: every rank takes the same number of micro-steps; what a step sees depends on seed, epoch and G alone,
-so a run may resume on another number of ranks that divides G; a step costs what it holds, not what the epoch holds.
+Always holds: every rank takes the same number of micro-steps. The samples of a step depend only on seed, epoch, G and
+the step's number, not on the ranks, so a run may resume on another number of ranks that divides G. The cost of a step
+grows with the samples of the step, not with those of the epoch.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ STATE_VERSION = 2
 
 
 class MicroBatch(NamedTuple):
-    """The samples one rank sees in one micro-step. `filler` stands in, unweighted, where `ids` is empty."""
+    """The samples of one rank in one micro-step. If `ids` is empty, `filler` takes their place, without any weight."""
 
     step: int
     micro_step: int
@@ -30,10 +31,10 @@ class MicroBatch(NamedTuple):
     filler: int
 
 
-def deal(ids: np.ndarray, ranks: int, micro_batch: int) -> np.ndarray:
-    """Deal one step's ids to (micro_steps, ranks, micro_batch), by position; free slots hold EMPTY.
+def assign_slots(ids: np.ndarray, ranks: int, micro_batch: int) -> np.ndarray:
+    """Assign one step's ids to slots (micro_steps, ranks, micro_batch), by position. Free slots hold EMPTY.
 
-    A short step takes only as many micro-steps as it needs, on every rank alike.
+    A short step takes only as many micro-steps as it needs, the same number on every rank.
     """
     per_micro_step = ranks * micro_batch
     micro_steps = -(-len(ids) // per_micro_step)
@@ -44,7 +45,7 @@ def deal(ids: np.ndarray, ranks: int, micro_batch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the samples of `order` are read by `ranks` ranks, step by step and epoch after epoch."""
+    """The way in which `ranks` ranks read the samples of `order`, step by step and epoch after epoch."""
 
     order: Order
     seed: int
@@ -69,38 +70,38 @@ class Plan:
         return step // self.steps_per_epoch
 
     def samples_before(self, step: int) -> int:
-        """Samples seen by all steps before `step`, short steps counted as they are."""
+        """Return the number of samples in all steps before `step`. A short step counts with its real number."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         return epoch * self.samples_per_epoch + min(step_in_epoch * self.global_batch, self.samples_per_epoch)
 
     def ids(self, step: int) -> np.ndarray:
-        """The sample ids of one step, int64."""
+        """Return the sample ids of one step, int64."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch
         return self.order.ids(self.seed, epoch, start, min(start + self.global_batch, self.samples_per_epoch))
 
     def slots(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (step, its ids dealt to (micro_steps, ranks, micro_batch)) for `start <= step < stop`."""
+        """Yield (step, its ids in slots (micro_steps, ranks, micro_batch)) for `start <= step < stop`."""
         for step in range(start, stop):
-            yield step, deal(self.ids(step), self.ranks, self.micro_batch)
+            yield step, assign_slots(self.ids(step), self.ranks, self.micro_batch)
 
     def micro_batches(self, rank: int, start: int, stop: int) -> Iterator[MicroBatch]:
-        """Yield what `rank` reads in the steps `start <= step < stop`, in reading order."""
+        """Yield the micro-batches of `rank` in the steps `start <= step < stop`, in reading order."""
         for step, slots in self.slots(start, stop):
             for micro_step, ranks in enumerate(slots):
                 mine = tuple(int(i) for i in ranks[rank] if i != EMPTY)
                 yield MicroBatch(step, micro_step, mine, filler=int(slots[0, 0, 0]))
 
-    def coarse_reads(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (step, ids to read ahead of it) for the steps start … stop - 1, ids in the order of the index.
+    def windows_to_prefetch(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (step, ids to read ahead of it) for `start <= step < stop`, with the ids in the order of the index.
 
-        The first step asks for its whole window, and every step for as large a part of the window after its own as it
-        brings the run through its own: reading keeps pace with training, one window ahead and in long runs.
-        Yields nothing where an epoch is a single window.
+        The first step asks for its complete window. Every step asks for a part of the next window: the same share as
+        the part of the current window that the step uses. So reading keeps pace with training, one window ahead and
+        in long runs. Yields nothing if an epoch is a single window.
         """
         if self.order.num_windows == 1 or start >= stop:
             return
-        asked, _ = self._window(self.samples_before(start))
+        requested, _ = self._window(self.samples_before(start))
         _, end = self._window(self.samples_before(stop) - 1)
         window, ids = (-1, -1), np.empty(0, np.int64)
         for step in range(start, stop):
@@ -108,16 +109,16 @@ class Plan:
             begin, next_begin = self._window(used)
             _, next_end = self._window(next_begin)
             due = next_begin + (used - begin) * (next_end - next_begin) // (next_begin - begin)
-            while asked < min(due, end):
-                if not window[0] <= asked < window[1]:
-                    window = self._window(asked)
+            while requested < min(due, end):
+                if not window[0] <= requested < window[1]:
+                    window = self._window(requested)
                     ids = np.sort(self._ids_of(window))
                 upto = min(due, window[1])
-                yield step, ids[asked - window[0] : upto - window[0]]
-                asked = upto
+                yield step, ids[requested - window[0] : upto - window[0]]
+                requested = upto
 
     def _window(self, samples: int) -> tuple[int, int]:
-        """The window that a run is in after so many samples, as the samples before its begin and its end."""
+        """Return the window that a run is in after `samples` samples, as the samples before its start and its end."""
         epoch, place = divmod(samples, self.samples_per_epoch)
         start, stop = self.order.window_at(place)
         return epoch * self.samples_per_epoch + start, epoch * self.samples_per_epoch + stop
@@ -127,18 +128,21 @@ class Plan:
         return self.order.ids(self.seed, epoch, start, start + window[1] - window[0])
 
     def num_micro_steps(self, step: int) -> int:
-        """Micro-steps each rank takes in `step`: the accumulation, or fewer in an epoch's short last step."""
+        """Return the micro-steps of each rank in `step`: the accumulation, or fewer in an epoch's short last step."""
         num_samples = self.samples_before(step + 1) - self.samples_before(step)
         return -(-num_samples // (self.ranks * self.micro_batch))
 
     def state(self, step: int) -> dict[str, Any]:
-        """The position before `step` as a small JSON record."""
+        """Return the position before `step` as a small JSON record."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         samples = step_in_epoch * self.global_batch
         return asdict(Position(STATE_VERSION, self.seed, epoch, samples, self.global_batch, self.order.fingerprint))
 
     def resume(self, state: dict[str, Any]) -> int:
-        """The step to go on with after `state`. Raises CheckpointError naming every difference."""
+        """Return the step to continue with after `state`.
+
+        Raises CheckpointError if `state` is of other settings, and names every difference, or if it is malformed.
+        """
         here = Position(STATE_VERSION, self.seed, 0, 0, self.global_batch, self.order.fingerprint)
         try:
             saved = Position(**state)
@@ -151,8 +155,8 @@ class Plan:
         ]
         if differing:
             raise CheckpointError(
-                f"the checkpoint reads other data: {'; '.join(differing)}",
-                "restore those settings, or start anew with another run.dir",
+                f"the checkpoint was written with other data settings: {'; '.join(differing)}",
+                "restore those settings, or start a new run with another run.dir",
             )
         numbers = (saved.epoch, saved.samples)
         if not all(isinstance(n, int) and n >= 0 for n in numbers) or saved.samples % self.global_batch:
@@ -168,7 +172,7 @@ def _malformed(state: Any) -> CheckpointError:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data: `samples` of `epoch` are used up. `index_hash` is the order's fingerprint."""
+    """The position of a run in its data: it has used `samples` of `epoch`. `index_hash` is the order's fingerprint."""
 
     version: int
     seed: int
@@ -179,9 +183,9 @@ class Position:
 
 
 def accumulation_for(global_batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-steps per step that make `global_batch` on this many ranks.
+    """Return the micro-steps per step that make `global_batch` on this many ranks.
 
-    Raises RecipeError when ranks × micro-batch does not divide it.
+    Raises RecipeError if ranks × micro-batch does not divide `global_batch`.
     """
     accumulation, rest = divmod(global_batch, micro_batch * ranks)
     if rest or not accumulation:
@@ -190,15 +194,15 @@ def accumulation_for(global_batch: int, micro_batch: int, ranks: int) -> int:
             f"a global batch of {global_batch} cannot be cut into micro-batches of {micro_batch} on {ranks} ranks",
             f"use one of {fitting} ranks, or change train.micro_batch_size"
             if fitting
-            else f"let train.micro_batch_size divide {global_batch}",
+            else f"set train.micro_batch_size to a divisor of {global_batch}",
         )
     return accumulation
 
 
-def cut_anew(global_batch: int, micro_batch: int, ranks: int) -> tuple[int, int]:
-    """The largest micro-batch up to `micro_batch`, and the micro-steps per step, that make `global_batch` on `ranks`.
+def refit_batch(global_batch: int, micro_batch: int, ranks: int) -> tuple[int, int]:
+    """Return the largest micro-batch up to `micro_batch`, and its micro-steps per step, for `global_batch` on `ranks`.
 
-    Raises RecipeError when the number of ranks does not divide it.
+    Raises RecipeError if the number of ranks does not divide `global_batch`.
     """
     fitting = (n for n in range(micro_batch, 0, -1) if global_batch % (n * ranks) == 0)
     micro_batch = next(fitting, 1)

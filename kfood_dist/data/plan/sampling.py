@@ -1,13 +1,13 @@
 """Which samples an epoch draws, and in what order: array operations on the index, no state.
 
     folders by weight, classes by balance ──► parts: how many draws per epoch, and which samples in turn
-    the parts' draws, dealt evenly        ──► turns of an epoch, each part's in the order of its index
+    the parts' draws, spread evenly       ──► turns of an epoch, each part's in the order of its index
     (seed, epoch)                         ──► windowed shuffle of the turns (`shuffle.py`) ──► turn ──► id
 
-Neighbouring turns are neighbours in their folder's index, so a window reads long runs of every folder; and each window
-holds every folder, and every class, in its share. Always holds: over any epochs, a folder's or class's samples are
-drawn equally often, but for one draw: where an epoch has fewer draws than samples, the next ones go on with others.
-(Samples lie in random order since they were packed, so any part of a folder is a random one.)
+Neighbouring turns are neighbours in their folder's index, so a window reads long runs of every folder. Each window
+holds every folder, and every class, in its share. Always holds: over any number of epochs, all samples of a folder or
+class are drawn equally often, give or take one draw. If an epoch has fewer draws than samples, the next epochs
+continue with the other samples. (Packing stores samples in random order, so any part of a folder is a random one.)
 """
 
 import hashlib
@@ -21,30 +21,30 @@ import numpy as np
 
 from kfood_dist.data.plan.shuffle import DEFAULT_WINDOW, Shuffle
 
-# Turns in which every part has its share: no more than a run of a window of 4,096.
+# Number of turns in which every part has its share: not more than a run in a window of 4,096.
 _BLOCK = 64
-# But no more blocks than this, whose begins take 16 MiB: of an epoch over 134 million draws they are longer.
+# At most this many blocks, whose start positions take 16 MiB. In an epoch of over 134 million draws blocks are longer.
 _MAX_BLOCKS = 2**21
 
-# A class with fewer pictures than this for each window is a part of its own. Read in the order of the index, each of
-# its pictures as often in a row as it is drawn, whole windows would be without it.
+# A class with fewer pictures per window than this is a separate part. Otherwise its pictures would be read in the order
+# of the index, each as often in a row as it is drawn, and complete windows would have none of them.
 _FEW_PER_WINDOW = 64
 
 
 class Part(Protocol):
-    """Samples that share out `draws` draws of an epoch."""
+    """Samples that share `draws` draws of an epoch."""
 
     draws: int
 
     def ids(self, epoch: int, turns: np.ndarray) -> np.ndarray:
-        """The sample ids of some of the turns 0 … draws - 1 of an epoch, int64."""
+        """Return the sample ids of some of the turns 0 to draws - 1 of an epoch, int64."""
         ...
 
 
 class Order:
-    """The global order of sample ids, epoch after epoch; see the module.
+    """The global order of sample ids, epoch after epoch. See the docstring of the module.
 
-    `fingerprint` is a SHA-256 of all that decides about the order but seed and epoch.
+    `fingerprint` is a SHA-256 of everything that determines the order, except seed and epoch.
     """
 
     def __init__(self, parts: Sequence[Part], num_samples: int, window: int, fingerprint: str):
@@ -54,13 +54,13 @@ class Order:
         self.fingerprint = fingerprint
         self._parts = parts
         self._num_blocks = min(-(-self.epoch_length // _BLOCK), _MAX_BLOCKS)
-        # Block b begins at turn _starts[b], and holds the turns b·draws // blocks … of each part.
+        # Block b begins at turn _starts[b]. In each part, it begins at turn b·draws // blocks.
         blocks = np.arange(self._num_blocks + 1)
         self._starts = sum((blocks * part.draws // self._num_blocks for part in parts), np.zeros_like(blocks))
         self._shuffles: dict[tuple[int, int], Shuffle] = {}
 
     def ids(self, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
-        """The sample ids at the places start … stop - 1 of an epoch, int64."""
+        """Return the sample ids at the places `start` to `stop` - 1 of an epoch, int64."""
         turns = self._shuffle(seed, epoch).take(start, stop)
         if len(self._parts) == 1:
             return self._parts[0].ids(epoch, turns)
@@ -79,21 +79,24 @@ class Order:
         return -(-self.epoch_length // self._shuffle(0, 0).window)
 
     def window_at(self, place: int) -> tuple[int, int]:
-        """The places, start and stop, of the window that `place` lies in; the same in every epoch."""
+        """Return the places, start and stop, of the window that contains `place`. They are the same in every epoch."""
         window = self._shuffle(0, 0).window
         start = place // window * window
         return start, min(start + window, self.epoch_length)
 
     def _shuffle(self, seed: int, epoch: int) -> Shuffle:
-        """An epoch's shuffle. The latest are kept: reading ahead looks into the next epoch while this one goes on."""
+        """Return an epoch's shuffle. Keeps the latest ones, because reading ahead may already be in the next epoch."""
         if (seed, epoch) not in self._shuffles:
             kept = list(self._shuffles.items())[-2:]
             self._shuffles = dict([*kept, ((seed, epoch), Shuffle(self.epoch_length, self.window, seed, epoch))])
         return self._shuffles[seed, epoch]
 
 
-class _RoundAndRound:
-    """Samples one after the other, the next epoch where this one stopped: a range of ids, or those listed."""
+class _Cycling:
+    """Samples drawn one after the other, in a circle: a range of ids, or those listed.
+
+    Each epoch starts where the one before it stopped.
+    """
 
     def __init__(self, first: int, size: int, draws: int, listed: np.ndarray | None = None):
         self.draws = draws
@@ -107,9 +110,9 @@ class _RoundAndRound:
 
 
 class _ByClass:
-    """A folder's samples in the order of its index, each as often in a row as its class wants it in this epoch.
+    """A folder's samples in the order of its index, each repeated as often as its class requires in this epoch.
 
-    `by_class` are places in the folder, grouped by class; `classes` the (size, draws) of each group.
+    `by_class` has places in the folder, grouped by class. `classes` has the (size, draws) of each group.
     """
 
     def __init__(self, first: int, num_samples: int, by_class: np.ndarray, classes: Sequence[tuple[int, int]]):
@@ -127,7 +130,7 @@ class _ByClass:
         return self._first + self._latest[epoch][turns].astype(np.int64)
 
     def _drawn(self, epoch: int) -> np.ndarray:
-        """The places in the folder that the epoch draws, ascending."""
+        """Return the places in the folder that the epoch draws, in ascending order."""
         counts = np.zeros(self._num_samples, dtype=np.int64)
         start = 0
         for size, draws in self._classes:
@@ -137,11 +140,11 @@ class _ByClass:
 
 
 def _times_drawn(size: int, draws: int, epoch: int) -> np.ndarray:
-    """How often an epoch draws each of the `size` samples of a class, int64 with the sum `draws`.
+    """Return how often an epoch draws each of the `size` samples of a class, int64 with the sum `draws`.
 
-    Every sample earns draws / size per epoch, and is drawn when its account passes a whole number. The accounts begin
-    at different levels, one for each sample, that lie far apart for neighbours in the index: multiples of the golden
-    section, so that those drawn in an epoch are evenly spread over the index.
+    Every sample has an account. It grows by draws / size per epoch, and the sample is drawn when it passes an integer.
+    Each account starts at a different level, a multiple of the golden ratio (0.618). The levels of neighbours in the
+    index are far apart, so that the samples drawn in an epoch are evenly spread over the index.
     """
     stride = size * 618_034 // 1_000_000
     while gcd(stride, size) != 1:
@@ -151,7 +154,10 @@ def _times_drawn(size: int, draws: int, epoch: int) -> np.ndarray:
 
 
 def _by_class(first: int, labels: np.ndarray, draws: Sequence[int], few: int) -> Iterator[Part]:
-    """The parts of one folder with so many draws of each class; a class with less than `few` samples is one of them."""
+    """Yield the parts of one folder, for these `draws` of each class.
+
+    A class with fewer than `few` samples is a separate part. All other classes together are one part.
+    """
     place = np.argsort(labels, kind="stable").astype(np.min_scalar_type(len(labels)))
     sizes = np.bincount(labels, minlength=len(draws)).tolist()
     groups = np.split(place, np.cumsum(sizes)[:-1])
@@ -162,7 +168,7 @@ def _by_class(first: int, labels: np.ndarray, draws: Sequence[int], few: int) ->
         yield _ByClass(first, len(labels), together, [(sizes[k], draws[k]) for k in common])
     for group, number, is_rare in zip(groups, draws, rare, strict=True):
         if is_rare:
-            yield _RoundAndRound(first, len(group), number, group)
+            yield _Cycling(first, len(group), number, group)
 
 
 def build_order(
@@ -173,13 +179,13 @@ def build_order(
     window: int | None = None,
     index_hash: str = "",
 ) -> Order:
-    """The order of several folders of `sizes` samples, their ids one folder's after the other's.
+    """Build the order of several folders of `sizes` samples. The ids of a folder follow those of the folder before it.
 
-    A sample of a folder is drawn `weights` times per epoch on average. `class_balance` 0 leaves the classes as they
-    are, 1 draws all alike, and between them a class of n samples is drawn in proportion to n^(1 - class_balance), the
-    exponential smoothing of multilingual training (Conneau and Lample 2019, arXiv 1901.07291, section 3.1); it needs
-    `labels`, whole numbers from 0 (all samples,). Samples of a class count by their folder's weight. No folder, and
-    no class in a folder, is left without a draw.
+    A sample of a folder is drawn as often per epoch, on average, as its entry in `weights`. `class_balance` 0 leaves
+    the classes as they are, and 1 draws all classes equally often. Between them, a class of n samples is drawn in
+    proportion to n^(1 - class_balance), the exponential smoothing of multilingual training (Conneau and Lample 2019,
+    arXiv 1901.07291, section 3.1). It needs `labels`, integers from 0 (all samples,). Samples of a class count with
+    their folder's weight. Every folder, and every class in a folder, has at least one draw.
     """
     window = window or DEFAULT_WINDOW
     first = [sum(sizes[:n]) for n in range(len(sizes))]
@@ -197,7 +203,7 @@ def build_order(
         parts = [part for folder in folders for part in _by_class(*folder, few)]
     else:
         drawn = [[number] for number in draws]
-        parts = [_RoundAndRound(*folder) for folder in zip(first, sizes, draws, strict=True)]
+        parts = [_Cycling(*folder) for folder in zip(first, sizes, draws, strict=True)]
     settled = [list(map(int, sizes)), list(map(float, weights)), drawn, float(class_balance), window, index_hash]
     fingerprint = hashlib.sha256(json.dumps(settled).encode("ascii")).hexdigest()
     return Order(parts, sum(sizes), window, fingerprint)
@@ -206,9 +212,10 @@ def build_order(
 def _balanced_draws(
     counts: Sequence[Sequence[int]], weights: Sequence[float], balance: float, total: int
 ) -> list[list[int]]:
-    """Draws of each class in each folder: `total` in all, by largest remainder, but at least one where there are some.
+    """Return the draws of each class in each folder: `total` in all, by largest remainder.
 
-    Computed in decimals: a power in floating point may differ in its last digit between machines, and tip a remainder.
+    A class that has samples in a folder gets at least one draw there. Computed in decimals, because the last digit of
+    a floating-point power may differ between machines, and change which remainder is the largest.
     """
     with localcontext(prec=28):
         natural = [[Decimal(repr(float(w))) * n for n in row] for w, row in zip(weights, counts, strict=True)]

@@ -1,1 +1,1 @@
-"""The packed format: manifest, tars with their indexes, and what reads and checks them."""
+"""The packed format: the manifest, the tars and their indexes, and the code that reads and checks them."""

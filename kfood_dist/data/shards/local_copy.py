@@ -89,11 +89,11 @@ def local_copy(
     manifest = load_manifest(storage)
     raw = storage.read(MANIFEST_NAME)
     folder = _home(copy_to) / f"{_plain(manifest.where)}-{hashlib.sha256(raw).hexdigest()[:12]}"
-    with _naming_the_remedy(copy_to):
+    with _as_launch_error(copy_to):
         copy_to.mkdir(parents=True, exist_ok=True)
         lock = _enter(folder)
     try:
-        with _naming_the_remedy(copy_to), _copying(folder, manifest.where):
+        with _as_launch_error(copy_to), _copying(folder, manifest.where):
             _sweep(folder)
             _copy(manifest, _files(manifest, set(splits)), folder, show_progress)
             _write(folder, _File(MANIFEST_NAME, len(raw), hashlib.sha256(raw).hexdigest()), [raw], storage)
@@ -112,7 +112,7 @@ def _home(copy_to: Path) -> Path:
 
 
 @contextmanager
-def _naming_the_remedy(copy_to: Path) -> Iterator[None]:
+def _as_launch_error(copy_to: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -2,7 +2,7 @@
 
     OUT/manifest.json ──► load_manifest ──► Manifest
 
-`shards/README.md` is the contract of the format for other readers.
+`shards/README.md` specifies the format for other readers.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 from kfood_dist.data.storage.base import MissingFileError, Storage
 from kfood_dist.data.storage.local import LocalStorage
 from kfood_dist.data.storage.open import open_storage
-from kfood_dist.data.task.dish import DishClass, stands_for_two
+from kfood_dist.data.task.dish import DishClass, find_ambiguous_answer
 from kfood_dist.errors import ShardError
 
 FORMAT = "kfood-shards"
@@ -43,9 +43,10 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed folder holds; a class's id is its position in `classes`, which may be empty.
+    """The contents of a packed folder, as its manifest states them.
 
-    `columns` are those that every sample has besides its pictures. `raw` is the whole JSON.
+    `classes` may be empty. The id of a class is its position in `classes`. `columns` are the columns that every sample
+    has besides its pictures. `raw` is the complete JSON.
     """
 
     storage: Storage
@@ -68,14 +69,14 @@ class Manifest:
 
     @property
     def folder(self) -> Path:
-        """The folder; raises ShardError where the data set lies behind a URL."""
+        """The local folder. Raises ShardError if the data set is behind a URL."""
         if isinstance(self.storage, LocalStorage):
             return self.storage.folder
-        raise ShardError(f"{self.where} is no local folder, which this needs", "copy it to a disk first")
+        raise ShardError(f"{self.where} is not a local folder, but this needs one", "copy it to a disk first")
 
     @property
     def groups_across(self) -> int:
-        """How many groups lie in several splits, as the source's own split has them."""
+        """The number of groups that are in several splits, because the source's own split put them there."""
         own = self.raw.get("source_split")
         return 0 if own is None else own["groups_across"]
 
@@ -86,15 +87,15 @@ class Manifest:
         return tuple(s for s in SPLITS if s in present)
 
     def shards_of(self, split: str) -> tuple[ShardFile, ...]:
-        """The shards of one split in reading order."""
+        """Return the shards of one split in reading order."""
         return tuple(s for s in self.shards if s.split == split)
 
 
 def load_manifest(where: str | Path | Storage) -> Manifest:
     """Read the manifest of a packed folder, given by its path, its URL or its storage.
 
-    Raises ShardError when the folder or the manifest is missing, is not JSON, or is of another format or
-    version.
+    Raises ShardError if the folder or the manifest is missing, or if the manifest cannot be read, is damaged, is not
+    JSON, or is of another format or version.
     """
     storage = open_storage(where)
     data = _read(storage)
@@ -106,19 +107,19 @@ def load_manifest(where: str | Path | Storage) -> Manifest:
         )
     if raw.get("version") != VERSION:
         raise ShardError(
-            f"{place} is of version {raw.get('version')!r}; version {VERSION} is read here",
+            f"{place} is of version {raw.get('version')!r}, but this kfood reads version {VERSION}",
             "pack the source again with this kfood: `kfood pack SOURCE OUT`, with the options it was packed with",
         )
-    if not _is_sealed(data):
-        raise ShardError(f"{place} is damaged or was edited: its checksum is another", _PACK_AGAIN)
+    if not _has_valid_checksum(data):
+        raise ShardError(f"{place} is damaged or was edited: its checksum does not match", _PACK_AGAIN)
     try:
         return _parse_manifest(storage, raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(f"{place} is damaged ({type(error).__name__}: {error})", _PACK_AGAIN) from None
 
 
-def seal(raw: dict[str, Any]) -> bytes:
-    """The file's bytes: JSON whose last line is a SHA-256 over all lines before it."""
+def with_checksum(raw: dict[str, Any]) -> bytes:
+    """Return the bytes of the manifest file: JSON whose last entry is a SHA-256 of all lines before it."""
     body = json.dumps({k: v for k, v in raw.items() if k != _CHECKSUM}, ensure_ascii=False, indent=1).encode("utf-8")
     return _sealed(body.removesuffix(b"\n}"))
 
@@ -127,8 +128,11 @@ def _sealed(lines: bytes) -> bytes:
     return lines + f',\n "{_CHECKSUM}": "{hashlib.sha256(lines).hexdigest()}"\n}}'.encode("ascii")
 
 
-def _is_sealed(data: bytes) -> bool:
-    """Whether `data` is as `seal` made it. A hash of the bytes: of a large manifest, much quicker than of its parts."""
+def _has_valid_checksum(data: bytes) -> bool:
+    """Return whether the checksum in `data` is that of the lines before it, as `with_checksum` writes it.
+
+    Hashes the bytes of the file. For a large manifest that is much faster than to hash its parsed parts.
+    """
     end = data.rfind(f',\n "{_CHECKSUM}": '.encode("ascii"))
     return end > 0 and data == _sealed(data[:end])
 
@@ -141,7 +145,7 @@ def _read(storage: Storage) -> bytes:
         raise ShardError(what, "check its permissions") from None
     if is_missing:
         raise MissingFileError(
-            f"shard folder {storage.where} does not exist", "name the OUT of a `kfood pack SOURCE OUT`"
+            f"shard folder {storage.where} does not exist", "name the OUT folder of a `kfood pack SOURCE OUT`"
         )
     try:
         return storage.read(MANIFEST_NAME)
@@ -154,7 +158,7 @@ def _read(storage: Storage) -> bytes:
 def _parse_json(place: str, data: bytes) -> dict[str, Any]:
     try:
         raw = json.loads(data)
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, or JSON nested without end
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or JSON nested too deeply
         raise ShardError(f"{place} is not JSON", _PACK_AGAIN) from None
     if not isinstance(raw, dict):
         raise ShardError(f"{place} is not a JSON object", _PACK_AGAIN)
@@ -183,7 +187,7 @@ def _parse_manifest(storage: Storage, raw: dict[str, Any]) -> Manifest:
     for split in SPLITS:
         _count(raw["splits"][split]["samples"])
     if not isinstance(raw["columns"], list) or not all(isinstance(name, str) for name in raw["columns"]):
-        raise ValueError("columns are no list of names")
+        raise ValueError("columns is not a list of names")
     columns = tuple(raw["columns"])
     return Manifest(storage, classes, _count(raw["image_size"]), str(raw["resize"]), columns, shards, raw)
 
@@ -192,25 +196,27 @@ def _parse_classes(raw: dict[str, Any]) -> tuple[DishClass, ...]:
     classes = tuple(
         DishClass(str(c["name"]), str(c["category"]), tuple(str(a) for a in c["aliases"])) for c in raw["classes"]
     )
-    # An older manifest does not say. `kfood pack` has always refused an ambiguous class list.
-    is_listed = raw["class_list"] if "class_list" in raw else stands_for_two(classes) is None
+    # An older manifest does not say whether the classes come from a class list. `kfood pack` has always refused an
+    # ambiguous class list, so classes with an ambiguous answer do not come from one.
+    is_listed = raw["class_list"] if "class_list" in raw else find_ambiguous_answer(classes) is None
     return classes if is_listed else tuple(replace(dish, listed=False) for dish in classes)
 
 
 def _plain_name(name: Any) -> str:
-    # A manifest from elsewhere must not lead a reader out of its own folder.
+    # A manifest that someone else wrote must not make a reader open files outside its folder.
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{name!r} is not a plain file name")
     return name
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:  # as numpy can compare
+    # numpy can compare values below 2**63.
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} is not a count")
     return value
 
 
 def _one_of(allowed: tuple[str, ...], value: Any) -> str:
     if value not in allowed:
-        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+        raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
     return value

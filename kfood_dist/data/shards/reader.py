@@ -1,12 +1,12 @@
-"""Reading packed data sets: samples by offset, the indexes as they are needed.
+"""Read the samples of a packed data set by their byte offsets. Each index is loaded when it is first needed.
 
-    manifest    ──► open_split ──► ShardSplit   how many samples each shard has; no other file is touched yet
-    ids         ──► shards ──► their indexes    loaded and checked when first needed, the latest used kept
+    manifest    ──► open_split ──► ShardSplit   how many samples each shard has; no other file is opened yet
+    ids         ──► shards ──► their indexes    loaded and checked when first needed; those used last are kept
     index rows  ──► byte ranges ──► Storage, several in flight ──► crc32 ──► Sample: JPEG bytes, columns
 
-A shard is an ordinary WebDataset tar; the index beside it says where each sample's members lie, one run of bytes.
-Bytes whose crc32 is not the index's are never handed out, and one bad sample does not lose the others.
-`shards/README.md` is the contract of the format for other readers.
+A shard is an ordinary WebDataset tar. The index beside it says where the members of each sample are: one contiguous
+run of bytes. Bytes whose crc32 differs from the index are never returned. One damaged sample does not stop the others
+from being read. `shards/README.md` specifies the format for other readers.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 
 from kfood_dist.data.shards.manifest import VERSION, Manifest, ShardFile, load_manifest
 from kfood_dist.data.shards.sample import Sample, cut, sample_key
-from kfood_dist.data.storage.base import Range, Storage, spans
+from kfood_dist.data.storage.base import Range, Storage, merge_ranges
 from kfood_dist.errors import ShardError
 
 # Explicit little-endian fields without padding: the same bytes on every machine.
@@ -41,25 +41,25 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 
-# Reading ahead is only advice, and coarse: long runs matter more than the bytes between.
+# Reading ahead is only a rough hint to the kernel. Long runs matter more than the unneeded bytes between ranges.
 _AHEAD_GAP_BYTES = 256 << 10
-# Indexes that a process keeps: of some 1,900 shards of 2,000 samples.
+# The limit of the indexes that a process keeps: those of about 2,400 shards of 2,000 samples.
 _KEPT_INDEX_BYTES = 256 << 20
-# Indexes that are read together where all are wanted.
+# The largest number of indexes that are read together.
 _INDEXES_AT_ONCE = 64
 # The label of a sample in a data set without classes.
 NO_LABEL = 2**16 - 1
 
 
-# One sample: where its bytes lie, their crc32, its key, and how many pictures it has.
+# One sample: where its bytes are, their crc32, its key, and how many pictures it has.
 _Run = tuple[Range, int, bytes, int]
 
 
 def open_split(where: str | Path | Storage, split: str) -> "ShardSplit":
-    """Open one split of a packed data set: reads its manifest only, however many shards there are.
+    """Open one split of a packed data set. Reads only its manifest, however many shards there are.
 
-    Raises ShardError as `load_manifest` does, and when the split is unknown or empty. Whether the shards are
-    there is told by `ShardSplit.require_files`, or by the first read.
+    Raises ShardError if `load_manifest` does, or if the split is unknown or empty. It does not check that the shards
+    exist: `ShardSplit.require_files` does, or the first read.
     """
     manifest = load_manifest(where)
     if split not in manifest.splits:
@@ -71,9 +71,9 @@ def open_split(where: str | Path | Storage, split: str) -> "ShardSplit":
 
 
 def load_index(manifest: Manifest, shard: ShardFile) -> np.ndarray:
-    """The index of one shard, shape (samples,), dtype INDEX_DTYPE.
+    """Return the index of one shard, shape (samples,), dtype INDEX_DTYPE.
 
-    Raises ShardError when it is missing, damaged, or not the one the manifest was written with.
+    Raises ShardError if it is missing, damaged, or not the one that the manifest was written with.
     """
     size = manifest.storage.size(shard.index_path)
     if size != shard.index_bytes:
@@ -85,7 +85,7 @@ def load_index(manifest: Manifest, shard: ShardFile) -> np.ndarray:
 
 
 def _npy_header(num_rows: int) -> bytes:
-    """The first bytes of an index of so many rows, as np.save writes them."""
+    """Return the first bytes of an index of `num_rows` rows, as np.save writes them."""
     out = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(INDEX_DTYPE)
     np.lib.format.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": (num_rows,)})
@@ -93,7 +93,7 @@ def _npy_header(num_rows: int) -> bytes:
 
 
 def _parse_index(manifest: Manifest, shard: ShardFile, data: bytes | ShardError) -> np.ndarray | ShardError:
-    """What `load_index` gives, or would raise; a fault of the reading is passed on."""
+    """Return the index in `data`, or a ShardError if it is damaged. If `data` is an error, returns it."""
     if isinstance(data, ShardError):
         return data
 
@@ -102,20 +102,20 @@ def _parse_index(manifest: Manifest, shard: ShardFile, data: bytes | ShardError)
 
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         return fault("is not the index that the manifest was written with")
-    # Not np.load: threads read indexes side by side, and Python 3.11's parser of literals, which it reads the header
-    # by, fails now and then when two threads are in it (cpython gh-106905).
+    # np.load is not used: several threads read indexes at once, and np.load parses the header with Python's parser of
+    # literals. In Python 3.11 that parser sometimes fails when two threads use it at once (cpython gh-106905).
     header = _npy_header(shard.samples)
     if not data.startswith(header) or len(data) != len(header) + shard.samples * INDEX_DTYPE.itemsize:
         return fault(f"does not hold {shard.samples} rows of the index format {VERSION}")
     index = np.frombuffer(data, INDEX_DTYPE, offset=len(header))
     labels = index["label"]
     if np.any((labels >= len(manifest.classes)) & ((labels != NO_LABEL) | (len(manifest.classes) > 0))):
-        return fault(f"names a class beyond the manifest's {len(manifest.classes)}")
+        return fault(f"has a class id beyond the manifest's class count ({len(manifest.classes)})")
     if not index["key"].tobytes().isascii():
         return fault("has a key that is not ASCII")
     offset, size = index["offset"], index["size"]
     if np.any((offset > shard.bytes) | (size > shard.bytes - np.minimum(offset, shard.bytes))):
-        return fault(f"leads beyond the end of {shard.path}")
+        return fault(f"points beyond the end of {shard.path}")
     return index
 
 
@@ -126,8 +126,8 @@ def _wrong_size(storage: Storage, name: str, size: int, expected: int) -> ShardE
 class ShardSplit:
     """Random access to one split's samples, by their position in the split's shards, from 0.
 
-    Files are opened when first read, anew in each process, so an object may be forked or pickled; threads of
-    one process should not share it.
+    Each process opens a file when it first reads it, so an object may be forked or pickled. Threads of one process
+    should not share an object.
     """
 
     def __init__(self, manifest: Manifest, split: str):
@@ -145,30 +145,33 @@ class ShardSplit:
         self.index_hash = hashlib.sha256(hashes.encode("utf-8")).hexdigest()
 
     def __reduce__(self) -> tuple[Callable[..., "ShardSplit"], tuple[Storage, str]]:
-        # The copy reads the manifest itself: cheaper than sending it, and no descriptor crosses processes.
+        # The copy reads the manifest itself. That is cheaper than sending it, and no descriptor crosses processes.
         return open_split, (self.manifest.storage, self.split)
 
     def __len__(self) -> int:
         return self._length
 
     def key(self, i: int) -> str:
-        """The sample's WebDataset key. No file is read for it: a sample whose index is damaged has a name too."""
+        """Return the sample's WebDataset key. Reads no file, so a sample whose index is damaged has a key too."""
         return sample_key(self.split, range(self._length)[i])
 
     def read(self, i: int) -> Sample:
-        """Sample i; raises ShardError naming shard and key unless its bytes are those packed."""
-        return _raised(self.read_many([i])[0])
+        """Return sample i. Raises ShardError if its bytes cannot be read or are not those that were packed.
+
+        The error names the file. If the sample itself is damaged, the error also names its key.
+        """
+        return _value_or_raise(self.read_many([i])[0])
 
     def read_many(self, ids: Iterable[int]) -> list[Sample | ShardError]:
-        """Each sample in the order of `ids`, or the ShardError that `read` would raise for it."""
+        """Return each sample in the order of `ids`, or the ShardError that `read` would raise for it."""
         runs = self._runs(ids)
         read = iter(self.manifest.storage.read_ranges([run[0] for run in runs if not isinstance(run, ShardError)]))
         return [run if isinstance(run, ShardError) else self._sample(run, next(read)) for run in runs]
 
     def rows(self, ids: Iterable[int]) -> np.ndarray:
-        """The index rows of some samples in the order of `ids`, shape (len(ids),), dtype INDEX_DTYPE.
+        """Return the index rows of some samples in the order of `ids`, shape (len(ids),), dtype INDEX_DTYPE.
 
-        Raises ShardError when the index of one of their shards is missing or damaged.
+        Raises ShardError if the index of one of their shards is missing or damaged.
         """
         places = [self._place(i) for i in ids]
         rows = np.empty(len(places), INDEX_DTYPE)
@@ -177,52 +180,54 @@ class ShardSplit:
             by_shard.setdefault(shard, []).append((n, row))
         for shard, index in self._indexes_of(sorted(by_shard)):
             found = np.array(by_shard[shard])
-            rows[found[:, 0]] = _raised(index)[found[:, 1]]
+            rows[found[:, 0]] = _value_or_raise(index)[found[:, 1]]
         return rows
 
     def labels(self) -> np.ndarray:
-        """The class id of every sample, shape (samples,), uint16. Reads every index, which takes a while.
+        """Return the class id of every sample, shape (samples,), uint16. Reads every index, which takes a while.
 
-        Raises ShardError as `rows` does.
+        Raises ShardError if an index is missing or damaged.
         """
-        parts = [_raised(index)["label"].astype(np.uint16) for _, index in self._indexes_of(range(len(self._shards)))]
+        parts = [
+            _value_or_raise(index)["label"].astype(np.uint16) for _, index in self._indexes_of(range(len(self._shards)))
+        ]
         return np.concatenate(parts)
 
     @cached_property
     def index(self) -> np.ndarray:
-        """The rows of all samples, shape (samples,): for small sets; a hundred million take 7 GB."""
-        return np.concatenate([_raised(index) for _, index in self._indexes_of(range(len(self._shards)))])
+        """The index rows of all samples, shape (samples,). For small sets: a hundred million rows take 5.6 GB."""
+        return np.concatenate([_value_or_raise(index) for _, index in self._indexes_of(range(len(self._shards)))])
 
     def will_need(self, ids: Iterable[int]) -> None:
-        """Tell the kernel which samples will soon be read, so that it reads them ahead; nothing for a URL."""
+        """Tell the kernel which samples will soon be read, so that it reads them ahead. Does nothing for a URL."""
         if self.manifest.storage.is_local:
             ranges = [run[0] for run in self._runs(ids) if not isinstance(run, ShardError)]
-            self.manifest.storage.will_need([span for span, _ in spans(ranges, _AHEAD_GAP_BYTES)])
+            self.manifest.storage.will_need([span for span, _ in merge_ranges(ranges, _AHEAD_GAP_BYTES)])
 
     def require_files(self) -> None:
-        """Raise ShardError unless every tar and every index of the split is there and of the manifest's size."""
+        """Raise ShardError unless every tar and index of the split exists and has the size that the manifest states."""
         storage = self.manifest.storage
         expected = {shard.path: shard.bytes for shard in self._shards}
         expected |= {shard.index_path: shard.index_bytes for shard in self._shards}
         for name, size in storage.sizes(expected).items():
-            if _raised(size) != expected[name]:
-                raise _wrong_size(storage, name, _raised(size), expected[name])
+            if _value_or_raise(size) != expected[name]:
+                raise _wrong_size(storage, name, _value_or_raise(size), expected[name])
 
     def close(self) -> None:
-        """Close the files of this process; a later read opens them again."""
+        """Close the files that this process has open. A later read opens them again."""
         self.manifest.storage.close()
 
     def _place(self, i: int) -> tuple[int, int]:
-        """The shard of sample i, and its row there; a negative i counts from the end."""
+        """Return the shard of sample i and its row there. A negative i counts from the end."""
         i = as_integer(i)
         if not -self._length <= i < self._length:
-            raise IndexError(f"sample {i} of {self._length}")
+            raise IndexError(f"sample {i} of {self._length} does not exist")
         i %= self._length
         shard = bisect_right(self._starts, i) - 1
         return shard, i - self._starts[shard]
 
     def _indexes_of(self, shards: Sequence[int]) -> Iterator[tuple[int, np.ndarray | ShardError]]:
-        """The index of each shard, or what is wrong with it; those not kept are read some at a time."""
+        """Yield each shard with its index, or with what is wrong with it. Reads indexes not in memory in batches."""
         for start in range(0, len(shards), _INDEXES_AT_ONCE):
             batch = shards[start : start + _INDEXES_AT_ONCE]
             found: dict[int, np.ndarray | ShardError] = {}
@@ -244,7 +249,7 @@ class ShardSplit:
         }
 
     def _keep(self, shard: int, index: np.ndarray | ShardError) -> np.ndarray | ShardError:
-        """Keep an index for the next sample, and let the oldest go where they take too much memory."""
+        """Keep an index for the next samples. If the kept ones take too much memory, drops the least recently used."""
         if isinstance(index, np.ndarray):
             self._indexes[shard] = index
             self._kept_bytes += index.nbytes
@@ -253,7 +258,7 @@ class ShardSplit:
         return index
 
     def _runs(self, ids: Iterable[int]) -> list[_Run | ShardError]:
-        """Where each sample lies, or what is wrong with the index that would say so."""
+        """Return where the bytes of each sample are, or what is wrong with the index that states it."""
         places = [self._place(i) for i in ids]
         indexes = dict(self._indexes_of(list({shard for shard, _ in places})))
         found: list[_Run | ShardError] = []
@@ -267,29 +272,29 @@ class ShardSplit:
         return found
 
     def _sample(self, run: _Run, data: bytes | ShardError) -> Sample | ShardError:
-        """The sample of these bytes, or what is wrong with them."""
+        """Return the sample in these bytes, or what is wrong with them."""
         (name, _, size), crc32, key, num_images = run
         if isinstance(data, ShardError):
             return data
-        said = key.decode("ascii", errors="replace")
+        key_text = key.decode("ascii", errors="replace")
         if len(data) != size:
-            return self.manifest.storage.fault(name, f"ends inside {said}")
+            return self.manifest.storage.fault(name, f"ends inside {key_text}")
         if zlib.crc32(data) != crc32:
-            return self.manifest.storage.fault(name, f"has wrong bytes at {said} (crc32 differs)")
+            return self.manifest.storage.fault(name, f"has wrong bytes at {key_text} (crc32 differs)")
         try:
-            sample = cut(said, data)
+            sample = cut(key_text, data)
             if len(sample.pictures) != num_images:
-                raise ValueError(f"{len(sample.pictures)} pictures, and its index says {num_images}")
+                raise ValueError(f"{len(sample.pictures)} pictures, but its index says {num_images}")
             for column in self.manifest.columns:
                 if not isinstance(sample.columns.get(column), str):
-                    raise ValueError(f"its {column} is no text")
+                    raise ValueError(f"its {column} is not text")
         except (ValueError, RecursionError) as error:
-            return self.manifest.storage.fault(name, f"has no whole sample at {said} ({error})")
+            return self.manifest.storage.fault(name, f"has no valid sample at {key_text} ({error})")
         return sample
 
 
-def _raised(value: Any) -> Any:
-    """The value, or raise it if it is the error in a value's place."""
+def _value_or_raise(value: Any) -> Any:
+    """Return the value, or raise it if it is an error in place of a value."""
     if isinstance(value, ShardError):
         raise value
     return value

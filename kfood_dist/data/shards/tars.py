@@ -1,10 +1,10 @@
-"""One shard on disk: a WebDataset tar and the index beside it, written, and read back as plain tar.
+"""One shard on disk: write a WebDataset tar and the index beside it, and read the tar back as a plain tar.
 
     (key, JPEGs, JSON) … ──► write_tar ──► KEY.jpg, KEY.1.jpg, …, KEY.json in a tar with fixed times, owner and mode
-    a finished tar       ──► members   ──► name, place and bytes of each, by tarfile alone
+    a finished tar       ──► members   ──► name, place and bytes of each, read with tarfile only
 
-Where a sample lies is never computed here but read off the finished tar, so that an index cannot state what no tar
-reader would find. The same samples always give the same bytes.
+The place of a sample is never computed here. It is read from the finished tar, so an index states only what any tar
+reader finds. The same samples always give the same bytes.
 """
 
 import io
@@ -23,7 +23,7 @@ from kfood_dist.system.files import flush_to_disk, write_file
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample to be written; `pictures` are JPEGs, `json` is the JSON's bytes, the rest goes to the index."""
+    """One sample to write. `pictures` are JPEGs, `json` is the JSON's bytes, and the other fields go to the index."""
 
     key: str
     pictures: tuple[bytes, ...]
@@ -33,13 +33,13 @@ class Entry:
     tokens: int
 
     def members(self) -> dict[str, bytes]:
-        """What lies in the tar, by its suffix, in order."""
+        """Return the bytes of each member by the member's suffix, in the order of the tar."""
         return {picture_suffix(i): picture for i, picture in enumerate(self.pictures)} | {"json": self.json}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a tar; its header is at byte `start` of the file, and `end` is where the next one's would be."""
+    """One member of a tar. Its header is at byte `start` of the file. The next header would be at byte `end`."""
 
     name: str
     start: int
@@ -50,22 +50,23 @@ class Member:
 def write_tar(path: Path, entries: Iterable[Entry]) -> np.ndarray:
     """Write a new tar and return its index, shape (samples,), dtype INDEX_DTYPE.
 
-    Raises OSError where the disk does not take the bytes or does not give them back.
+    Raises OSError if the disk does not store the bytes, or if they do not read back as written.
     """
-    # Here, not above: webdataset imports torch where there is one, which a reader of shards need not pay for.
+    # Imported here, because webdataset imports torch if it is installed. A reader of shards does not need that.
     from webdataset import TarWriter
 
     rows, written = [], []
     with open(path, "xb") as file:
         with TarWriter(file, mtime=0, user="", group="", mode=0o644, encoder=False) as tar:
             for entry in entries:
-                for suffix, data in entry.members().items():  # one by one: a TarWriter sorts what it is given at once
+                # One member at a time, because a TarWriter sorts the members that it gets in one call.
+                for suffix, data in entry.members().items():
                     tar.write({"__key__": entry.key, suffix: data})
                 rows.append((entry.key.encode("ascii"), 0, 0, 0, *_facts(entry)))
                 written.append({f"{entry.key}.{name}": zlib.crc32(data) for name, data in entry.members().items()})
         flush_to_disk(file)
     index = np.array(rows, dtype=INDEX_DTYPE)
-    _fill_places(index, written, path)
+    _fill_offsets(index, written, path)
     return index
 
 
@@ -73,8 +74,8 @@ def _facts(entry: Entry) -> tuple[int, ...]:
     return entry.label, entry.group, entry.tokens, len(entry.pictures)
 
 
-def _fill_places(index: np.ndarray, written: list[dict[str, int]], path: Path) -> None:
-    """Take the places from the finished tar, and make sure that it holds what was meant to be in it."""
+def _fill_offsets(index: np.ndarray, written: list[dict[str, int]], path: Path) -> None:
+    """Fill in the places from the finished tar. Raises OSError if the tar does not hold what was written."""
     found = members(path)
     with open(path, "rb") as file:
         for row, checksums in zip(index, written, strict=True):
@@ -82,7 +83,7 @@ def _fill_places(index: np.ndarray, written: list[dict[str, int]], path: Path) -
             for name, checksum in checksums.items():
                 member = next(found, None)
                 if member is None or member.name != name or zlib.crc32(member.data) != checksum:
-                    raise OSError(0, f"reads back otherwise than written at {name}", str(path))
+                    raise OSError(0, f"does not read back as written at {name}", str(path))
                 run.append(member)
             row["offset"], row["size"] = run[0].start, run[-1].end - run[0].start
             file.seek(run[0].start)
@@ -90,7 +91,7 @@ def _fill_places(index: np.ndarray, written: list[dict[str, int]], path: Path) -
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The members of a tar in order; raises tarfile.TarError or OSError where it cannot be read on."""
+    """Yield the members of a tar in order. Raises tarfile.TarError or OSError when it cannot be read further."""
     with tarfile.open(path, "r:") as tar:
         for info in tar:
             file = tar.extractfile(info)
@@ -99,7 +100,7 @@ def members(path: Path) -> Iterator[Member]:
 
 
 def save_index(path: Path, index: np.ndarray) -> None:
-    """Write an index as a .npy file without pickled parts."""
+    """Write an index as a .npy file without pickled objects."""
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     write_file(path, buffer.getvalue())

@@ -1,10 +1,10 @@
-"""`kfood verify`: is a packed folder what its manifest says, down to every picture?
+"""`kfood verify`: check that a packed folder is what its manifest says, down to every picture.
 
     manifest ──► each shard: size, SHA-256 ──► its index: hash, rows ──► its members: place, crc32, JSON, JPEG
-            └──► the folder: shards that no line of the manifest names, and the list of what was left out
-            └──► all indexes: counts per split and class, groups that lie in one split
+            └──► the folder: shards that the manifest does not name, and the list of rejected inputs
+            └──► all indexes: counts per split and class, groups that are in one split only
 
-Every fault is named; one hides another only where there is nothing left to look at.
+Every fault is reported. A fault hides others only if it leaves nothing to check.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from kfood_dist.system.words import plural
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: the file within the folder, and what about it."""
+    """One thing that is wrong: `path` is the file within the folder, `what` says what is wrong with it."""
 
     path: str
     what: str
@@ -46,38 +46,40 @@ class Fault:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words of `kfood verify`."""
+    """Add the arguments of `kfood verify`."""
     parser.add_argument("shards", type=local_folder, metavar="SHARDS", help="a folder that `kfood pack` wrote")
 
 
 def local_folder(text: str) -> Path:
-    """The folder of that name; a URL is refused, since every byte is read several times."""
+    """Return the folder at this path. Refuses a URL, because every byte is read several times."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text}: give a folder; copy the shards here, or run it where they lie")
+        raise argparse.ArgumentTypeError(
+            f"{text}: give a folder; copy the shards to this machine, or run this command where they are stored"
+        )
     return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every fault, or one line when there is none; exit status 1 or 0."""
+    """Print every fault, or one line if there is none. Returns the exit status: 1 if there is a fault, else 0."""
     faults = verify(args.shards)
     for fault in faults:
         print(fault)
     if faults:
-        print(f"{plural(len(faults), 'fault')} in {args.shards}: restore what is named, or pack the source again")
+        print(f"{plural(len(faults), 'fault')} in {args.shards}: restore these files, or pack the source again")
         return 1
     manifest = load_manifest(args.shards)
     num_samples = sum(shard.samples for shard in manifest.shards)
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     num_shards = len(manifest.shards)
     found = f"{plural(num_samples, 'sample')} in {plural(num_shards, 'shard')}"
-    print(f"{args.shards}: all sound: {found}, {num_bytes:,} bytes")
+    print(f"{args.shards}: no faults: {found}, {num_bytes:,} bytes")
     return 0
 
 
 def verify(folder: Path, show_progress: bool = True) -> list[Fault]:
-    """Every fault of a packed folder, in the order of its shards; an empty list when it is sound.
+    """Return every fault of a packed folder, in the order of its shards. The list is empty if there is no fault.
 
-    Raises ShardError when there is no such folder.
+    Raises ShardError if the folder does not exist.
     """
     try:
         manifest = load_manifest(folder)
@@ -85,7 +87,7 @@ def verify(folder: Path, show_progress: bool = True) -> list[Fault]:
         if not os.path.isdir(folder):
             raise
         return [Fault(MANIFEST_NAME, error.what)]
-    # Threads suffice: hashing, checksums and decoding release the interpreter.
+    # Threads are enough, because hashing, checksums and decoding release the interpreter lock (GIL).
     with ThreadPoolExecutor(available_cores()) as pool:
         checked = pool.map(lambda shard: _check_shard(manifest, shard), manifest.shards)
         disable = None if show_progress else True
@@ -99,13 +101,16 @@ def verify(folder: Path, show_progress: bool = True) -> list[Fault]:
 
 
 def verify_some(manifest: Manifest, splits: Sequence[str]) -> tuple[list[str], list[Fault]]:
-    """Check the first shard of each of some splits; the shards' names, and every fault of theirs."""
+    """Check the first shard of each given split. Returns the names of these shards and all their faults."""
     chosen = [shard for split in dict.fromkeys(splits) for shard in manifest.shards_of(split)[:1]]
     return [shard.path for shard in chosen], [fault for shard in chosen for fault in _check_shard(manifest, shard)[0]]
 
 
 def count_samples(classes: Sequence[DishClass], indexes: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What the manifest states of one split, from its shards' indexes: samples, groups, samples per class."""
+    """Return what the manifest states about one split, counted from its shards' indexes.
+
+    These are the numbers of samples, groups, and samples per class.
+    """
     labels = Counter(label for index in indexes for label in index["label"].tolist())
     groups = {group for index in indexes for group in index["group"].tolist()}
     return {
@@ -137,7 +142,10 @@ def _check_shard(manifest: Manifest, shard: ShardFile) -> tuple[list[Fault], np.
 
 
 def _check_members(manifest: Manifest, index: np.ndarray, path: Path) -> Iterator[str]:
-    """Each sample's members against its index row; a tar that was cut short is one fault, not one per lost sample."""
+    """Compare each sample's members with its index row, and yield the faults.
+
+    A tar that was cut short is one fault, not one per lost sample.
+    """
     expected: dict[str, int] = {}
     for number, row in enumerate(index):
         key = row["key"].decode("ascii", errors="replace")
@@ -155,13 +163,13 @@ def _check_members(manifest: Manifest, index: np.ndarray, path: Path) -> Iterato
                 if len(runs[number]) == index[number]["num_images"] + 1:
                     yield from _check_sample(manifest, index[number], runs.pop(number), file)
     except tarfile.TarError as error:
-        yield f"is not a whole tar ({error})"
+        yield f"is not a complete tar ({error})"
     if expected:
-        yield f"lacks {len(expected):,} of {num_members:,} members, {next(iter(expected))} first"
+        yield f"lacks {len(expected):,} of {num_members:,} members; the first is {next(iter(expected))}"
 
 
 def _check_sample(manifest: Manifest, row: np.void, run: list[Member], file: BinaryIO) -> Iterator[str]:
-    """All members of one sample, in the order of the tar."""
+    """Yield the faults of one sample. `run` holds all its members, in the order of the tar."""
     key, num_bytes = row["key"].decode("ascii", errors="replace"), run[-1].end - run[0].start
     if (run[0].start, num_bytes) != (row["offset"], row["size"]):
         yield f"{key} is not where its index says"
@@ -183,28 +191,28 @@ def _check_picture(manifest: Manifest, member: Member) -> Iterator[str]:
         yield f"{member.name} does not decode ({error.detail})"
         return
     if (width, height) != (manifest.image_size, manifest.image_size):
-        yield f"{member.name} is {width}×{height}, the manifest says {manifest.image_size}×{manifest.image_size}"
+        yield f"{member.name} is {width}×{height}, but the manifest says {manifest.image_size}×{manifest.image_size}"
 
 
 def _check_json(manifest: Manifest, row: np.void, member: Member) -> Iterator[str]:
     try:
-        said = json.loads(member.data)
-        group, columns = said["group"], [said[name] for name in manifest.columns]
-        width, height, num_sources = said["width"], said["height"], len(said["sources"])
+        fields = json.loads(member.data)
+        group, columns = fields["group"], [fields[name] for name in manifest.columns]
+        width, height, num_sources = fields["width"], fields["height"], len(fields["sources"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{member.name} is not a sample's JSON ({type(error).__name__}: {error})"
         return
     if not all(isinstance(value, str) for value in columns):
-        yield f"{member.name} has a column that is no text"
+        yield f"{member.name} has a column that is not text"
         return
     if (width, height) != (manifest.image_size, manifest.image_size):
-        yield f"{member.name} says {width!r}×{height!r}, the manifest {manifest.image_size}×{manifest.image_size}"
+        yield f"{member.name} says {width!r}×{height!r}, the manifest says {manifest.image_size}×{manifest.image_size}"
     if num_sources != row["num_images"]:
         pictures = plural(int(row["num_images"]), "picture")
-        yield f"{member.name} names {plural(num_sources, 'source')}, its index {pictures}"
+        yield f"{member.name} names {plural(num_sources, 'source')}, but its index has {pictures}"
     if row["label"] != NO_LABEL:
         dish = manifest.classes[int(row["label"])]
-        found = said.get("label"), said.get("category"), group
+        found = fields.get("label"), fields.get("category"), group
         if found != (dish.name, dish.category, int(row["group"])):
             yield f"{member.name} contradicts its index"
     elif group != int(row["group"]):
@@ -212,7 +220,7 @@ def _check_json(manifest: Manifest, row: np.void, member: Member) -> Iterator[st
 
 
 def _check_folder(manifest: Manifest) -> Iterator[Fault]:
-    """Shards and indexes that no line of the manifest names, and the list of what was left out."""
+    """Yield each shard and index that the manifest does not name, and a wrong list of rejected inputs."""
     rejected = manifest.folder / REJECTED_NAME
     try:
         if file_sha256(rejected) != manifest.raw["rejected"]["sha256"]:
@@ -226,27 +234,29 @@ def _check_folder(manifest: Manifest) -> Iterator[Fault]:
 
 
 def _check_counts(manifest: Manifest, indexes: list[np.ndarray]) -> Iterator[Fault]:
-    """The manifest's counts against the indexes, keys that occur once, and groups that lie in one split.
+    """Compare the manifest's counts with the indexes, and yield the faults.
 
-    The split that a source came with may tear groups apart; the manifest says how many.
+    Also checks that the keys of a split are numbered in order from 0, and that each group is in one split only. The
+    split that a source came with may put one group into several splits. The manifest states how many such groups there
+    are.
     """
     by_split: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     for shard, index in zip(manifest.shards, indexes, strict=True):
         by_split[shard.split].append(index)
     counts = {split: count_samples(manifest.classes, parts) for split, parts in by_split.items()}
     if manifest.raw.get("splits") != counts:
-        yield Fault(MANIFEST_NAME, "states other numbers of samples, groups or pictures per class than the indexes")
+        yield Fault(MANIFEST_NAME, "states other counts of samples, groups or samples per class than the indexes")
     owner: dict[int, str] = {}
-    torn: dict[str, set[int]] = {}
+    groups_in_other_splits: dict[str, set[int]] = {}
     for split, parts in by_split.items():
         keys = [key for part in parts for key in part["key"].tolist()]
         if keys != [sample_key(split, number).encode("ascii") for number in range(len(keys))]:
-            yield Fault(MANIFEST_NAME, f"has keys in {split} that do not count its samples")
+            yield Fault(MANIFEST_NAME, f"has keys in {split} that are not numbered in order from 0")
         groups = {group for part in parts for group in part["group"].tolist()}
-        torn[split] = {group for group in groups if owner.setdefault(group, split) != split}
+        groups_in_other_splits[split] = {group for group in groups if owner.setdefault(group, split) != split}
     if (stated := manifest.groups_across) == 0:
-        for split, groups in torn.items():
+        for split, groups in groups_in_other_splits.items():
             if groups:
-                yield Fault(MANIFEST_NAME, f"has {len(groups)} groups in {split} that lie in another split too")
-    elif (across := len(set().union(*torn.values()))) != stated:
-        yield Fault(MANIFEST_NAME, f"states {stated} groups that lie in several splits, the indexes have {across}")
+                yield Fault(MANIFEST_NAME, f"has {len(groups)} groups in {split} that are also in another split")
+    elif (across := len(set().union(*groups_in_other_splits.values()))) != stated:
+        yield Fault(MANIFEST_NAME, f"states {stated} groups in several splits, but the indexes have {across}")

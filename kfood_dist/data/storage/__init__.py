@@ -1,1 +1,1 @@
-"""Where packed data sets lie: folders and URLs."""
+"""The storage of packed data sets: folders and URLs."""

@@ -1,13 +1,14 @@
-"""Where a packed data set lies: a folder, or a place that fsspec reaches (http, s3 and others).
+"""The storage of a packed data set: a folder, or a place that fsspec reaches (http, s3 and others).
 
     open_storage (`open.py`)                                    ──► LocalStorage | RemoteStorage
     storage.read_ranges([(name, offset, size), …])              ──► bytes, or the ShardError of that range
 
-What lies in memory already is read one range after another, as fast as can be. As soon as a read has to wait, near
-ranges are merged and several of the merged reads are in flight; behind a URL always.
+Ranges of a folder that are in memory already are read one after another, because that is fastest. As soon as a read
+has to wait, ranges that are close together are merged, and several merged reads are in flight. Behind a URL the reads
+are always merged and in flight together.
 
-Either kind opens its files or connections when first used, anew in each process: an object may be pickled or
-forked. One fault never hides the other ranges, and always names the file.
+Each process opens its files or connections at their first use, so a storage may be pickled or forked. An error in one
+range does not affect the other ranges, and it always names the file.
 """
 
 from abc import ABC, abstractmethod
@@ -19,18 +20,18 @@ from kfood_dist.errors import ShardError
 # (file name, offset in bytes, number of bytes)
 Range = tuple[str, int, int]
 
-# Ranges that lie nearer than this are read in one go: two short reads cost more than the bytes between.
+# Ranges with a gap of at most this size are read at once: two short reads cost more than the bytes between them.
 _GAP_BYTES = 32 << 10
-# One read is no longer than this, so that a long run of ranges is several reads in flight.
+# Ranges are merged up to this size, so that a long run of ranges becomes several reads in flight.
 _SPAN_BYTES = 4 << 20
 
 
-class OutOfReachError(ShardError):
-    """A file cannot be read, which says nothing of what is in it: another try may succeed."""
+class UnreachableError(ShardError):
+    """A file cannot be read now. That does not mean that its contents are damaged: another try may succeed."""
 
 
-class MissingFileError(OutOfReachError):
-    """A file of the data set, or the whole of it, is not where it was looked for."""
+class MissingFileError(UnreachableError):
+    """A file of the data set, or the complete data set, does not exist at its path or URL."""
 
 
 class Storage(ABC):
@@ -41,18 +42,18 @@ class Storage(ABC):
 
     @abstractmethod
     def place(self, name: str) -> str:
-        """The path or URL of one file."""
+        """Return the path or URL of one file."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole file. Raises MissingFileError, or ShardError where it cannot be read."""
+        """Return all bytes of a file. Raises MissingFileError if it does not exist, ShardError if it cannot be read."""
 
     @abstractmethod
     def sizes(self, names: Iterable[str]) -> dict[str, int | ShardError]:
-        """The size of each file in bytes, or what keeps it from being known."""
+        """Return the size of each file in bytes, or the ShardError that says why the size is unknown."""
 
     def size(self, name: str) -> int:
-        """The size of one file in bytes; raises as `read` does."""
+        """Return the size of one file in bytes. Raises ShardError if the size cannot be determined."""
         size = self.sizes([name])[name]
         if isinstance(size, ShardError):
             raise size
@@ -60,24 +61,27 @@ class Storage(ABC):
 
     @abstractmethod
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
-        """The bytes of each range in order, several in flight; fewer than asked for where a file ends inside."""
+        """Return the bytes of each range in order, or the ShardError of that range. Several reads are in flight.
 
-    def will_need(self, ranges: Iterable[Range]) -> None:  # noqa: B027 - only a local disk can be told
-        """Say which ranges will soon be read; returns at once."""
+        If a file ends inside a range, the result is the bytes up to the end, or a ShardError.
+        """
+
+    def will_need(self, ranges: Iterable[Range]) -> None:  # noqa: B027 - only a local disk can use this
+        """Announce which ranges will soon be read. Returns at once."""
 
     @abstractmethod
     def fault(self, name: str, what: str) -> ShardError:
-        """The error of one file that is not as its manifest says."""
+        """Return the error of one file that is not as its manifest says. `what` says what is wrong with it."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close what this process has open; a later read opens it again."""
+        """Close the files that this process has open. A later read opens them again."""
 
 
-def spans(ranges: Sequence[Range], gap: int, longest: int | None = None) -> list[tuple[Range, list[int]]]:
-    """The reads that serve all ranges: what to read, and the positions of the ranges that lie in it.
+def merge_ranges(ranges: Sequence[Range], gap: int, longest: int | None = None) -> list[tuple[Range, list[int]]]:
+    """Return the reads that cover all ranges: each with the positions in `ranges` of the ranges inside it.
 
-    Ranges of one file become one read if at most `gap` bytes lie between them and it stays within `longest` bytes.
+    Ranges of one file become one read if at most `gap` bytes are between them and the read has at most `longest` bytes.
     """
     found: list[tuple[Range, list[int]]] = []
     for n in sorted(range(len(ranges)), key=ranges.__getitem__):
@@ -97,9 +101,9 @@ def spans(ranges: Sequence[Range], gap: int, longest: int | None = None) -> list
 def read_merged(
     ranges: Sequence[Range], read: Callable[[list[Range]], list[bytes | ShardError]]
 ) -> list[bytes | ShardError]:
-    """The bytes of each range, taken from what `read` gives for the merged ones."""
+    """Return the bytes of each range, taken from what `read` returns for the merged ranges."""
     results: list[Any] = [None] * len(ranges)
-    merged = spans(ranges, _GAP_BYTES, _SPAN_BYTES)
+    merged = merge_ranges(ranges, _GAP_BYTES, _SPAN_BYTES)
     for (span, members), data in zip(merged, read([span for span, _ in merged]), strict=True):
         for n in members:
             _, offset, size = ranges[n]

@@ -1,4 +1,4 @@
-"""A packed data set in a folder: files stay open, and reads that wait for the disk run in threads."""
+"""A packed data set in a folder. Files stay open, and reads that wait for the disk run in threads."""
 
 import errno
 import mmap
@@ -12,16 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kfood_dist.data.storage.base import MissingFileError, OutOfReachError, Range, Storage, read_merged
+from kfood_dist.data.storage.base import MissingFileError, Range, Storage, UnreachableError, read_merged
 from kfood_dist.errors import ShardError
 
-# A process may usually have 1,024 open files; a large data set has more shards than that.
+# A process may usually have 1,024 open files. A large data set has more shards than that.
 _MAX_OPEN_FILES = 256
-# Reads that wait for the disk at once, per process. A parallel file system answers them together.
+# The number of reads per process that wait for the disk at once. A parallel file system serves them together.
 _NUM_THREADS = 8
-# Linux reads no more at one word of advice than the device's read-ahead, 128 KiB unless set otherwise.
+# For one call of posix_fadvise, Linux reads at most the device's read-ahead, which is 128 KiB by default.
 _ADVICE_BYTES = 128 << 10
-# A read that takes no longer came from memory: no thread is worth its while.
+# A read that takes less than this came from memory. A thread would not make it faster.
 _QUICK_S = 100e-6
 
 
@@ -39,7 +39,7 @@ class LocalStorage(Storage):
         self._owner_pid = os.getpid()
 
     def __reduce__(self) -> tuple[Callable[..., "LocalStorage"], tuple[Any, ...]]:
-        # Absolute, because the copy may be unpickled by a process that stands elsewhere.
+        # Absolute, because a process with another working directory may unpickle the copy.
         return LocalStorage, (self.folder.resolve(),)
 
     def place(self, name: str) -> str:
@@ -62,7 +62,7 @@ class LocalStorage(Storage):
             raise self.fault(name, f"cannot be opened ({error.strerror})") from None
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | ShardError]:
-        # One look at the folder first: what is not in it costs no call of its own.
+        # The folder is listed once first, so a file that is not in it needs no call.
         try:
             with os.scandir(self.folder) as entries:
                 present = {entry.name: entry for entry in entries}
@@ -80,14 +80,14 @@ class LocalStorage(Storage):
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
         results: list[bytes | ShardError] = []
-        # Fewer at once than files may be open, so that none is closed while it is read.
+        # A batch has fewer ranges than files may be open, so that no file is closed while it is read.
         batch = max(1, _MAX_OPEN_FILES // 2)
         for start in range(0, len(ranges), batch):
             results += self._read_batch(ranges[start : start + batch])
         return results
 
     def _read_batch(self, ranges: Sequence[Range]) -> list[bytes | ShardError]:
-        """One after another while that is quick; once a read had to wait, the rest by several threads together."""
+        """Read the ranges one after another while that is quick. Once a read had to wait, threads read the rest."""
         results: list[bytes | ShardError] = []
         while self._is_quick and len(results) < len(ranges):
             began = time.perf_counter()
@@ -105,21 +105,21 @@ class LocalStorage(Storage):
             return _read_fully(self._descriptor(name), offset, size)
         except OSError as error:
             what = "opened" if error.filename else "read"  # only a failed open names its file
-            if error.errno == errno.EIO:  # a bad spot on a disk
+            if error.errno == errno.EIO:  # a damaged place on the disk
                 return self.fault(name, f"cannot be {what} ({error.strerror})")
-            return OutOfReachError(f"{self.place(name)} cannot be {what} ({error.strerror})", "see that it is there")
+            return UnreachableError(f"{self.place(name)} cannot be {what} ({error.strerror})", "check that it is there")
 
     def _read_together(self, ranges: list[Range]) -> list[bytes | ShardError]:
         for name in {name for name, _, _ in ranges}:
-            with suppress(OSError):  # told by the read that follows
-                self._descriptor(name)  # here, because threads must not change which files are open
+            with suppress(OSError):  # the read that follows reports it
+                self._descriptor(name)  # opened here, because threads must not change which files are open
         if len(ranges) == 1:
             return [self._read_one(ranges[0])]
         return list(self._threads().map(self._read_one, ranges))
 
     def will_need(self, ranges: Iterable[Range]) -> None:
-        # By a thread: the kernel lets who advises wait as soon as the device's queue is full.
-        threading.Thread(target=_advise, args=(self.folder, list(ranges)), name="advise", daemon=True).start()
+        # posix_fadvise blocks when the device's queue is full, so a thread calls it.
+        threading.Thread(target=_prefetch, args=(self.folder, list(ranges)), name="advise", daemon=True).start()
 
     def fault(self, name: str, what: str) -> ShardError:
         return ShardError(
@@ -130,14 +130,14 @@ class LocalStorage(Storage):
         if self._pool is not None and self._owner_pid == os.getpid():
             self._pool.shutdown()
         self._pool = None
-        # After a fork these are copies inherited from the parent; closing them leaves the parent's alone.
+        # After a fork these are copies inherited from the parent. Closing them does not close the parent's.
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
         self._owner_pid = os.getpid()
 
     def __del__(self) -> None:
-        # Descriptors are plain numbers: nobody else closes them when the last reference goes.
+        # Descriptors are plain integers: Python does not close them when the last reference is gone.
         if "_owner_pid" in self.__dict__:
             self.close()
 
@@ -147,7 +147,7 @@ class LocalStorage(Storage):
         return self._pool
 
     def _descriptor(self, name: str) -> int:
-        """An open descriptor of this process, the least recently used one closed where there are too many."""
+        """Return an open descriptor of this process. If too many are open, closes the least recently used one."""
         if self._owner_pid != os.getpid():
             self.close()
         descriptor = self._descriptors.get(name)
@@ -160,10 +160,13 @@ class LocalStorage(Storage):
         return descriptor
 
 
-def _advise(folder: Path, ranges: Sequence[Range]) -> None:
-    """Have the kernel read the ranges into its page cache, each file opened anew: the caller may close its own."""
+def _prefetch(folder: Path, ranges: Sequence[Range]) -> None:
+    """Have the kernel read the ranges into its page cache.
+
+    Opens each file again, because the caller may close its own descriptor meanwhile.
+    """
     for name, offset, size in ranges:
-        with suppress(OSError):  # only advice: a file that cannot be opened is told by the read that follows
+        with suppress(OSError):  # only a hint: the read that follows reports a file that cannot be opened
             descriptor = os.open(folder / name, os.O_RDONLY)
             try:
                 end = min(offset + size, os.fstat(descriptor).st_size)
@@ -174,7 +177,10 @@ def _advise(folder: Path, ranges: Sequence[Range]) -> None:
 
 
 def _read_fully(descriptor: int, offset: int, size: int) -> bytes:
-    """As many of `size` bytes as the file has: one pread may give fewer, on a network file system or above 2 GiB."""
+    """Return `size` bytes, or fewer if the file ends before.
+
+    Repeats pread, because one call may return fewer bytes on a network file system or above 2 GiB.
+    """
     data = os.pread(descriptor, size, offset)
     while data and len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

@@ -1,4 +1,4 @@
-"""Finds the storage that a path or a URL names.
+"""Find the storage that a path or a URL names.
 
 open_storage("…/dir" | "file:///…" | "http://…" | "s3://…") ──► LocalStorage | RemoteStorage
 """
@@ -11,9 +11,10 @@ from kfood_dist.data.storage.local import LocalStorage
 
 
 def open_storage(where: "str | Path | Storage") -> Storage:
-    """The storage of a folder's path or of a URL; reads nothing.
+    """Return the storage for a folder's path or for a URL. Reads nothing.
 
-    Raises ShardError for a protocol that is unknown or whose package is not installed.
+    Raises ShardError if the protocol is unknown, if its package is not installed, or if the URL has a query or a
+    fragment.
     """
     if isinstance(where, Storage):
         return where
@@ -23,7 +24,7 @@ def open_storage(where: "str | Path | Storage") -> Storage:
         return LocalStorage(Path(where))
     if protocol in ("file", "local"):
         return LocalStorage(Path(unquote(urlsplit(text).path)))
-    # Here, not above: fsspec and aiohttp take a quarter of a second that a local data set need not pay.
+    # Imported here, because fsspec and aiohttp take a quarter of a second to import. A local data set needs neither.
     from kfood_dist.data.storage.remote import RemoteStorage
 
     return RemoteStorage(text)

@@ -1,12 +1,12 @@
-"""A packed data set behind a URL, read through fsspec: http, https, s3 and whatever else fsspec knows.
+"""A packed data set behind a URL, read through fsspec: http, https, s3 and every other protocol that fsspec knows.
 
-    ranges ──► one request each, several in flight ──► whole? ──► bytes
+    ranges ──► one request each, several in flight ──► complete? ──► bytes
                     ▲                                    │
                     └── again, after a pause, up to `num_tries` ◄── reset, 5xx, too few bytes, no answer in time
 
-Each request has a time limit of its own, so the longest wait is num_tries × timeout_s and the pauses between.
-What trying again cannot mend (404, 403, a server that ignores ranges) is told at once. Endpoint and
-credentials come from where fsspec and the service's own library look for them: `shards/README.md`.
+Each request has its own time limit, so the longest wait is num_tries × timeout_s plus the pauses between the tries.
+If another try cannot help (404, 403, a server that ignores ranges), the error is returned at once. fsspec and the
+service's own library find the endpoint and the credentials: `shards/README.md` says where.
 """
 
 import asyncio
@@ -21,37 +21,37 @@ import aiohttp
 import fsspec
 import fsspec.asyn
 
-from kfood_dist.data.storage.base import MissingFileError, OutOfReachError, Range, Storage, read_merged
+from kfood_dist.data.storage.base import MissingFileError, Range, Storage, UnreachableError, read_merged
 from kfood_dist.errors import ShardError
 
 T = TypeVar("T")
 
-# The package that brings a protocol, where it is an extra of this one.
+# The extra of kfood_dist that installs the package for a protocol.
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
-# Answers of a server that a later request may not get: too early, too slow, too many.
+# HTTP statuses after which another try may succeed: 408 (timeout), 425 (too early), 429 (too many requests).
 _PASSING_STATUS = (408, 425, 429)
 _AGAIN = "check the network and the server, then run the same command again"
 
-# One file system for each process and protocol, with its connections; never let go. A forked child keeps its parent's
-# too, unused: collected there, fsspec's finalizer would wait a second for a loop thread that did not survive the fork,
-# and close what it shares with the parent.
+# One file system with its connections for each process and protocol, never released. A forked child also keeps those
+# of its parent but does not use them. If the child released one, fsspec's finalizer would wait a second for a loop
+# thread that did not survive the fork, and would close the connections that the child shares with the parent.
 _FILESYSTEMS: dict[tuple[int, str], Any] = {}
 
 
 class _TooMany(Exception):
-    """The server sent more than the range."""
+    """The server sent more bytes than the range has."""
 
 
 class _TooFew(Exception):
-    """The body ended before the range did."""
+    """The body ended before the range did, or the server does not state the size of a file."""
 
 
 class RemoteStorage(Storage):
     """A folder behind a URL.
 
-    `num_tries` counts the first request too; the pause before try n+1 is `pause_s` × 2**(n-1), shortened by
-    chance so that many ranks do not come back together; `timeout_s` bounds one request, body included;
-    `num_in_flight` bounds the requests of one process at a time.
+    `num_tries` includes the first request. The pause before try n+1 is `pause_s` × 2**(n-1) seconds, shortened by up to
+    half at random, so that many ranks do not try again at the same time. `timeout_s` limits one request, including its
+    body. `num_in_flight` limits the requests of one process that are in flight at once.
     """
 
     is_local = False
@@ -89,14 +89,14 @@ class RemoteStorage(Storage):
 
     def fault(self, name: str, what: str) -> ShardError:
         return ShardError(
-            f"{self.place(name)} {what}", "copy it there again from a folder that `kfood verify` finds sound"
+            f"{self.place(name)} {what}", "copy it there again from a folder in which `kfood verify` finds no fault"
         )
 
     def close(self) -> None:
-        """Nothing to do: idle connections close by themselves, and the next read may want them."""
+        """Do nothing: idle connections close by themselves, and the next read may need them."""
 
     def _all(self, jobs: Sequence[Callable[[], Awaitable[T | ShardError]]]) -> list[T | ShardError]:
-        """Run the jobs in fsspec's own loop, `num_in_flight` at a time; results in the order of the jobs."""
+        """Run the jobs in fsspec's own loop, `num_in_flight` at a time. Returns the results in their order."""
 
         async def run() -> list[T | ShardError]:
             free = asyncio.Semaphore(self.num_in_flight)
@@ -110,13 +110,13 @@ class RemoteStorage(Storage):
         return fsspec.asyn.sync(self._open().loop if self._open().async_impl else fsspec.asyn.get_loop(), run)
 
     def _open(self) -> Any:
-        """The file system of this process: the loop thread and the connections of another do not survive a fork."""
+        """Return the file system of this process: another's loop thread and connections do not survive a fork."""
         key = os.getpid(), self._protocol
         if key not in _FILESYSTEMS:
             try:
                 _FILESYSTEMS[key] = fsspec.filesystem(self._protocol, skip_instance_cache=True)
-            except (TypeError, ValueError, OSError) as error:  # such as ftp, whose file system needs its host
-                what = f"{self.where} cannot be opened: {self._protocol}:// wants more than an address ({error})"
+            except (TypeError, ValueError, OSError) as error:  # for example ftp, whose file system needs a host
+                what = f"{self.where} cannot be opened: {self._protocol}:// needs more than an address ({error})"
                 raise ShardError(what, "use a path, or http, https or s3") from None
         return _FILESYSTEMS[key]
 
@@ -125,7 +125,7 @@ class RemoteStorage(Storage):
             limits = {} if size is None else {"start": offset, "end": offset + size}
             data = await self._call("cat_file", name, **limits)
             if size is not None and len(data) > size:
-                raise _TooMany(f"sent {len(data):,} bytes where {size:,} were asked for; it ignores range requests")
+                raise _TooMany(f"the server sent {len(data):,} bytes, not {size:,}; it ignores range requests")
             if size is not None and len(data) < size:
                 raise _TooFew(f"only {len(data):,} of {size:,} bytes came")
             return data
@@ -136,7 +136,7 @@ class RemoteStorage(Storage):
         async def request() -> int:
             size = (await self._call("info", name))["size"]
             if size is None:
-                raise _TooFew("the server does not tell its size")
+                raise _TooFew("the server does not state its size")
             return int(size)
 
         return await self._try(name, request)
@@ -149,7 +149,7 @@ class RemoteStorage(Storage):
         return await asyncio.to_thread(getattr(filesystem, method), path, **options)
 
     async def _try(self, name: str, request: Callable[[], Awaitable[T]]) -> T | ShardError:
-        """The request's result, or one error that names the file, the number of tries and the last cause."""
+        """Return the request's result, or one error with the file, the number of tries and the last cause."""
         error: Exception
         for attempt in range(1, self.num_tries + 1):
             try:
@@ -159,17 +159,17 @@ class RemoteStorage(Storage):
                 if _is_final(fault):
                     break
             if attempt < self.num_tries:
-                await asyncio.sleep(self.pause_s * 2 ** (attempt - 1) * _CHANCE.uniform(0.5, 1))
+                await asyncio.sleep(self.pause_s * 2 ** (attempt - 1) * _RANDOM.uniform(0.5, 1))
         return self._give_up(name, error, attempt)
 
-    def _give_up(self, name: str, error: Exception, num_tries: int) -> OutOfReachError:
+    def _give_up(self, name: str, error: Exception, num_tries: int) -> UnreachableError:
         place, cause = self.place(name), self._describe(error)
         if isinstance(error, FileNotFoundError) and _is_final(error):
             return MissingFileError(f"{place} does not exist", "check the address")
         if _is_refusal(error):
-            return OutOfReachError(f"{place} is refused ({cause})", "check the credentials for that server")
+            return UnreachableError(f"{place} is refused ({cause})", "check the credentials for that server")
         tries = f"{num_tries} tries" if num_tries > 1 else "1 try"
-        return OutOfReachError(f"{place} cannot be read, after {tries} ({cause})", _AGAIN)
+        return UnreachableError(f"{place} cannot be read, after {tries} ({cause})", _AGAIN)
 
     def _describe(self, error: Exception) -> str:
         if isinstance(error, TimeoutError):
@@ -181,16 +181,16 @@ class RemoteStorage(Storage):
         return f"{type(error).__name__}: {error}"
 
 
-# Not the generator that training seeds.
-_CHANCE = random.SystemRandom()
+# Training seeds the global random generator, so this is a separate one.
+_RANDOM = random.SystemRandom()
 
 
 def _require_no_query(url: str) -> None:
-    # What follows is not repeated: it may be a signature.
+    # The message leaves out the query: it may be a signature.
     if place := re.match(r"([^?#]*)[?#]", url):
         raise ShardError(
-            f"{place[1]} is followed by a query or fragment (? or #), and file names could not be added to it",
-            "give the folder's address alone; for a private bucket use s3:// with keys, as shards/README.md says",
+            f"{place[1]} is followed by a query or fragment (? or #), so file names cannot be added to it",
+            "give only the folder's address; for a private bucket use s3:// with keys, as shards/README.md says",
         )
 
 
@@ -203,15 +203,15 @@ def _require_protocol(protocol: str) -> None:
         raise ShardError(f"{protocol}:// needs a package that is not installed ({error})", remedy) from None
     except ValueError:
         raise ShardError(
-            f"{protocol}:// is no protocol that fsspec knows", "use a path, or http, https or s3"
+            f"{protocol}:// is not a protocol that fsspec knows", "use a path, or http, https or s3"
         ) from None
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether the same request would fail again."""
+    """Return whether the same request would fail again."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, aiohttp.ClientError | TimeoutError):
-        return _is_final(cause)  # how fsspec names every failed look at a size
+        return _is_final(cause)  # fsspec raises this whenever it cannot get a size
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _PASSING_STATUS
@@ -222,5 +222,5 @@ def _is_refusal(error: BaseException) -> bool:
     return (
         isinstance(error, PermissionError)
         or getattr(error, "status", None) in (401, 403)
-        or type(error).__name__ == "NoCredentialsError"  # of botocore, which need not be installed
+        or type(error).__name__ == "NoCredentialsError"  # from botocore, which may not be installed
     )

@@ -1,1 +1,1 @@
-"""What a sample asks, and what counts as a right answer."""
+"""Tasks: what the model is asked about a sample, and which answers are right."""

@@ -1,4 +1,6 @@
-"""What is asked of a sample, and what of an answer is right: `Task`, one small class for each. `table.py` names all.
+"""What the model is asked about a sample, and how its answer is scored. Each `Task` is a small class.
+
+`table.py` lists all tasks.
 
 columns of a sample ──► messages (pictures in their places) ──► template ──► the model's question
                    ├──► answer ──► what the model learns to write
@@ -8,42 +10,42 @@ an answer, columns ─┴──► score ──► 0 wrong … 1 right
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-# In a message's content: the place of the sample's next picture.
+# In a message's content, this marks the place of the sample's next picture.
 PICTURE = None
 
 Columns = Mapping[str, Any]
 
 
 class Message(NamedTuple):
-    """One turn: `role` is system, user or assistant; `content` holds texts, and PICTURE for the next picture."""
+    """One turn. `role` is system, user or assistant. `content` holds texts, and PICTURE for each picture."""
 
     role: str
     content: tuple[str | None, ...]
 
 
 class Task(Protocol):
-    """One task. Picklable, since loader processes hold it."""
+    """One task. It must be picklable, because loader processes hold it."""
 
-    columns: ClassVar[tuple[str, ...]]  # what a sample must have
-    example: ClassVar[Columns]  # a sample, to try the template with
+    columns: ClassVar[tuple[str, ...]]  # the columns that a sample must have
+    example: ClassVar[Columns]  # the columns of a sample to test the chat template with
 
     def messages(self, columns: Columns, num_pictures: int) -> tuple[Message, ...]:
-        """All that the model is shown before its answer."""
+        """Return all messages that the model gets before its answer."""
 
     def answer(self, columns: Columns) -> str:
-        """The answer to learn."""
+        """Return the answer that the model learns."""
 
     def label(self, columns: Columns) -> str:
-        """What reports count a sample under."""
+        """Return the label under which reports count a sample."""
 
     def clean(self, answer: str) -> str:
-        """An answer in the one form in which answers are compared."""
+        """Return an answer in the form in which answers are compared."""
 
     def score(self, answer: str, columns: Columns) -> float:
-        """How far an answer is right, 0 to 1."""
+        """Return how far an answer is right, from 0 (wrong) to 1 (right)."""
 
 
-def asking(system: str, text: str, num_pictures: int) -> tuple[Message, ...]:
-    """The system text, if any, and one question after all pictures."""
+def build_messages(system: str, text: str, num_pictures: int) -> tuple[Message, ...]:
+    """Return the system message, if there is a system text, and one user message: all pictures, then `text`."""
     user = Message("user", (*[PICTURE] * num_pictures, text))
     return (Message("system", (system,)), user) if system else (user,)

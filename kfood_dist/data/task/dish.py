@@ -1,10 +1,10 @@
-"""Dish names: one clean form for training, evaluation and prediction, and what counts as a match.
+"""Dish names: one clean form for training, evaluation and prediction, and the rule for a match.
 
 text of a folder, a CSV or a model ──► clean    ──► NFC, without spaces, quotes, brackets and invisible characters
 a class of a class list            ──► accepted ──► name, aliases, halves of a Hangul `A_B`
 a class found as a label           ──► accepted ──► name
 
-Always holds: an answer is right for one class of a data set at most.
+Always holds: an answer is right for at most one class of a data set.
 """
 
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from kfood_dist.data.encoding import read_text
-from kfood_dist.data.task.base import Columns, Message, asking
+from kfood_dist.data.task.base import Columns, Message, build_messages
 from kfood_dist.errors import SourceError
 
 MAX_SYLLABLES = 12
@@ -28,21 +28,24 @@ _BRACKETS = "()[]{}<>（）［］｛｝＜＞「」『』【】〔〕〈〉《�
 _REMOVED = frozenset(_QUOTES + _BRACKETS)
 
 
-@lru_cache(maxsize=2**14)  # a label is asked for with each of its pictures
+@lru_cache(maxsize=2**14)  # the same label comes with each of its pictures
 def clean(text: str) -> str:
-    """NFC, without white space, quotes, brackets and invisible (category Cf) characters; any length."""
+    """Return `text` in NFC without white space, quotes, brackets and invisible characters (categories Cf and Cc).
+
+    The length is not limited.
+    """
     kept = "".join(
         c
         for c in unicodedata.normalize("NFC", text)
         if not (c.isspace() or c in _REMOVED or unicodedata.category(c) in ("Cf", "Cc"))
     )
-    return unicodedata.normalize("NFC", kept)  # what stood between two halves of a syllable is gone
+    return unicodedata.normalize("NFC", kept)  # again: a character between two parts of a syllable may be gone
 
 
 def normalise(text: str) -> str:
-    """What an answer says as a name of a class list: `clean(text)`, cut after 12 syllables.
+    """Return an answer as it is compared with the names of a class list: `clean(text)`, cut after 12 syllables.
 
-    A syllable is a Hangul character; other letters do not count.
+    A syllable is a Hangul character. Other characters are not counted.
     """
     cleaned = clean(text)
     syllables = (i for i, c in enumerate(cleaned) if _is_syllable(c))
@@ -50,7 +53,7 @@ def normalise(text: str) -> str:
 
 
 def num_syllables(text: str) -> int:
-    """The number of Hangul syllables in `text`; Latin letters and digits are none."""
+    """Return the number of Hangul syllables in `text`. Latin letters and digits are not counted."""
     return sum(map(_is_syllable, unicodedata.normalize("NFC", text)))
 
 
@@ -60,10 +63,10 @@ def _is_syllable(character: str) -> bool:
 
 @dataclass(frozen=True)
 class DishClass:
-    """One class of a packed data set: its clean name, category and the other names it goes by.
+    """One class of a packed data set: its clean name, its category and its other names.
 
-    `listed` tells a class of a class list from a label that was found. The rules of Korean dish names hold for
-    listed classes alone: 12 syllables, and the halves of an `A_B` name.
+    `listed` is true for a class of a class list, and false for a label that was found. Two rules of Korean dish names
+    apply to listed classes only: at most 12 syllables, and each half of an `A_B` name is right.
     """
 
     name: str
@@ -72,7 +75,7 @@ class DishClass:
     listed: bool = True
 
     def accepted(self) -> frozenset[str]:
-        """Every clean answer that is right: the name, its aliases, and each half of a listed, all Hangul `A_B` name."""
+        """Return every clean answer that is right: name, aliases, and each half of a listed, all-Hangul `A_B` name."""
         name = clean(self.name)
         is_hangul = all(_is_syllable(c) or c == "_" for c in name)
         halves = name.split("_") if self.listed and is_hangul else []
@@ -80,12 +83,15 @@ class DishClass:
 
 
 def is_match(answer: str, dish: DishClass) -> bool:
-    """Strict exact match of the clean answer; never an edit distance. For a listed class it is cut to 12 syllables."""
+    """Return whether the clean answer is exactly one that the class accepts. Edit distance is never used.
+
+    For a listed class the answer is cut to 12 syllables.
+    """
     return (normalise(answer) if dish.listed else clean(answer)) in dish.accepted()
 
 
 class DishTask:
-    """One question for all pictures: the dish's name. `classes` say which answers are right for it."""
+    """The task that asks the same question of every sample: the dish's name. `classes` say which answers are right."""
 
     columns: ClassVar[tuple[str, ...]] = ("label",)
     example: ClassVar[Columns] = {"label": "비빔밥"}
@@ -96,7 +102,7 @@ class DishTask:
         self._classes = {dish.name: dish for dish in classes}
 
     def messages(self, columns: Columns, num_pictures: int) -> tuple[Message, ...]:
-        return asking(self._system, self._prompt, num_pictures)
+        return build_messages(self._system, self._prompt, num_pictures)
 
     def answer(self, columns: Columns) -> str:
         return columns["label"]
@@ -111,8 +117,8 @@ class DishTask:
         return float(is_match(answer, self._classes[columns["label"]]))
 
 
-def stands_for_two(classes: Iterable[DishClass]) -> tuple[str, str, str] | None:
-    """An answer that is right for two of the classes, and their names; None if there is none."""
+def find_ambiguous_answer(classes: Iterable[DishClass]) -> tuple[str, str, str] | None:
+    """Return an answer that is right for two of the classes, and their names. Returns None if there is none."""
     owner: dict[str, str] = {}
     for dish in classes:
         for name in sorted(dish.accepted()):
@@ -123,10 +129,10 @@ def stands_for_two(classes: Iterable[DishClass]) -> tuple[str, str, str] | None:
 
 
 def load_classes(path: Path) -> list[DishClass]:
-    """Read a tab-separated class list with the columns `category`, `name` and, if wanted, `aliases` (`a|b`).
+    """Read a tab-separated class list with the columns `category`, `name` and optionally `aliases` (`a|b`).
 
-    Raises SourceError when the file is missing, in an unknown encoding or lacks a column, when a name is empty or over
-    12 syllables, or when an answer would be right for two classes.
+    Raises SourceError if the file is missing, has an unknown encoding or lacks a column, if a name is empty or has more
+    than 12 syllables, or if an answer would be right for two classes.
     """
     try:
         text = read_text(path.read_bytes(), f"class list {path}")
@@ -138,7 +144,7 @@ def load_classes(path: Path) -> list[DishClass]:
             f"class list {path} cannot be read ({error.strerror})", "name an existing .tsv with --classes"
         ) from None
     except csv.Error as error:
-        raise SourceError(f"class list {path} is no table ({error})", "save it as UTF-8, tab-separated") from None
+        raise SourceError(f"class list {path} is not a table ({error})", "save it as UTF-8, tab-separated") from None
     if not rows or not {"category", "name"} <= set(rows[0]):
         raise SourceError(
             f"class list {path} lacks the columns category and name",
@@ -164,11 +170,11 @@ def _require_sound(classes: Iterable[DishClass], path: Path) -> None:
             if (length := num_syllables(name)) > MAX_SYLLABLES:
                 raise SourceError(
                     f"class list {path}: '{name}' has {length} syllables, more than {MAX_SYLLABLES}",
-                    "give it a shorter name, or pack without --classes, where labels have no limit",
+                    "give it a shorter name, or pack without --classes: then labels have no limit",
                 )
-    if found := stands_for_two(classes):
+    if found := find_ambiguous_answer(classes):
         name, first, second = found
         raise SourceError(
             f"class list {path}: '{name}' stands for both {first} and {second}",
-            "let every name, every alias and every half of a Hangul A_B belong to one class",
+            "use every name, every alias and every half of a Hangul A_B name for one class only",
         )

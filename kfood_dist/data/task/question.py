@@ -1,14 +1,17 @@
-"""Questions with free answers: each sample brings its own question and answer."""
+"""Questions with free answers: each sample has its own question and answer."""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
-from kfood_dist.data.task.base import Columns, Message, asking
+from kfood_dist.data.task.base import Columns, Message, build_messages
 from kfood_dist.data.task.dish import DishClass, clean
 
 
 class QuestionTask:
-    """`{question}` in the prompt is the sample's. An answer is right if it is the sample's own in its clean form."""
+    """The task with one question per sample, which replaces `{question}` in the prompt.
+
+    An answer is right if its clean form is the clean form of the sample's answer.
+    """
 
     columns: ClassVar[tuple[str, ...]] = ("question", "answer")
     example: ClassVar[Columns] = {"question": "무엇이 보이나요?", "answer": "밥"}
@@ -18,8 +21,8 @@ class QuestionTask:
         self._prompt = prompt
 
     def messages(self, columns: Columns, num_pictures: int) -> tuple[Message, ...]:
-        # Not str.format, to which braces in the prompt would be fields too.
-        return asking(self._system, self._prompt.replace("{question}", columns["question"]), num_pictures)
+        # str.format is not used, because it would take other braces in the prompt as fields too.
+        return build_messages(self._system, self._prompt.replace("{question}", columns["question"]), num_pictures)
 
     def answer(self, columns: Columns) -> str:
         return columns["answer"]

@@ -1,1 +1,1 @@
-"""What is minimised."""
+"""The losses that a run can minimise."""

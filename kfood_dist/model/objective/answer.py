@@ -1,10 +1,10 @@
-"""The loss of the answers: pictures and tokens in, the summed cross-entropy of all label tokens out.
+"""The loss of the answers: from pictures and tokens to the summed cross-entropy of all label tokens.
 
     pixels ──► to_model (device) ──► tower ──► connector ──► image features ─┐
     input_ids ───────────────────────────────────────────────────────────────┴──► language model ──► hidden
     hidden at the positions that predict a label ──► head ──► cross-entropy, summed
 
-Always holds: only positions with a label reach the head (full logits would be 152k wide for every token).
+Always holds: only positions with a label reach the head, because full logits would be 152k wide for every token.
 """
 
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,7 +20,7 @@ from kfood_dist.model.objective.base import Objective
 
 
 class _Tokens(NamedTuple):
-    """Of each label token, in row order: its loss with a graph, its row, and whether it is the likeliest one."""
+    """For each label token, in row order: its loss with a graph, its row, and whether it is the most likely one."""
 
     losses: torch.Tensor
     rows: torch.Tensor
@@ -28,7 +28,7 @@ class _Tokens(NamedTuple):
 
 
 class AnswerLoss(Objective):
-    """Every label token counts alike, and so a long answer more than a short one."""
+    """The loss in which every label token counts the same, so a long answer counts more than a short one."""
 
     def __init__(self, model: Any, pictures: Pictures):
         super().__init__(model)
@@ -60,9 +60,10 @@ class AnswerLoss(Objective):
 
 
 class MeanAnswerLoss(AnswerLoss):
-    """Every answer counts alike, whatever its length: the sum over samples of their mean loss per label token.
+    """The loss in which every answer counts the same: the sum over samples of their mean loss per label token.
 
-    For answers of free text, which are seldom right to the last token, so the lowest loss makes the best checkpoint.
+    It is for answers of free text. They are seldom right to the last token, so the lowest loss makes the best
+    checkpoint.
     """
 
     best: ClassVar[Literal["accuracy", "loss"]] = "loss"
@@ -79,10 +80,10 @@ class MeanAnswerLoss(AnswerLoss):
 
 
 def _all_hit(tokens: _Tokens, batch: Batch) -> torch.Tensor:
-    """Which samples have every label token right, bool (B,); those without labels count as wrong.
+    """Return which samples have every label token right, bool (B,). Samples without labels count as wrong.
 
-    Equals exact match of greedy generation: greedy decoding writes the answer and its end token if and only if each
-    is the most likely token after the ones before it.
+    This equals the exact match of greedy generation: greedy decoding writes the answer and its end token if and only if
+    each is the most likely token after the ones before it.
     """
     count = (batch.labels != IGNORED).sum(1)
     right = torch.zeros(len(count), device=tokens.hits.device).index_add_(0, tokens.rows, tokens.hits.float())

@@ -1,4 +1,4 @@
-"""Every objective by its name in a recipe. One row makes a loss known."""
+"""Every objective by its name in a recipe. One row adds a loss."""
 
 from typing import Any
 
@@ -10,5 +10,5 @@ OBJECTIVES: dict[str, type[AnswerLoss]] = {"answer": AnswerLoss, "answer_mean": 
 
 
 def build_objective(name: str, model: Any, pictures: Pictures) -> Objective:
-    """The objective of that name around a PeftModel."""
+    """Return the objective of that name around a PeftModel."""
     return OBJECTIVES[name](model, pictures)

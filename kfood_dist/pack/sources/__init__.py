@@ -1,4 +1,4 @@
-"""What there is to pack: one record per sample, from a folder, a zip, a CSV or a JSONL file.
+"""Lists what there is to pack: one record per sample, from a folder, a zip, a CSV or a JSONL file.
 
     folder  …/구이/구이/갈비구이/Img_000_0001.jpg   files.py ─┐   names.py: labels, categories
     zip     구이.zip in kfood.zip, read in place    zips.py  ─┼─► scan.py ──► records sorted by `source`
@@ -7,9 +7,9 @@
                                                                                   │
                               bytes of one picture ◄── read.py ◄── opened.py ◄────┘  in any process
 
-Names are compared in NFC, whatever the file system or the zip kept (macOS writes NFD); files are opened by their
-real path, members of zips by their place. Only listings and sizes are read here, no picture, and nothing is
-ever unpacked to disk. A CSV's rows are read by cells.py, and its paths found by spelling.py.
+Names are compared in NFC, whatever form the file system or the zip has (macOS writes NFD). Files are opened by their
+real path, members of zips by their position. Only listings and sizes are read here, no picture. Nothing is ever
+unpacked to disk. cells.py reads the rows of a CSV, and spelling.py finds the files that its paths mean.
 """
 
 from kfood_dist.pack.sources.boxes import BoxCount

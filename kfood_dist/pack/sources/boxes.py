@@ -1,9 +1,9 @@
-"""Where the dish is in a picture: the lists `crop_area.properties` that lie beside the AI-Hub pictures.
+"""Reads where the dish is in a picture, from the lists `crop_area.properties` beside the AI-Hub pictures.
 
     Img_000_0001=76,41,485,427      file name, with or without suffix = x, y, width, height in pixels
 
-The lists were kept by hand and are read as they are: names in any case, `:` for `=`, words behind the numbers;
-a line that says no box is counted and passed over, and so is a box that fits no picture or several.
+The lists were written by hand, so names may be in any case, `:` may stand for `=`, and words may follow the numbers.
+A line without a usable box is counted and ignored. So is a box that fits no picture or several pictures.
 """
 
 import codecs
@@ -31,7 +31,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class BoxCount:
-    """What the lists of a source were worth: lists read and not readable, lines passed over."""
+    """The counts of a source's box lists: lists read, lists not readable, malformed lines, boxes without a picture."""
 
     lists: int = 0
     lists_unreadable: int = 0
@@ -50,9 +50,9 @@ class BoxCount:
 def give_boxes(
     records: Sequence[Record], place_of: Callable[[Record], str], read_list: Callable[[str], bytes | None]
 ) -> tuple[list[Record], BoxCount]:
-    """The records, those with a box in the list of their place with it; and what the lists were worth.
+    """Return the records, with the boxes that the lists of their places have for them, and the counts of the lists.
 
-    `read_list` gives the bytes of a place's list, None where there is none; it may raise ImageRejected.
+    `read_list` gives the bytes of the list of a place, or None if there is none. It may raise ImageRejected.
     """
     at: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(records):
@@ -78,7 +78,7 @@ def give_boxes(
 
 
 def read_list_file(folder: str) -> bytes | None:
-    """The list of a folder, None where there is none; raises ImageRejected when it cannot be read."""
+    """Return the bytes of a folder's list, or None if there is none. Raises ImageRejected if it cannot be read."""
     try:
         with open(Path(folder) / LIST_NAME, "rb") as file:
             data = file.read(MAX_LIST_BYTES + 1)
@@ -92,7 +92,7 @@ def read_list_file(folder: str) -> bytes | None:
 
 
 def parse(data: bytes) -> tuple[dict[str, Box], int]:
-    """Boxes by name, the last of a name counting, and the number of malformed lines."""
+    """Return the boxes by name, and the number of malformed lines. The last box of a name counts."""
     boxes, num_malformed = dict[str, Box](), 0
     for line in map(str.strip, _lines(data)):
         if not line or line.startswith(("#", "!")):
@@ -107,14 +107,17 @@ def parse(data: bytes) -> tuple[dict[str, Box], int]:
 
 
 def _lines(data: bytes) -> list[str]:
-    """Each line by itself, as a list kept by hand may have lines of either encoding; a picture's name confirms them."""
+    """Return the lines, each decoded separately: a list written by hand may mix encodings.
+
+    A wrongly decoded name does no harm, because it fits no picture.
+    """
     if encoding := wide_encoding(data):
         return data.decode(encoding).removeprefix("\ufeff").splitlines()
     return [name_text(line) for line in data.removeprefix(codecs.BOM_UTF8).splitlines()]
 
 
 def _match(boxes: dict[str, Box], names: Iterable[str]) -> tuple[dict[str, Box], int]:
-    """Boxes by the pictures' own names, and how many of them fit no name, or several."""
+    """Return the boxes by the pictures' own names, and the number of boxes that fit no name or several."""
     fitting: dict[str, set[str]] = defaultdict(set)
     for name in names:
         fitting[_folded(name)].add(name)

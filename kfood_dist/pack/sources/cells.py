@@ -1,11 +1,11 @@
-"""The text of a CSV to rows of cells, as RFC 4180 and spreadsheets write them.
+"""Splits the text of a CSV into rows of cells, as RFC 4180 and spreadsheets write them.
 
-    sep=;                          a first line that names the separator; else the header tells: comma, semicolon or tab
+    sep=;                          a first line may name the separator; else the header decides: comma, semicolon or tab
     image_path;label;note
     a.jpg;갈비구이;"two
     lines"                         a quoted cell may hold line breaks
 
-Always holds: a stray quote costs its own line; lines that are rows by themselves are never swallowed by it.
+Always holds: a stray quote makes only its own line malformed; a later line that is a row by itself stays a row.
 """
 
 import csv
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 SEPARATORS = (",", ";", "\t")
-# An open quote that no line closes within so many is a stray one.
+# A quote that is not closed within this many lines is a stray one.
 _MAX_LINES = 1000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the line where it begins, from 1; its cells, None where it is malformed; its text."""
+    """One row: the line where it begins, from 1; its cells, or None if it is malformed; its text."""
 
     line: int
     cells: list[str] | None
@@ -28,7 +28,7 @@ class Row:
 
 
 class Table:
-    """The header of a CSV, in small letters without spaces around, and its rows, blank lines aside."""
+    """The header and the rows of a CSV. The header is in lower case without spaces around. Blank lines are ignored."""
 
     def __init__(self, text: str, wanted: Sequence[str]):
         self._lines = list(io.StringIO(text, newline=None))
@@ -45,7 +45,7 @@ class Table:
         self._start += num_lines
 
     def rows(self, is_row: Callable[[list[str]], bool]) -> Iterator[Row]:
-        """The rows below the header; `is_row` tells whether cells of one line are surely a row by themselves."""
+        """Yield the rows below the header. `is_row` says whether the cells of one line are certainly a row."""
         at = self._start
         while at < len(self._lines):
             num_lines, cells = self._row(at, is_row)
@@ -55,7 +55,7 @@ class Table:
             at += num_lines
 
     def _read_header(self, separator: str) -> tuple[list[str], int]:
-        """The columns' names, none where they are malformed, and how many lines they take."""
+        """Return the names of the columns, none if they are malformed, and the number of lines they take."""
         reader = csv.reader(self._lines[self._start : self._start + _MAX_LINES], delimiter=separator, strict=True)
         try:
             names = next(reader, [])
@@ -67,7 +67,7 @@ class Table:
         return [name.strip().lower() for name in names], reader.line_num
 
     def _row(self, at: int, is_row: Callable[[list[str]], bool]) -> tuple[int, list[str] | None]:
-        """How many lines from `at` on are one row, and its cells; of a malformed row, the first line alone."""
+        """Return the number of lines of the row at line `at`, and its cells. A malformed row is 1 line and None."""
         end = min(at + _MAX_LINES, len(self._lines))
         reader = csv.reader((self._lines[i] for i in range(at, end)), delimiter=self._separator, strict=True)
         try:
@@ -81,13 +81,13 @@ class Table:
 
 
 def _named_separator(line: str) -> str | None:
-    """The character that a line such as `sep=;` names, as spreadsheets write it."""
-    said = line.strip("\n").strip(" \"'")
-    return said[4] if len(said) == 5 and said[:4].lower() == "sep=" else None
+    """Return the character that a line such as `sep=;` names, as spreadsheets write it, or None for another line."""
+    text = line.strip("\n").strip(" \"'")
+    return text[4] if len(text) == 5 and text[:4].lower() == "sep=" else None
 
 
 def _split(text: str, separator: str) -> list[str] | None:
-    """The cells of one row, None where it is malformed."""
+    """Return the cells of one row, or None if it is malformed."""
     try:
         return next(csv.reader([text.removesuffix("\n")], delimiter=separator, strict=True), [])
     except csv.Error:

@@ -1,12 +1,12 @@
-"""What the folders around dishes say besides dish and category: the publisher's split, and how a set was delivered.
+"""Reads what folders say besides dish and category: the publisher's split, and how the data set was delivered.
 
     1.Training/01.원천데이터/TS_구이.zip/갈비구이/a.jpg ──► split train, folders 구이, 갈비구이
     test/찌개/된장찌개/a.jpg                            ──► split test,  folders 찌개, 된장찌개
     갈비구이/val/a.jpg                                  ──► split val,   folders 갈비구이
     02.라벨링데이터/TL_구이.zip                         ──► labels, no pictures
 
-A dish may be called like a split. So a folder that has pictures straight in it, beside folders that are no splits,
-is a question to the user.
+A dish may have the name of a split. So the user is asked about a folder with such a name if it holds pictures directly
+and is beside folders that are not splits.
 """
 
 import re
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"^[\d\s._-]+|[\s._-]*\d+$")
 _NOUN = re.compile(r"[\W\d_]*(dataset|data|set|split|images?|imgs?|photos?|데이터셋|데이터|세트|셋|이미지|사진|용)$")
 _NOUN_BEFORE = re.compile(r"^(dataset|data|set|split|images?|imgs?)[\W\d_]+")
 
-# AI-Hub: [T]raining or [V]alidation, [S]ource or [L]abels; before that `[원천]음식001_Tr.zip`.
+# AI-Hub: [T]raining or [V]alidation, [S]ource or [L]abels. Older sets are named like `[원천]음식001_Tr.zip`.
 _DELIVERED = re.compile(r"(?P<split>[TV])(?P<part>S(?![^\W\d_])|L(?=_))[\W_]*(?P<rest>.*)")
 _BRACKETED = re.compile(
     r"\[(?P<part>원천|라벨)(?:링)?(?:데이터)?\]\s*(?P<rest>.*?)(?:_(?P<split>tr|val?|te|ts))?", re.IGNORECASE
@@ -49,7 +49,7 @@ _LABELS = frozenset({"라벨링데이터", "라벨데이터", "라벨링", "라�
 
 @dataclass(frozen=True)
 class Place:
-    """What a folder says of its pictures: `split` is train, val, test or ""; `folders` end with the dish, if any."""
+    """What a folder says of its pictures. `split` is train, val, test or "". `folders` end with the dish, if any."""
 
     split: str
     folders: Folders
@@ -57,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Name:
-    """What a folder's name says by itself; `rest` is what is left of it as a folder, "" if nothing."""
+    """What a folder's name says by itself. `rest` is the part of the name that counts as a folder, or ""."""
 
     split: str
     rest: str
@@ -77,7 +77,7 @@ def _read(name: str) -> _Name:
 
 
 def split_of(name: str) -> str:
-    """The split that a name stands for: train, val, test, or eval, which may be either of the last two; else ""."""
+    """Return the split that a name means: train, val, test, or eval, which may be val or test; "" for other names."""
     word = _NOUN_BEFORE.sub("", _MARGIN.sub("", name.casefold()))
     while word not in _WORDS and (shorter := _NOUN.sub("", word)) != word:
         word = shorter
@@ -85,36 +85,36 @@ def split_of(name: str) -> str:
 
 
 def resolved(splits: Iterable[str]) -> dict[str, str]:
-    """What the splits that a source names are called here: `eval` is test beside another val, else val."""
+    """Return the final name of each split that a source names: `eval` is test if there is also a val, else val."""
     names = set(splits)
     return {name: name for name in names} | {"eval": "test" if "val" in names else "val"}
 
 
 def holds_labels(source: str) -> bool:
-    """Whether a path leads through a folder or zip of labels, where masks may lie but no pictures."""
+    """Return whether a path leads through a folder or zip of labels, which may hold masks but no pictures."""
     *folders, last = source.split("/")
     zips = [last] if suffix(last) == ".zip" else []
     return any(_read(without_zip(name)).is_labels for name in folders + zips)
 
 
 def without_zip(name: str) -> str:
-    """A zip's name as that of the folder it stands for."""
+    """Return the name of the folder that a zip would be extracted to. Other names stay as they are."""
     return name[: -len(".zip")] if suffix(name) == ".zip" else name
 
 
 def read_places(places: Iterable[Folders], is_dish: Callable[[str], bool], ask: bool = True) -> dict[Folders, Place]:
-    """What each of a source's folders with pictures says, by the folder.
+    """Return what each folder with pictures says, with the folder as the key.
 
-    `is_dish` knows the names that are dishes for certain. If it may `ask`, raises SourceError for a folder that may be
-    a split or a dish.
+    `is_dish` says whether a name is certainly a dish. If `ask`, raises SourceError for a folder that may be a split or
+    a dish.
     """
     places = set(places)
     names = _read_names(places, is_dish)
     if ask:
-        _require_no_dish(names)
+        _require_clear_splits(names)
     read = {place: _read_place(place, names) for place in places}
     means = resolved(one.split for one, _ in read.values())
-    # A folder around all splits means nothing, if a dish is left below each.
+    # A folder around all splits means nothing if each split still has a dish below it.
     heads = {one.folders[:at] for one, at in read.values()}
     is_wrapped = len(heads) == 1 and all(one.split and len(one.folders) > at for one, at in read.values())
     wrapping = len(heads.pop()) if is_wrapped else 0
@@ -122,7 +122,7 @@ def read_places(places: Iterable[Folders], is_dish: Callable[[str], bool], ask: 
 
 
 def _read_names(places: Iterable[Folders], is_dish: Callable[[str], bool]) -> dict[Folders, _Name]:
-    """What each folder on the way to the places says by its name."""
+    """Return what the name of each folder on the paths to the places says."""
     beside: dict[Folders, set[str]] = defaultdict(set)
     for place in places:
         for i, name in enumerate(place):
@@ -137,14 +137,14 @@ def _read_names(places: Iterable[Folders], is_dish: Callable[[str], bool]) -> di
 
 
 def _read_pairs(names: Iterable[str], holding_folders: Collection[str]) -> dict[str, _Name]:
-    """What names beside each other say that differ in the split alone, such as `kfood_train` and `kfood_test`."""
+    """Return what neighbouring names say that differ only in the split, such as `kfood_train` and `kfood_test`."""
     families: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
         if found := _PAIRED.fullmatch(name):
             families[found["before"] or found["after"]][name] = _WORDS[(found["first"] or found["last"]).lower()]
     families = {rest: splits for rest, splits in families.items() if len(set(splits.values())) > 1}
     return {
-        # One name for all means nothing, unless there is no other for the dish.
+        # A name that all of them share means nothing, unless it is the only name for the dish.
         name: _Name(split, "" if len(families) == 1 and name in holding_folders else rest)
         for rest, splits in families.items()
         for name, split in splits.items()
@@ -152,7 +152,7 @@ def _read_pairs(names: Iterable[str], holding_folders: Collection[str]) -> dict[
 
 
 def _read_place(place: Folders, names: Mapping[Folders, _Name]) -> tuple[Place, int]:
-    """What one place says, and how many of its folders lie above its split."""
+    """Return what one place says, and how many of its folders are above its split."""
     split, at, folders = "", 0, list[str]()
     for i in range(len(place)):
         found = names[place[: i + 1]]
@@ -163,15 +163,15 @@ def _read_place(place: Folders, names: Mapping[Folders, _Name]) -> tuple[Place, 
     return Place(split, tuple(folders)), at
 
 
-def _require_no_dish(names: Mapping[Folders, _Name]) -> None:
-    """Raise SourceError for a folder called like a split that holds no folders, beside one that is no split."""
+def _require_clear_splits(names: Mapping[Folders, _Name]) -> None:
+    """Raise SourceError for a folder with the name of a split and no folders in it, beside one that is not a split."""
     dishes = {place[:-1]: place[-1] for place, name in sorted(names.items()) if name.rest and not name.split}
     above = {place[:-1] for place in names}
     for place, name in sorted(names.items()):
         if name.split and not name.rest and place not in above and place[:-1] in dishes:
             raise SourceError(
-                f"folder {'/'.join(place)} holds pictures and is called like a split, but {dishes[place[:-1]]} beside "
-                "it is none: is it a dish?",
+                f"folder {'/'.join(place)} holds pictures and has the name of a split, but {dishes[place[:-1]]} beside "
+                "it is not a split: is this folder a dish?",
                 "if so, rename it, or name all dishes with --classes; if it is a split, sort its pictures into folders "
                 "of dishes",
             )

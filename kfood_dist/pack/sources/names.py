@@ -1,9 +1,9 @@
-"""What a name says: its text, whatever wrote it; whether it leads astray; which dish and category it means.
+"""Reads names: their text in any encoding, whether they are unsafe, and the dish and category they mean.
 
     folder  …/구이/구이/갈비구이/Img_000_0001.jpg     class = own folder, category = the folder above it
     zip     구이.zip/갈비구이/Img_000_0001.jpg         a zip counts as the folder it would be extracted to
 
-The rules look at `Record.source` alone, so a source has the same labels as folders, extracted or not.
+The rules use only `Record.source`, so a source has the same labels before and after its zips are extracted.
 """
 
 import os
@@ -29,36 +29,39 @@ _UNICODE_PATH = 0x7075
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
-@lru_cache(maxsize=2**16)  # a folder's name is asked for with each of its files
+@lru_cache(maxsize=2**16)  # the name of a folder is looked up for each of its files
 def file_name(name: str, side: str = UTF8) -> str:
-    """A file's name as text, whatever wrote it; `side` is the encoding of those beside it, for what may have either."""
+    """Return a file's name as text, whatever program wrote it.
+
+    `side` is the encoding of the names beside it. It decides for a name that may have either encoding.
+    """
     return name if name.isascii() else name_text(os.fsencode(name), side)
 
 
 def file_side(names: Iterable[str]) -> str:
-    """The `side` of many files' names."""
+    """Return the `side` of the names of many files."""
     return side_of(os.fsencode(name) for name in set(names))
 
 
 def member_name(info: zipfile.ZipInfo, side: str) -> str:
-    """The whole name of a zip's member as text; `side` is the encoding of those without a flag in the same zip."""
+    """Return the full name of a zip's member as text. `side` is the encoding of its names without UTF-8 flag."""
     raw = _unflagged(info)
-    return info.orig_filename if raw is None else _said_beside(info, raw) or name_text(raw, side)
+    return info.orig_filename if raw is None else _unicode_path_field(info, raw) or name_text(raw, side)
 
 
 def member_side(infos: Iterable[zipfile.ZipInfo]) -> str:
-    """The `side` of a zip's names: macOS writes UTF-8 without the flag that says so, Korean Windows CP949."""
+    """Return the `side` of a zip's names. macOS writes UTF-8 without the UTF-8 flag, Korean Windows writes CP949."""
     return side_of(raw for info in infos if (raw := _unflagged(info)) is not None)
 
 
 def _unflagged(info: zipfile.ZipInfo) -> bytes | None:
-    """The bytes of a name without a flag for UTF-8, which zipfile has read as CP437; None for other names."""
+    """Return the bytes of a name without the UTF-8 flag, which zipfile has read as CP437. None for other names."""
     name = info.orig_filename
     return None if info.flag_bits & _UTF8_FLAG or name.isascii() else name.encode("cp437")
 
 
-def _said_beside(info: zipfile.ZipInfo, raw: bytes) -> str | None:
-    """The name in UTF-8 that some programs write beside that in the system's encoding (APPNOTE.TXT 4.6.9)."""
+def _unicode_path_field(info: zipfile.ZipInfo, raw: bytes) -> str | None:
+    """Return the UTF-8 name that some programs add to the one in the system's encoding (APPNOTE.TXT 4.6.9), or None."""
     at = 0
     while at + 4 <= len(info.extra):
         kind, size = struct.unpack_from("<HH", info.extra, at)
@@ -70,8 +73,8 @@ def _said_beside(info: zipfile.ZipInfo, raw: bytes) -> str | None:
     return None
 
 
-def leads_astray(name: str) -> bool:
-    """Whether a member's name could mean a place outside its zip to some program on some system."""
+def is_unsafe_path(name: str) -> bool:
+    """Return whether some program on some system could take a member's name for a place outside its zip."""
     return (
         name.startswith("/")
         or "\\" in name
@@ -82,15 +85,15 @@ def leads_astray(name: str) -> bool:
 
 
 def named(records: Sequence[Record], root_name: str, dishes: Collection[str] = ()) -> list[Record]:
-    """The records with label, category and the publisher's split by their folders.
+    """Return the records with the label, the category and the publisher's split that their folders name.
 
-    Pictures on top are of the dish `root_name`; `dishes` are the clean names that are dishes, never splits.
-    Records that are no pictures (a zip that was refused) or not to be trusted by name stay without. Raises SourceError
-    for a folder that may be a split or a dish.
+    Pictures in the top folder have the label `root_name`. `dishes` are the cleaned names that are always dishes, never
+    splits. A record that is not a picture (a refused zip) or has an unsafe name is returned unchanged. Raises
+    SourceError for a folder that may be a split or a dish.
     """
     folders = {place: _folders(place) for place in {_place(r) for r in records if _has_dish(r)}}
-    said = read_places(folders.values(), lambda name: clean(name) in dishes)
-    places = {place: said[parts] for place, parts in folders.items()}
+    readings = read_places(folders.values(), lambda name: clean(name) in dishes)
+    places = {place: readings[parts] for place, parts in folders.items()}
     wrapping = _num_wrapping({place.folders for place in places.values()})
     categories = {name: category(place.folders[wrapping:]) for name, place in places.items()}
     have_dish = any(place.folders for place in places.values())
@@ -98,7 +101,7 @@ def named(records: Sequence[Record], root_name: str, dishes: Collection[str] = (
     def with_dish(record: Record) -> Record:
         place = places[_place(record)]
         if place.split and not place.folders and have_dish:
-            detail = "lies straight in the folder of a split, in no dish's folder"
+            detail = "is directly in the folder of a split, not in a dish's folder"
             return replace(record, problem="bad_label", detail=detail, split=place.split)
         label = place.folders[-1] if place.folders else root_name
         return replace(record, label=label, category=categories[_place(record)], split=place.split)
@@ -107,13 +110,13 @@ def named(records: Sequence[Record], root_name: str, dishes: Collection[str] = (
 
 
 def listed(records: Sequence[Record]) -> list[Record]:
-    """The records of a table with category by their folders; so is the split, if the table itself names none."""
+    """Return the records of a list with the category that their folders name, and the split if the list names none."""
     folders = {place: tuple(p for p in place.split("/") if p not in ("", "..")) for place in map(_place, records)}
-    # Where somebody keeps the set says nothing about it.
+    # The folders that all absolute paths share only show where somebody keeps the data set.
     above = _num_shared(parts for place, parts in folders.items() if place.startswith("/"))
     at = {place: above if place.startswith("/") else 0 for place in folders}
     labels = {clean(record.label) for record in records}
-    said = read_places(
+    readings = read_places(
         (parts[at[place] :] for place, parts in folders.items()), lambda name: clean(name) in labels, ask=False
     )
     means = resolved(record.split for record in records)
@@ -121,7 +124,7 @@ def listed(records: Sequence[Record]) -> list[Record]:
 
     def with_place(record: Record) -> Record:
         parts, start = folders[_place(record)], at[_place(record)]
-        place = said[parts[start:]]
+        place = readings[parts[start:]]
         split = means[record.split] if has_column else place.split
         return replace(record, category=category((*parts[:start], *place.folders)), split=split)
 
@@ -141,10 +144,10 @@ def _folders(place: str) -> tuple[str, ...]:
 
 
 def _num_wrapping(places: Iterable[tuple[str, ...]]) -> int:
-    """How many folders at the top hold everything and mean nothing, such as `kfood` in `kfood/만두/만두/a.jpg`.
+    """Return how many folders at the top hold everything and mean nothing, such as `kfood` in `kfood/만두/만두/a.jpg`.
 
-    They are told from a category by what is left below: everywhere a category and a dish, and somewhere the two
-    called differently.
+    They are not categories if every path below them still has a category and a dish, and if the two have different
+    names in at least one path.
     """
     places = list(places)
     shared = _num_shared(places) if len(places) > 1 else 0
@@ -155,19 +158,20 @@ def _num_wrapping(places: Iterable[tuple[str, ...]]) -> int:
 
 
 def _num_shared(places: Iterable[tuple[str, ...]]) -> int:
-    """How many folders at the top all places begin with."""
+    """Return how many folders at the top all places share."""
     places = list(places)
-    # What the first and the last in order begin with, all between them do.
+    # In sorted order, all places begin with what the first and the last have in common.
     ends = zip(min(places, default=()), max(places, default=()), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
 
 
 def category(folders: Sequence[str]) -> str:
-    """The nearest folder above the dish that is not called like it; "" when the dish's folder is on top.
+    """Return the nearest folder above the dish that has another name; "" if the dish's folder is at the top.
 
-    `folders` lead from the source's root to the picture, the last being the dish. Category folders may repeat
-    (`구이/구이/갈비구이`, as extraction on Windows leaves them); a category may hold a dish of its own name, and
-    then three in a row (`kfood/만두/만두/만두`) are that dish in its doubled category.
+    `folders` lead from the source's root to the picture. The last one is the dish. Category folders may repeat, as
+    after extraction on Windows (`구이/구이/갈비구이`). A category may hold a dish of the same name. Then three in a row
+    (`kfood/만두/만두/만두`) are that dish in its repeated category. If all folders above have the dish's name, so does
+    the category.
     """
     above = [unicodedata.normalize("NFC", name).strip() for name in folders[:-1]]
     dish = clean(folders[-1]) if folders else ""

@@ -1,9 +1,10 @@
-"""The zips a process has open, and views of them that zipfile can read.
+"""Keeps the open zips of a process, and gives views of them that zipfile can read.
 
     Archive ──► open_view ──► a seekable file over those bytes of the zip's file, or over a small unpacked copy
 
-Views only ever `pread`, so they share one descriptor without a shared position. Each process opens files itself,
-after a fork too, and keeps the latest few; a file that is no longer the one that was listed raises SourceError.
+Views read only with `pread`, so they share one descriptor without sharing a position. Each process opens files itself,
+also after a fork, and keeps only the most recently used ones. A file that is not the one that was listed raises
+SourceError.
 """
 
 import errno
@@ -18,16 +19,17 @@ from typing import BinaryIO, cast
 from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources.record import MAX_FILE_BYTES, Archive, Member
 
-# The 27 zips of the set when its outer zip alone was extracted.
+# Enough for the 27 zips of the data set after only its outer zip was extracted.
 _MAX_FILES = 32
-# Of zips compressed inside a zip, unpacked in memory, in each process.
+# The limit of each process for zips that are compressed inside a zip and unpacked in memory.
 MAX_UNPACKED_BYTES = 128 * 2**20
 
 
 def open_view(archive: Archive, unpack: Callable[[Member], bytes]) -> BinaryIO:
-    """A file over the zip's bytes, at its start; `unpack` reads a zip that is compressed in another.
+    """Return a file over the bytes of the zip, positioned at its start.
 
-    Raises SourceError when the zip's file cannot be read or has changed since it was listed.
+    `unpack` reads a zip that is compressed in another zip. Raises SourceError if the zip's file cannot be read or has
+    changed since it was listed.
     """
     here = _of_this_process()
     if archive.packed is None:
@@ -36,12 +38,12 @@ def open_view(archive: Archive, unpack: Callable[[Member], bytes]) -> BinaryIO:
 
 
 def require_unchanged(archive: Archive) -> None:
-    """Raise SourceError when the zip's file is gone, or not the one that was listed."""
+    """Raise SourceError if the zip's file is gone or is not the one that was listed."""
     _of_this_process().file(archive)
 
 
 def close_all() -> None:
-    """Forget what this process has open; views in use stay open until they are dropped."""
+    """Close the files that this process keeps open. A view in use keeps its file open until the view is dropped."""
     global _opened
     _opened = None
 
@@ -57,27 +59,27 @@ class Window(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True: a window can always be read."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """Return True: a window can always be positioned."""
         return True
 
     def tell(self) -> int:
-        """The position from the window's start, in bytes."""
+        """Return the position from the start of the window, in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to `offset` from the start, the position or the end; before the start is an OSError, as in files."""
+        """Move to `offset` from the start, the position or the end. Raises OSError if that is before the start."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
         if base + offset < 0:
-            raise OSError(errno.EINVAL, f"position {base + offset} lies before the start")
+            raise OSError(errno.EINVAL, f"position {base + offset} is before the start")
         self._position = base + offset
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes, fewer only at the window's end; ValueError when that is far too many."""
+        """Return the next `size` bytes, fewer only at the window's end. Raises ValueError above MAX_FILE_BYTES."""
         left = max(0, self._num_bytes - self._position)
         size = left if size < 0 else min(size, left)
         if size > MAX_FILE_BYTES:
@@ -88,7 +90,7 @@ class Window(io.RawIOBase):
 
 
 class _File:
-    """An open descriptor, closed when its last user is gone."""
+    """An open descriptor, closed when nothing uses it any more."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -126,7 +128,7 @@ class _File:
 
 
 class _Opened:
-    """What one process has open."""
+    """The open files and unpacked zips of one process."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -165,7 +167,7 @@ _opened: _Opened | None = None
 
 
 def _of_this_process() -> _Opened:
-    # A forked child must not use its parent's locks, which another thread may have held at that moment.
+    # A forked child must not use its parent's locks: another thread may have held them at the fork.
     global _opened
     if _opened is None or _opened.pid != os.getpid():
         _opened = _Opened()
@@ -175,12 +177,12 @@ def _of_this_process() -> _Opened:
 def _unreadable(path: Path, error: OSError) -> SourceError:
     return SourceError(
         f"{path} can no longer be read ({error.strerror})",
-        "bring it and its disk back as they were, then run the same command again",
+        "restore it and its disk as they were, then run the same command again",
     )
 
 
 def changed(path: Path) -> SourceError:
-    """The error of a file that is not as it was listed."""
+    """Return the error for a file that has changed since it was listed."""
     return SourceError(
-        f"{path} has changed since it was listed", "let nothing write to it, then run the same command again"
+        f"{path} has changed since it was listed", "make sure nothing writes to it, then run the same command again"
     )

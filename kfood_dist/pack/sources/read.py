@@ -1,7 +1,7 @@
-"""The bytes of one record, from its file or out of its zip, never more than MAX_FILE_BYTES of them.
+"""Reads the bytes of one record, from its file or from its zip, never more than MAX_FILE_BYTES.
 
-What is wrong with this one picture is an ImageRejected; when the source itself has gone, a SourceError stops
-the packing, for else every picture that was still to come would be refused.
+A fault of one picture raises ImageRejected. If the source itself is gone, a SourceError stops the packing, because
+otherwise every later picture would be refused.
 """
 
 import errno
@@ -16,7 +16,7 @@ from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources.opened import changed, open_view, require_unchanged
 from kfood_dist.pack.sources.record import MAX_FILE_BYTES, Member, Record
 
-# The file's own; anything else (no such file any more, an input error, a stale mount) is the source's.
+# Errors of one file. Any other error (the file is gone, an input error, a stale mount) is a fault of the source.
 _FAULTS_OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 # APPNOTE.TXT 4.3.7, local file header: signature, 22 bytes that the directory repeats, two lengths.
@@ -25,16 +25,16 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def read_picture(record: Record) -> bytes:
-    """The picture file's bytes.
+    """Return the bytes of the picture file.
 
-    Raises ImageRejected `unreadable` or `too_large`, and SourceError when the source has vanished, changed
-    since it was listed, or its disk fails.
+    Raises ImageRejected `unreadable` or `too_large`. Raises SourceError if the source is gone, has changed since it was
+    listed, or its disk fails.
     """
     return _read_file(record) if record.member is None else read_member(record.member)
 
 
 def is_fault_of_one_file(error: OSError) -> bool:
-    """Whether an error concerns one file, not the disk or the folder it lies in."""
+    """Return whether an error concerns one file, not its disk or its folder."""
     return error.errno in _FAULTS_OF_ONE_FILE
 
 
@@ -46,7 +46,7 @@ def _read_file(record: Record) -> bytes:
                 raise changed(record.path)
             if num_bytes > MAX_FILE_BYTES:
                 raise ImageRejected("too_large", f"a file of {num_bytes:,} bytes")
-            return file.read(num_bytes)  # of a device's file, such as those of /proc, nothing
+            return file.read(num_bytes)  # a special file, such as one in /proc, has size 0 and gives nothing
     except OSError as error:
         if is_fault_of_one_file(error):
             raise ImageRejected("unreadable", f"cannot be read ({error.strerror})") from None
@@ -57,7 +57,7 @@ def _read_file(record: Record) -> bytes:
 
 
 def read_member(member: Member) -> bytes:
-    """The unpacked bytes of a zip's member, their CRC checked; raises as `read_picture` does."""
+    """Return the unpacked bytes of a zip's member, with their CRC checked. Raises the same errors as `read_picture`."""
     if member.num_bytes > MAX_FILE_BYTES:
         raise ImageRejected("too_large", f"{member.num_bytes:,} bytes when unpacked")
     if member.method not in _METHODS:
@@ -70,7 +70,7 @@ def read_member(member: Member) -> bytes:
     info.CRC = member.crc32
     try:
         view.seek(data_offset(view, member.offset))
-        # Asked for what the directory says, it inflates no more than that, whatever the data would grow to.
+        # It inflates no more bytes than it is asked for, here the size in the directory, even if the data holds more.
         data = zipfile.ZipExtFile(view, "r", info).read(member.num_bytes)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OverflowError, OSError) as error:
         require_unchanged(member.archive)
@@ -81,7 +81,7 @@ def read_member(member: Member) -> bytes:
 
 
 def data_offset(view: BinaryIO, offset: int) -> int:
-    """Where a member's data begins in its zip, given where its local header does; raises BadZipFile."""
+    """Return where a member's data begins in its zip. `offset` is where its local header begins. Raises BadZipFile."""
     view.seek(offset)
     header = view.read(_LOCAL_HEADER.size)
     if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):

@@ -1,11 +1,11 @@
-"""One input of a source: the values that the modules of this package hand to each other. Small and picklable."""
+"""One input of a source: the values that the modules of this package pass to each other. Small and picklable."""
 
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# The formats of Pillow that photographs are kept in, and HEIC.
+# The suffixes of Pillow's formats for photographs, and of HEIC.
 SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
@@ -14,16 +14,17 @@ SUFFIXES = frozenset(
     }
 )
 
-# No photograph comes near it; it keeps a mislabelled film, an archive or a zip bomb out of memory.
+# No photograph is nearly as large. The limit keeps a mislabelled film, an archive or a zip bomb out of memory.
 MAX_FILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """A zip: a whole file, or the `num_bytes` of it from `start` on (a zip stored in a zip).
+    """A zip: a complete file, or the `num_bytes` of it from `start` on (a zip stored in a zip).
 
-    `file_bytes` and `mtime_ns` are the file's when it was listed: another file under its name is noticed by
-    them. A zip that is itself compressed in another has `packed`, and the rest speaks of that other's file.
+    `file_bytes` and `mtime_ns` are those of the file when it was listed. They show whether another file has replaced
+    it. `packed` is set for a zip that is compressed in another zip. The path, size and time are then those of the outer
+    zip's file.
     """
 
     path: Path
@@ -36,7 +37,7 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of a zip, as the zip's directory says; `offset` is where its local header begins in the zip."""
+    """A member of a zip, as the zip's directory describes it. `offset` is where its local header begins in the zip."""
 
     archive: Archive
     offset: int
@@ -48,17 +49,17 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture of a source: where it is opened, what it is called, what it shows.
+    """One picture of a source: the file to open, its name and what it shows.
 
-    `source` is its path relative to the source's root in NFC, through zips as through folders; `num_bytes` its
-    size, unpacked (0 when missing). `path` is the file to open: the picture's, or that of the zip whose `member`
-    it is. `box` is the dish's place in the picture, x, y, width, height in pixels, where a list beside the
-    picture gives one. `problem` is None or the reason why it cannot be used, and `detail` says so in words.
-    `split` is the publisher's: train, val, test, another name in a list's column, or "" if the source says none.
-    `changed_ns` is when a plain file, or what may be done with it, last changed, in ns since 1970; else 0.
+    `source` is its path relative to the source's root, in NFC. Zips count as folders in it. `num_bytes` is its unpacked
+    size (0 if it is missing). `path` is the file to open: the picture's file, or the zip that has it as `member`. `box`
+    is the place of the dish in the picture: x, y, width, height in pixels. It is None unless a list beside the picture
+    has it. `problem` is None or the reason why the picture cannot be used, and `detail` explains it in words. `split`
+    is the publisher's: train, val, test, another name in a list's column, or "" if the source names none. `changed_ns`
+    is the time when the content or the permissions of a plain file last changed, in ns since 1970, else 0.
 
-    It is also one sample: `columns` are what a list says of it besides a label, by name, and `more` the records of its
-    further pictures, of which only where they lie counts.
+    A record is also one sample. `columns` holds what a list says of it besides a label, as pairs of name and text.
+    `more` holds the records of its further pictures. Only their files count, not their labels.
     """
 
     path: Path
@@ -82,17 +83,17 @@ class Record:
 
     @property
     def identity(self) -> str:
-        """What tells the sample from the others of its source: one picture may be asked about several times."""
+        """The text that identifies the sample within its source: several questions may be about one picture."""
         if not self.columns and not self.more:
             return self.source
         return json.dumps([[picture.source for picture in self.pictures], self.columns], ensure_ascii=False)
 
     @property
     def crc32(self) -> int | None:
-        """The CRC-32 of a picture's bytes where they need not be read to know it: in a zip."""
+        """The CRC-32 of the picture's bytes if it is known without reading them, which is the case in a zip."""
         return None if self.member is None else self.member.crc32
 
 
 def suffix(name: str) -> str:
-    """The suffix of a file's name in small letters, with its dot."""
+    """Return the suffix of a file's name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()

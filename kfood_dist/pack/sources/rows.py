@@ -1,7 +1,7 @@
-"""What a row of a list says, whatever the list's form: pictures, and a label or a question with its answer.
+"""Turns a row of a CSV or JSONL list into a record: its pictures, and a label or a question with its answer.
 
 paths, label, split, columns ──► row_record ──► the file that each path means ──► Record
-all records ──► check_rows ──► what only a list can get wrong
+all records ──► check_rows ──► faults that only a list can have
 """
 
 import posixpath
@@ -16,21 +16,21 @@ from kfood_dist.pack.sources.layout import split_of
 from kfood_dist.pack.sources.record import Record
 from kfood_dist.pack.sources.spelling import Files, SeveralFit
 
-# What a list may say of a sample besides its pictures: a class, or a question and its answer.
+# The columns that a list may have besides the pictures: a class, or a question and its answer.
 LABEL, ASKED = "label", ("question", "answer")
 
 
-def says_enough(names: Collection[str]) -> bool:
-    """Whether a list with these columns says what its samples are: their label, or a question and its answer."""
+def has_label_or_question(names: Collection[str]) -> bool:
+    """Return whether a list with these columns describes its samples: by a label, or by a question and its answer."""
     return LABEL in names or set(ASKED) <= set(names)
 
 
-def row_record(image_root: Path, files: Files, paths: Sequence[str], said: Mapping[str, str], split: str) -> Record:
-    """The record of one row: its first picture, the others as `more`, and what is `said` of them by column."""
+def row_record(image_root: Path, files: Files, paths: Sequence[str], texts: Mapping[str, str], split: str) -> Record:
+    """Return the record of one row: its first picture, the others as `more`. `texts` are those of its columns."""
     first, *more = [_picture(image_root, files, path) for path in paths]
-    columns = tuple((name, _composed(said[name])) for name in ASKED) if set(ASKED) <= set(said) else ()
+    columns = tuple((name, _composed(texts[name])) for name in ASKED) if set(ASKED) <= set(texts) else ()
     record = replace(
-        first, label=said.get(LABEL, ""), split=split_of(split) or split, columns=columns, more=tuple(more)
+        first, label=texts.get(LABEL, ""), split=split_of(split) or split, columns=columns, more=tuple(more)
     )
     for other in more:
         if record.problem is None and other.problem is not None:
@@ -42,7 +42,7 @@ def row_record(image_root: Path, files: Files, paths: Sequence[str], said: Mappi
 
 
 def _composed(text: str) -> str:
-    """A text in NFC, as a list that macOS made may not be, without spaces around."""
+    """Return a text in NFC and without spaces around. A list that macOS made may be in NFD."""
     return unicodedata.normalize("NFC", text).strip()
 
 
@@ -51,12 +51,12 @@ def _picture(image_root: Path, files: Files, text: str) -> Record:
         found, spelled = files.find(text) or (image_root / text, text)
     except SeveralFit as several:
         record = Record(image_root / text, _named_from(image_root, text), problem="ambiguous_path")
-        return replace(record, detail=f"any of {several}")
+        return replace(record, detail=f"may be any of {several}")
     return file_record(found, _named_from(image_root, spelled))
 
 
 def _named_from(image_root: Path, text: str) -> str:
-    """A path as a record's source: from the root where it lies there."""
+    """Return a path as a record's source: relative to the root if it is below the root."""
     source = posixpath.normpath(text)
     if posixpath.isabs(source) and Path(source).is_relative_to(image_root.absolute()):
         source = Path(source).relative_to(image_root.absolute()).as_posix()
@@ -64,9 +64,10 @@ def _named_from(image_root: Path, text: str) -> str:
 
 
 def check_rows(records: Sequence[Record], known: Mapping[str, DishClass] | None) -> Iterator[Record]:
-    """What only a list can get wrong: a label against the picture's own folder, and a row given twice.
+    """Yield the records, with a problem for a fault that only a list can have.
 
-    `known` are the classes by name, None where the labels found are the classes.
+    The faults are a label that contradicts the picture's own folder, and a row given twice. `known` holds the classes
+    by name. It is None if the labels found are the classes.
     """
     if known is None:
         labels = {record.label: record.label for record in records if record.problem in (None, "missing")}
@@ -78,7 +79,7 @@ def check_rows(records: Sequence[Record], known: Mapping[str, DishClass] | None)
         if record.problem is not None:
             yield record
         elif record.label and folder not in (None, record.label):
-            yield replace(record, problem="label_disagrees", detail=f"lies in the folder of {folder}")
+            yield replace(record, problem="label_disagrees", detail=f"is in the folder of {folder}")
         elif (record.identity, record.label) in seen:
             yield replace(record, problem="duplicate_row", detail="listed before with the same words")
         else:

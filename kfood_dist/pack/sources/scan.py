@@ -1,10 +1,10 @@
-"""A source, whatever its shape, to one sorted list of records.
+"""Turns a source of any kind into one sorted list of records.
 
     folder, zip ──► files, zips ──► labels and categories by name ─┐
     CSV, JSONL  ──► rows ──────────────────────────────────────────┴──► checks ──► records sorted by `source`
 
-Always holds: of records from folders and zips no two have the same `source`; those with a `problem` will be
-refused under that name and are not read.
+Always holds: no two records from folders and zips have the same `source`; a record with a `problem` is refused under
+that name and its picture is not read.
 """
 
 import os
@@ -17,32 +17,33 @@ from kfood_dist.data.task.dish import MAX_SYLLABLES, DishClass, clean, num_sylla
 from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources.boxes import BoxCount, give_boxes, read_list_file
 from kfood_dist.pack.sources.files import list_folder
+from kfood_dist.pack.sources.ignored import IgnoredFiles, container_kind, how_to_read, list_counts
 from kfood_dist.pack.sources.jsonl import list_jsonl
 from kfood_dist.pack.sources.layout import holds_labels, without_zip
 from kfood_dist.pack.sources.names import file_name, listed, named
 from kfood_dist.pack.sources.opened import close_all
-from kfood_dist.pack.sources.passed import PassedBy, container_kind, how_to_read, list_counts
 from kfood_dist.pack.sources.record import SUFFIXES, Record, suffix
 from kfood_dist.pack.sources.rows import check_rows
 from kfood_dist.pack.sources.table import list_table
 from kfood_dist.pack.sources.zips import ZipRejected, list_zip
 from kfood_dist.system.utf8 import require_utf8_names
 
-# Of a record with another problem nothing can be said by its label.
+# The label of a record with any other problem says nothing, so it is not checked.
 _STILL_CHECKED = (None, "missing")
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds: `kind` is folder, zip, csv or jsonl; `boxes` says what its lists of boxes were worth.
+    """What a source holds.
 
-    `passed` counts the files that are no pictures.
+    `kind` is folder, zip, csv or jsonl. `boxes` holds the counts of its box lists. `ignored` counts the files that are
+    not pictures.
     """
 
     kind: str
     records: list[Record]
     boxes: BoxCount
-    passed: PassedBy
+    ignored: IgnoredFiles
 
 
 def scan(
@@ -51,7 +52,7 @@ def scan(
     classes: Sequence[DishClass] | None = None,
     encoding: str | None = None,
 ) -> list[Record]:
-    """The records of `scan_source`."""
+    """Return the records of `scan_source`."""
     return scan_source(source, image_root, classes, encoding).records
 
 
@@ -63,11 +64,11 @@ def scan_source(
 ) -> Scan:
     """List the samples of a folder, a zip, a CSV or a JSONL file, sorted by name.
 
-    `image_root` is where the paths of a list start, `encoding` a CSV's.
+    `image_root` is the folder where the paths of a list start. `encoding` is the encoding of a CSV.
 
-    With `classes`, labels become the names of that list (aliases count) and any other label is a problem.
-    Raises SourceError when the source is missing, empty, of another kind, or not readable as what it is, and
-    LaunchError in a process that reads the names of files in another encoding than UTF-8.
+    With `classes`, labels become the names in that list (aliases count), and any other label is a problem. Raises
+    SourceError if the source is missing, empty, of another kind, or not readable as its kind. Raises LaunchError in a
+    process that reads file names in an encoding other than UTF-8.
     """
     require_utf8_names()
     kind = _kind(source)
@@ -76,59 +77,59 @@ def scan_source(
         if value is not None and not goes:
             raise SourceError(f"{option} does not go with the {kind} {source}", "leave it out")
     known = None if classes is None else {name: dish for dish in classes for name in dish.accepted()}
-    passed = PassedBy()
+    ignored = IgnoredFiles()
     try:
         if is_list:
             records, boxes = _list_rows(kind, source, image_root or source.parent, encoding, known or ())
         else:
-            records, boxes = _LISTING[kind](source, passed)
+            records, boxes = _LISTING[kind](source, ignored)
     finally:
         close_all()
     if is_list:
         records = listed(records)
     else:
-        records = _without_labels(records, passed)
+        records = _without_labels(records, ignored)
         records = named(records, without_zip(file_name(source.resolve().name)), known or ())
     if not records:
-        raise _no_pictures(source, passed)
+        raise _no_pictures(source, ignored)
     if known is None:
         _require_no_file_names(records)
     is_asked = any(record.columns for record in records) and not any(clean(record.label) for record in records)
     if known is not None and is_asked:
-        raise SourceError(f"{source} has no labels, which --classes is about", "leave --classes out")
+        raise SourceError(f"{source} has no labels, but --classes needs them", "leave --classes out")
     records = [
         replace(record, label="") if is_asked and record.columns else _check_label(record, known) for record in records
     ]
-    records = list(check_rows(records, known)) if is_list else _with_own_names(records)
-    return Scan(kind, sorted(records, key=_order), boxes, passed)
+    records = list(check_rows(records, known)) if is_list else _with_unique_names(records)
+    return Scan(kind, sorted(records, key=_order), boxes, ignored)
 
 
-def _no_pictures(source: Path, passed: PassedBy) -> SourceError:
+def _no_pictures(source: Path, ignored: IgnoredFiles) -> SourceError:
     remedies = ["name the folder or the zip that holds the dishes' folders, or a CSV with rows"]
-    for kind, (_, first) in sorted(passed.containers.items()):
+    for kind, (_, first) in sorted(ignored.containers.items()):
         remedies.append(f"{first}: {how_to_read(kind, str(source / first))}")
-    holds = f", but {list_counts(passed.by_suffix)}" if passed.by_suffix else ""
+    holds = f", but {list_counts(ignored.by_suffix)}" if ignored.by_suffix else ""
     return SourceError(f"source {source} holds no pictures{holds}", "; ".join(remedies))
 
 
-def _without_labels(records: Sequence[Record], passed: PassedBy) -> list[Record]:
-    """The records that lie in no folder or zip of labels; the others are counted."""
+def _without_labels(records: Sequence[Record], ignored: IgnoredFiles) -> list[Record]:
+    """Return the records that are not in a folder or zip of labels. The others are counted in `ignored`."""
     kept = list[Record]()
     for record in records:
         if holds_labels(record.source):
-            passed.add(record.source)
+            ignored.add(record.source)
         else:
             kept.append(record)
     return kept
 
 
 def _require_no_file_names(records: Sequence[Record]) -> None:
-    """Raise SourceError for a dish or category that is called like a picture's file: its folder is a machine's."""
+    """Raise SourceError for a dish or category with the name of a picture file: a machine may have made its folder."""
     for record in records:
         for name in (record.label, record.category):
             if suffix(name.strip()) in SUFFIXES:
                 raise SourceError(
-                    f"{record.source} would be of the dish or category {name}, a picture's name: is that meant?",
+                    f"{record.source} would get the dish or category {name}, a picture's name: is that meant?",
                     "if so, rename its folder, or name all dishes with --classes; if not, take the folder out of the "
                     "source",
                 )
@@ -154,12 +155,12 @@ def _kind(source: Path) -> str:
     return kind
 
 
-def _list_zip(source: Path, passed: PassedBy) -> tuple[list[Record], BoxCount]:
+def _list_zip(source: Path, ignored: IgnoredFiles) -> tuple[list[Record], BoxCount]:
     try:
-        return list_zip(source, "", passed)
+        return list_zip(source, "", ignored)
     except ZipRejected as rejected:
         raise SourceError(
-            f"{source} cannot be read: {rejected.detail}", "download it again, or mend it with `zip -FF`"
+            f"{source} cannot be read: {rejected.detail}", "download it again, or repair it with `zip -FF`"
         ) from None
     except OSError as error:
         raise SourceError(f"{source} cannot be read ({error.strerror})", "check its permissions") from None
@@ -177,7 +178,7 @@ def _list_rows(
     boxed, boxes = give_boxes(pictures, lambda picture: str(picture.path.parent), read_list_file)
     given = iter(boxed)
     records = [replace(next(given), more=tuple(islice(given, len(record.more)))) for record in records]
-    # A list may well name some of a folder's pictures only.
+    # A list may name only some pictures of a folder, so a box without a picture is not counted.
     return records, replace(boxes, lines_unmatched=0)
 
 
@@ -185,7 +186,7 @@ _LISTING = {"folder": list_folder, "zip": _list_zip}
 
 
 def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Record:
-    """The record with its label cleaned, or with the problem of its label; `known`: a class list's classes by name."""
+    """Return the record with a cleaned label or the problem of its label. `known` holds a class list by name."""
     if record.problem not in _STILL_CHECKED:
         return record
     cleaned = clean(record.label)
@@ -203,13 +204,14 @@ def _check_label(record: Record, known: Mapping[str, DishClass] | None) -> Recor
     return replace(record, label=dish.name, category=dish.category or record.category)
 
 
-def _with_own_names(records: Sequence[Record]) -> list[Record]:
-    """The records, those called like another numbered: two spellings of a name, or a name twice in a zip.
+def _with_unique_names(records: Sequence[Record]) -> list[Record]:
+    """Return the records with a number added to every repeated name.
 
-    The first of them by path, sound ones before others, keeps the name.
+    Two records have one name if it exists in two spellings, or twice in a zip. The first one keeps the name: records
+    without a problem come before others, then the path decides.
     """
     own, seen = list[Record](), set[str]()
-    numbers: dict[str, int] = {}  # the last given to each name: all below it are taken
+    numbers: dict[str, int] = {}  # the last number given to each name: all lower numbers are taken
     for record in sorted(records, key=lambda record: (record.problem is not None, _order(record))):
         name = record.source
         stem, dot = os.path.splitext(name)

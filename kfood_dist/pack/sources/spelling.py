@@ -1,9 +1,9 @@
-"""Finds the file that a path means, however the path was spelled elsewhere.
+"""Finds the file that a path means, even if another system spelled the path differently.
 
-    path of a list ──► as it stands, if such a file is there
+    path of a list ──► exactly as written, if such a file exists
                    ──► part by part, in another Unicode form (NFC, NFD), another case, or CP949 on the disk
 
-Each folder is listed once at most, and only if a path does not stand as it is.
+Each folder is listed at most once, and only if a path does not exist exactly as written.
 """
 
 import os
@@ -15,11 +15,11 @@ from kfood_dist.pack.sources.names import file_name
 
 
 class SeveralFit(Exception):
-    """A path that may mean any of several files; its text names them."""
+    """The error of a path that may mean any of several files. Its text names them."""
 
 
 class Files:
-    """The files under one folder, by paths as lists give them: with `/`, relative to `root` or from the top."""
+    """The files under one folder, found by the paths in lists: with `/`, relative to `root` or absolute."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -27,9 +27,10 @@ class Files:
         self._folders: dict[tuple[Path, tuple[str, ...]], list[tuple[Path, str]]] = {}
 
     def find(self, text: str) -> tuple[Path, str] | None:
-        """The file that `text` means, and its path as it is spelled there; None where there is none.
+        """Return the file that `text` means, and its path as the disk spells it, or None if there is none.
 
-        A file of just these letters comes first, then one in another Unicode form. Raises SeveralFit.
+        A file with exactly this name comes first, then one in another Unicode form, then one in another case. Raises
+        SeveralFit if several files fit equally well.
         """
         if os.path.isfile(self._root / text):
             return self._root / text, text
@@ -48,7 +49,7 @@ class Files:
         return fitting[0] if fitting else None
 
     def _fitting_folders(self, top: Path, parts: tuple[str, ...]) -> list[tuple[Path, str]]:
-        """The folders that these parts may mean, each with its path as it is spelled there."""
+        """Return the folders that these parts may mean, each with its path as the disk spells it."""
         if not parts:
             return [(top, "/" if top == Path("/") else "")]
         if (top, parts) not in self._folders:
@@ -59,7 +60,7 @@ class Files:
         return self._folders[top, parts]
 
     def _fitting(self, folder: Path, spelled: str, part: str) -> list[tuple[Path, str]]:
-        """What lies in a folder and may be meant by `part`."""
+        """Return the entries of a folder that `part` may mean, each with its path as the disk spells it."""
         names = [".."] if part == ".." else self._listing(folder).get(_folded(part), [])
         return [(folder / name, f"{spelled}{'/' * bool(spelled.strip('/'))}{file_name(name)}") for name in names]
 
@@ -68,7 +69,7 @@ class Files:
             by_folded = self._listings[folder] = defaultdict(list)
             try:
                 names = os.listdir(folder)
-            except OSError:  # a folder that may not be listed has only what stands as it is
+            except OSError:  # in a folder that cannot be listed, only exact paths are found
                 names = []
             for name in names:
                 by_folded[_folded(file_name(name))].append(name)
@@ -76,7 +77,7 @@ class Files:
 
 
 def _plain(text: str) -> str:
-    """A path without empty parts and dots, as `Files` spells those it finds."""
+    """Return a path without empty parts and dots, as `Files` spells the paths that it finds."""
     return "/" * text.startswith("/") + "/".join(part for part in text.split("/") if part not in ("", "."))
 
 

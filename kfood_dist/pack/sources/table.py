@@ -1,9 +1,9 @@
-"""Samples listed in a CSV: `image_path` with `label`, or with `question` and `answer`; `split` if it has one.
+"""Reads samples from a CSV: `image_path` with `label`, or with `question` and `answer`; also `split` if it is there.
 
     bytes ──► encoding.py: text ──► cells.py: rows ──► rows.py: the file that each path means ──► records
 
-The paths start at one folder; several pictures of one sample stand in one cell, as `a.jpg|b.jpg`. A faulty row becomes
-a record that names it and costs no other; a row whose file is not there is `missing`.
+The paths start at one folder. Several pictures of one sample are in one cell, as `a.jpg|b.jpg`. A faulty row becomes a
+record that names the row; the other rows are still used. A row whose file does not exist has the problem `missing`.
 """
 
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources.cells import Row, Table
 from kfood_dist.pack.sources.names import file_name
 from kfood_dist.pack.sources.record import SUFFIXES, Record, suffix
-from kfood_dist.pack.sources.rows import ASKED, LABEL, row_record, says_enough
+from kfood_dist.pack.sources.rows import ASKED, LABEL, has_label_or_question, row_record
 from kfood_dist.pack.sources.spelling import Files, SeveralFit
 
 PATH = "image_path"
@@ -26,9 +26,10 @@ _WANTED = (PATH, LABEL, *ASKED)
 def list_table(
     path: Path, image_root: Path, encoding: str | None = None, known: Collection[str] = ()
 ) -> Iterator[Record]:
-    """One record per row, labelled as the row says; `known` labels help to tell the encoding where none is given.
+    """Yield one record per row, with the label of the row.
 
-    Raises SourceError when the file, its encoding or its columns cannot be read.
+    If no `encoding` is given, the `known` labels help to find it. Raises SourceError if the file, its encoding or its
+    columns cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -47,17 +48,17 @@ def list_table(
             detail = f"not {len(table.header)} columns: {row.text.strip()[:200]}"
             yield Record(path, f"{file_name(path.name)}:{row.line}", "", "", problem="bad_row", detail=detail)
         else:
-            said = dict(zip(table.header, row.cells, strict=True))
-            paths, split = _paths(said[PATH], files), said.get("split", "").strip()
-            yield row_record(image_root, files, paths, {n: said[n] for n in _WANTED[1:] if n in said}, split)
+            values = dict(zip(table.header, row.cells, strict=True))
+            paths, split = _paths(values[PATH], files), values.get("split", "").strip()
+            yield row_record(image_root, files, paths, {n: values[n] for n in _WANTED[1:] if n in values}, split)
 
 
 def _is_list(table: Table) -> bool:
-    return PATH in table.header and says_enough(table.header)
+    return PATH in table.header and has_label_or_question(table.header)
 
 
 def _rows(table: Table) -> Iterator[Row]:
-    """The rows of a table, without cells where they are malformed."""
+    """Yield the rows of a table. A malformed row has no cells."""
     at_path = table.header.index(PATH)
     for row in table.rows(lambda cells: suffix(cells[at_path].strip()) in SUFFIXES):
         cells = row.cells
@@ -68,7 +69,7 @@ def _rows(table: Table) -> Iterator[Row]:
 
 
 def _paths(cell: str, files: Files) -> list[str]:
-    """The paths in a cell; a `|` parts them unless it belongs to a file's name."""
+    """Return the paths in a cell. A `|` separates them unless it is part of a file's name."""
     text = cell.strip().replace("\\", "/")
     parts = [part.strip() for part in text.split("|")]
     return parts if len(parts) > 1 and all(parts) and not _is_there(text, files) else [text]
@@ -82,13 +83,16 @@ def _is_there(path: str, files: Files) -> bool:
 
 
 def _num_fitting(text: str, files: Files, known: Collection[str]) -> int:
-    """How many paths of a table, read one way, lead to files, and how many of its labels are known; ASCII aside."""
+    """Count the paths of a table that lead to files, plus its known labels, when its text is decoded in one way.
+
+    Paths and labels in ASCII do not count, because they do not help to choose an encoding.
+    """
     table, num_fitting = Table(text, _WANTED), 0
     if not _is_list(table):
         return 0
     for cells in (row.cells for row in _rows(table) if row.cells is not None):
-        said = dict(zip(table.header, cells, strict=True))
-        label = said.get(LABEL, "")
+        values = dict(zip(table.header, cells, strict=True))
+        label = values.get(LABEL, "")
         num_fitting += not label.isascii() and clean(label) in known
-        num_fitting += sum(not path.isascii() and _is_there(path, files) for path in _paths(said[PATH], files))
+        num_fitting += sum(not path.isascii() and _is_there(path, files) for path in _paths(values[PATH], files))
     return num_fitting

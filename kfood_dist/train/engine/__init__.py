@@ -1,1 +1,1 @@
-"""One optimiser step on DeepSpeed ZeRO, DDP or a single process."""
+"""One optimiser step with DeepSpeed ZeRO, DDP or a single process."""

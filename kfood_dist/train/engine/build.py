@@ -1,4 +1,4 @@
-"""Builds the Accelerator and the engine that a recipe asks for.
+"""Build the Accelerator and the engine for a recipe.
 
 recipe ──► build_accelerator ──► Accelerator ──► build_engine ──► PlainEngine | ZeroEngine
 """
@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from kfood_dist.config.sections import Recipe
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.errors import LaunchError
-from kfood_dist.system.world import World, limit_waits
+from kfood_dist.system.world import World, set_collective_timeouts
 from kfood_dist.train.engine.base import Engine
 from kfood_dist.train.engine.plain import PlainEngine
 from kfood_dist.train.engine.zero import ZeroEngine
@@ -21,15 +21,16 @@ from kfood_dist.train.engine.zero_config import deepspeed_config
 
 
 def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
-    """The Accelerator a recipe asks for, checked to be of the stated kind.
+    """Return the Accelerator for a recipe, and check that it is of the kind in the recipe.
 
-    accelerate does not choose gloo for DeepSpeed on CPU, and turns silently into DDP when asked for the CPU.
+    accelerate does not choose gloo for DeepSpeed on a CPU, and silently changes to DDP if it is asked for the CPU.
+    Raises LaunchError if the Accelerator is of another kind, or if DeepSpeed is started without a launcher.
     """
     cpu = not torch.cuda.is_available()
     timeout = collective_timeout(recipe)
     process_group = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)]
     if recipe.train.zero_stage == 0:
-        # PlainEngine casts and scales itself: accelerate has no fp16 on a CPU.
+        # PlainEngine casts and scales by itself, because accelerate has no fp16 on a CPU.
         accelerator = Accelerator(
             mixed_precision="no", cpu=cpu, kwargs_handlers=process_group if world.size > 1 else []
         )
@@ -37,11 +38,11 @@ def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
             raise LaunchError("train.zero_stage is 0, but accelerate set up DeepSpeed", "start through launch/train.sh")
         return accelerator
     if cpu:
-        _spare_inference_op()
+        _skip_inference_op_build()
     config = deepspeed_config(recipe, plan.accumulation, world.size, plan.micro_batch)
-    if "LOCAL_RANK" not in os.environ:  # by which accelerate knows that there is a group of ranks, if only of one
+    if "LOCAL_RANK" not in os.environ:  # accelerate needs it to know that there is a group of ranks, even of one
         raise LaunchError(
-            f"train.zero_stage is {recipe.train.zero_stage}, and DeepSpeed needs a launcher for one process too",
+            f"train.zero_stage is {recipe.train.zero_stage}, and DeepSpeed needs a launcher even for one process",
             "start through launch/train.sh, or set train.zero_stage=0",
         )
     accelerator = Accelerator(
@@ -52,7 +53,7 @@ def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
     )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise LaunchError(
-            f"DeepSpeed was asked for, but accelerate set up {accelerator.distributed_type}",
+            f"the recipe asks for DeepSpeed, but accelerate set up {accelerator.distributed_type}",
             "start through launch/train.sh, or set train.zero_stage=0 to train without DeepSpeed",
         )
     _limit_deepspeed_waits(timeout)
@@ -60,19 +61,23 @@ def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
 
 
 def collective_timeout(recipe: Recipe) -> timedelta:
-    """How long a rank waits for others before the watch begins: longer than the watch does, which names who stalls."""
+    """Return how long a rank waits for the others before the watchdog starts.
+
+    It is longer than the watchdog's timeout, because the watchdog names the rank that stalls.
+    """
     return timedelta(seconds=2 * recipe.train.stall_timeout_s + 60)
 
 
 def _limit_deepspeed_waits(timeout: timedelta) -> None:
-    """Let DeepSpeed's own group of all ranks wait as long as the first: it loads and reduces on that one.
+    """Give DeepSpeed's own group of all ranks the same timeout as the first group.
 
-    DeepSpeed makes the group when it is first needed, and gives it no timeout (deepspeed/utils/groups.py).
+    DeepSpeed loads and reduces on its own group. It makes the group when it first needs it, and sets no timeout
+    (deepspeed/utils/groups.py).
     """
     from deepspeed.utils import groups
 
     groups._get_data_parallel_group()
-    limit_waits(timeout)
+    set_collective_timeouts(timeout)
 
 
 def build_engine(
@@ -88,11 +93,11 @@ def build_engine(
     return PlainEngine(accelerator, module, optimizer, max_grad_norm, precision)
 
 
-def _spare_inference_op() -> None:
+def _skip_inference_op_build() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives when several ranks start on a CPU.
 
-    Only its inference engine calls them; building them takes half a minute, a C++ compiler, ninja and Python's headers,
-    and fails with a long trace where one of these is missing.
+    Only its inference engine calls them. Their build takes half a minute and needs a C++ compiler, ninja and Python's
+    headers. If one of these is missing, the build fails with a long trace.
     """
     import deepspeed
 

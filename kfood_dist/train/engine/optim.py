@@ -1,6 +1,6 @@
 """The optimiser and its learning rate.
 
-The learning rate is a pure function of the step, set before each update, so no scheduler state needs saving.
+The learning rate is a pure function of the step. It is set before each update, so no scheduler state has to be saved.
 """
 
 import math
@@ -12,10 +12,10 @@ from kfood_dist.config.sections import Optim
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters, each with its `lr`: bitsandbytes' with 8-bit block-wise states (arXiv
-    2110.02861), or torch's.
+    """Return AdamW over groups of parameters, each with its own `lr`.
 
-    Never the paged variant, which breaks on resume (bitsandbytes #782, #1381).
+    It is torch's AdamW, or that of bitsandbytes with 8-bit block-wise states (arXiv 2110.02861). It is never the paged
+    variant, which breaks on resume (bitsandbytes #782, #1381).
     """
     options: dict[str, Any] = {
         "lr": optim.learning_rate,
@@ -31,7 +31,7 @@ def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.O
 
 
 def learning_rate_at(step: int, max_steps: int, optim: Optim, peak: float) -> float:
-    """Learning rate of step `step` (from 0) of `max_steps`: linear warm-up to `peak`, then the decay to its floor."""
+    """Return the learning rate of `step` (from 0) of `max_steps`: linear warm-up to `peak`, then decay to the floor."""
     warmup_steps = math.ceil(optim.warmup_ratio * max_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
@@ -46,7 +46,7 @@ def learning_rate_at(step: int, max_steps: int, optim: Optim, peak: float) -> fl
 
 
 def state_dtypes(optimizer: torch.optim.Optimizer) -> list[str]:
-    """The dtypes of the moment tensors an optimiser holds now, as sorted names; empty before its first step."""
+    """Return the dtypes of an optimiser's current moment tensors, as sorted names. Empty before the first step."""
     moments = ("state1", "state2", "exp_avg", "exp_avg_sq")
     dtypes = {
         str(value.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from kfood_dist.train.engine.zero_config import INITIAL_SCALE_POWER, SCALE_WINDO
 
 
 class PlainEngine:
-    """No sharding: DDP over several ranks, or a single process."""
+    """An engine without sharding: DDP over several ranks, or a single process."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class PlainEngine:
         precision: str,
     ):
         self.accelerator = accelerator
-        # The model lies on its device already, and moving 4-bit weights again is not always allowed.
+        # The model is already on its device, and moving 4-bit weights again is not always allowed.
         self.module = accelerator.prepare(module, device_placement=[False])
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
@@ -56,7 +56,7 @@ class PlainEngine:
             group["lr"] = learning_rate
         loss_scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.optimizer)
-        # After DDP's sum every rank has the same gradients, and so comes to the same decision.
+        # After DDP's all-reduce, every rank has the same gradients, so all ranks decide the same.
         norm = float(torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.max_grad_norm))
         applied = math.isfinite(norm)
         if applied:
@@ -77,7 +77,7 @@ class PlainEngine:
         self.scaler.load_state_dict(self.scaler.state_dict() | known)
 
     def save(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:  # every rank has the same
+        if self.accelerator.is_main_process:  # every rank has the same state
             state.save(folder / state.file_name(0), self.fragments(), self.optimizer, self.scale_state)
 
     def load(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class PlainEngine:
                 self.scale_state = saved.extra
 
     def fragments(self) -> list[state.Fragment]:
-        """Every parameter whole: the weights the model computes with are the master weights."""
+        """Return one fragment for each parameter. The model computes with the master weights themselves."""
         return [
             state.Fragment(parameter, (state.Slice(name, 0, parameter.numel(), 0),))
             for name, parameter in self.trainable.items()

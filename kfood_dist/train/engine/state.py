@@ -1,12 +1,12 @@
-"""What a checkpoint keeps of an engine: float32 master weights and optimiser moments, wherever they lie.
+"""Save and load the state of an engine, on any number of ranks: float32 master weights and optimiser moments.
 
-    this rank's fragments ──► save ──► rank-00000.safetensors, …: raw bytes, and which parameter lies where in them
+    this rank's fragments ──► save ──► rank-00000.safetensors, …: raw bytes, and the place of each parameter in them
     all ranks' files ──► Saved ──► load ──► the same cut: the bytes as they were
-                                       └──► another cut: float32 by parameter, dealt anew and quantised again
+                                       └──► another cut: float32 by parameter, distributed and quantised again
 
-Always holds: a tensor that covers the same slices as one of the files gets its very bytes back, so that a resume
-on the same ranks is exact; any other number of ranks, ZeRO stage or none gets the same weights exactly and the
-moments up to one rounding to 8 bits; no pickle is read.
+Always holds: a tensor that covers the same slices as a tensor of the files gets the same bytes back, so a resume on the
+same ranks is exact. With another number of ranks, another ZeRO stage or no ZeRO, the weights are exactly the same, and
+the moments are the same up to one rounding to 8 bits. No pickle is read.
 """
 
 import json
@@ -24,17 +24,17 @@ WEIGHTS = "weights"
 
 
 def file_name(rank: int) -> str:
-    """The file of one rank's tensors in a checkpoint's engine folder."""
+    """Return the file name of one rank's tensors in a checkpoint's engine folder."""
     return f"rank-{rank:05d}.safetensors"
 
 
-# The moments' names by optimiser: bitsandbytes' and torch's.
+# The names of the moments: two in bitsandbytes' optimiser, two in torch's.
 _MOMENTS = ("state1", "state2", "exp_avg", "exp_avg_sq")
 _BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states (arXiv 2110.02861, section 2.1)
 
 
 class Slice(NamedTuple):
-    """`length` numbers of a parameter from `start` on, which lie in a fragment from `at` on (all flattened)."""
+    """`length` numbers of a parameter from `start` on. In the fragment they begin at `at`. Both are flattened."""
 
     parameter: str
     start: int
@@ -44,14 +44,14 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Fragment:
-    """A float32 tensor that this rank's optimiser updates: a whole parameter, or a flat part of many."""
+    """A float32 tensor that this rank's optimiser updates: one complete parameter, or flat parts of several."""
 
     tensor: torch.Tensor
     slices: tuple[Slice, ...]
 
 
 def save(path: Path, fragments: Sequence[Fragment], optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
-    """Write one rank's tensors and their optimiser state to a safetensors file; `extra` is any small JSON."""
+    """Write one rank's tensors and their optimiser state to a safetensors file. `extra` is any small JSON object."""
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
@@ -61,7 +61,7 @@ def save(path: Path, fragments: Sequence[Fragment], optimizer: torch.optim.Optim
         numbers = {name: float(value) for name, value in state.items() if _is_number(value)}
         kept = {name: value for name, value in state.items() if torch.is_tensor(value) and value.dim()}
         for name, value in {WEIGHTS: fragment.tensor, **kept}.items():
-            # A copy, since bitsandbytes shares its code tables between states, and the format does not.
+            # A copy, because bitsandbytes shares its code tables between states, and the file format allows no sharing.
             tensors[f"{i}.{name}"] = value.detach().flatten().cpu().clone()
         records.append(
             {"numel": fragment.tensor.numel(), "stretches": fragment.slices, "numbers": numbers, "tensors": list(kept)}
@@ -70,7 +70,7 @@ def save(path: Path, fragments: Sequence[Fragment], optimizer: torch.optim.Optim
 
 
 def load(saved: "Saved", fragments: Sequence[Fragment], optimizer: torch.optim.Optimizer) -> None:
-    """Fill this rank's tensors and their optimiser state from what all ranks saved, however it was cut then.
+    """Fill this rank's tensors and their optimiser state from the files of all ranks, whatever cut they have.
 
     Raises CheckpointError if part of a parameter is in none of the files.
     """
@@ -117,7 +117,7 @@ class Saved:
         self._open.close()
 
     def require_parameters(self, sizes: Mapping[str, int]) -> None:
-        """Raise CheckpointError unless the files hold parameters of just these names and numbers of elements."""
+        """Raise CheckpointError unless the files have exactly these parameters with these numbers of elements."""
         saved = {name: max(piece.start + piece.length for *_, piece in places) for name, places in self._places.items()}
         for name in sorted(saved.keys() | sizes.keys()):
             if saved.get(name) != sizes.get(name):
@@ -128,9 +128,9 @@ class Saved:
                 )
 
     def read(self, name: str, wanted: Slice) -> torch.Tensor:
-        """The numbers of `wanted` in float32, (length,), of the weights or of a moment, from whichever files hold them.
+        """Return the numbers of `wanted` in float32, (length,), from all files that have some of them.
 
-        Raises CheckpointError if some are in none.
+        `name` selects the weights or a moment. Raises CheckpointError if some of the numbers are in no file.
         """
         out, missing = torch.empty(wanted.length), wanted.length
         for number, i, piece in self._places.get(wanted.parameter, []):
@@ -147,7 +147,7 @@ class Saved:
         return out
 
     def same(self, fragment: Fragment) -> dict[str, torch.Tensor] | None:
-        """Weights and state, as they were, of a saved tensor that covers just the slices of `fragment`; else None."""
+        """Return the saved weights and state of a tensor that covers exactly the slices of `fragment`, or None."""
         for number, i, _ in self._places.get(fragment.slices[0].parameter, []) if fragment.slices else []:
             record = self._records[number][i]
             if record["stretches"] == fragment.slices and record["numel"] == fragment.tensor.numel():
@@ -155,11 +155,11 @@ class Saved:
         return None
 
     def has_state(self, fragment: Fragment) -> bool:
-        """Whether the optimiser had taken a step on these numbers when they were saved."""
+        """Return whether the optimiser had taken a step on these numbers when they were saved."""
         return any(self._records[n][i]["tensors"] for n, i in self._sources(fragment))
 
     def number(self, name: str, fragment: Fragment) -> float:
-        """A number of the optimiser's state, such as its count of steps: the largest, should sources differ."""
+        """Return a number of the optimiser's state, such as its count of steps. If the sources differ, the largest."""
         return max(self._records[n][i]["numbers"][name] for n, i in self._sources(fragment))
 
     def _sources(self, fragment: Fragment) -> set[tuple[int, int]]:
@@ -176,11 +176,11 @@ class Saved:
         return codes[values.long()] * scales[torch.arange(at, end) // _BLOCK - at // _BLOCK]
 
 
-_OLDER = "delete that checkpoint folder; the one before it is used then, or the run starts anew"
+_OLDER = "delete that checkpoint folder; the run then uses the one before it, or starts from the beginning"
 
 
 def _dealt(saved: Saved, fragment: Fragment, name: str) -> torch.Tensor:
-    """A fragment's weights or a moment in float32, flat, gathered from any cut; padding is zero."""
+    """Return a fragment's weights or a moment as flat float32, gathered from any cut. Padding is zero."""
     out = torch.zeros(fragment.tensor.numel())
     for piece in fragment.slices:
         out[piece.at : piece.at + piece.length] = saved.read(name, piece)
@@ -190,7 +190,7 @@ def _dealt(saved: Saved, fragment: Fragment, name: str) -> torch.Tensor:
 def _restored(
     saved: Saved, fragment: Fragment, optimizer: torch.optim.Optimizer, same: dict[str, torch.Tensor] | None
 ) -> dict[str, Any]:
-    """The optimiser's state of one tensor: `same` as it is, or dealt and quantised anew."""
+    """Return the optimiser's state of one tensor: `same` as it is, or gathered from the files and quantised again."""
     state = _fresh_state(optimizer, fragment.tensor)
     for name, value in state.items():
         if _is_number(value):
@@ -204,7 +204,7 @@ def _restored(
 
 
 def _put(state: dict[str, Any], name: str, moment: torch.Tensor) -> None:
-    """Write a float32 moment into a state, in 8 bits where the state has it so."""
+    """Write a float32 moment into a state. If the state has it in 8 bits, quantise it."""
     target = state[name]
     moment = moment.to(target.device)
     if target.dtype != torch.uint8:
@@ -219,7 +219,7 @@ def _put(state: dict[str, Any], name: str, moment: torch.Tensor) -> None:
 
 
 def _fresh_state(optimizer: Any, tensor: torch.Tensor) -> dict[str, Any]:
-    """The state the optimiser would begin with for `tensor`, in the types it would choose."""
+    """Return the initial state of the optimiser for `tensor`, in the types that the optimiser would choose."""
     if not hasattr(optimizer, "init_state"):  # torch's AdamW, which keeps its count of steps on the CPU
         return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
     group = optimizer.param_groups[0]

@@ -14,7 +14,7 @@ from kfood_dist.train.engine.base import Update, scaled
 
 
 class ZeroEngine:
-    """DeepSpeed ZeRO. Clipping is DeepSpeed's own, configured from the recipe."""
+    """An engine with DeepSpeed ZeRO. DeepSpeed clips the gradients, as configured from the recipe."""
 
     def __init__(self, accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
         self.trainable: dict[str, Any] = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -26,10 +26,10 @@ class ZeroEngine:
         self.rank = accelerator.process_index
         self.stage = self.engine.zero_optimization_stage()
         if fp16:
-            # DeepSpeed has turned every weight into fp16; the tower must stay in float32.
+            # DeepSpeed has cast every weight to fp16, but the vision tower must stay in float32.
             for parameter, data in tower.items():
                 parameter.data = data
-            # At the least scale it would end the run with a bare Exception; the loop's own limit comes first.
+            # Otherwise it ends the run with a bare Exception at the smallest scale. The loop's own limit comes first.
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     def forward(self, batch: Batch) -> Outcome:
@@ -77,25 +77,28 @@ class ZeroEngine:
         self._refresh_weights()
 
     def fragments(self) -> list[state.Fragment]:
-        """The flat float32 tensors of this rank, and which parameters lie in them."""
+        """Return the flat float32 tensors of this rank, each with the parameters that are in it."""
         inner = self.engine.optimizer
         if self.stage == 3:
             return [
                 state.Fragment(flat, tuple(self._slices_of_stage_3(group)))
                 for flat, group in zip(inner.fp32_partitioned_groups_flat, inner.fp16_groups, strict=True)
             ]
-        # DeepSpeed takes its BF16_Optimizer for stage 1 with float32 accumulation, which names them otherwise.
+        # For ZeRO stage 1 with float32 accumulation, DeepSpeed uses its BF16_Optimizer, which names them differently.
         bf16 = hasattr(inner, "fp32_groups_flat_partition")
         flats = inner.fp32_groups_flat_partition if bf16 else inner.single_partition_of_fp32_groups
         slices: list[list[state.Slice]] = [[] for _ in flats]
         for name, parameter in self.trainable.items():
-            if (mapping := parameter._hp_mapping) is not None:  # None: none of it lies on this rank
+            if (mapping := parameter._hp_mapping) is not None:  # None: no part of it is on this rank
                 part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
                 slices[mapping.param_group_index].append(state.Slice(name, part.start, part.numel, place.start))
         return [state.Fragment(flat, tuple(found)) for flat, found in zip(flats, slices, strict=True)]
 
     def _slices_of_stage_3(self, group: list[Any]) -> Iterator[state.Slice]:
-        """Stage 3 cuts each parameter by itself, into equal parts of which the last may be short or empty."""
+        """Yield the slices of this rank in one group.
+
+        ZeRO stage 3 cuts each parameter separately, into equal parts. The last parts can be short or empty.
+        """
         names = {id(parameter): name for name, parameter in self.trainable.items()}
         inner = self.engine.optimizer
         for parameter in group:
@@ -105,7 +108,7 @@ class ZeroEngine:
                 yield state.Slice(names[id(parameter)], start, length, at)
 
     def _refresh_weights(self) -> None:
-        """Make the weights that the model computes with those of the masters, as a step's end does."""
+        """Copy the master weights to the weights that the model computes with, as the end of a step does."""
         inner = self.engine.optimizer
         if self.stage < 3:
             inner.update_lp_params()

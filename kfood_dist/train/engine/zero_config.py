@@ -2,8 +2,8 @@
 
     ds_configs/zero<stage>.json + recipe ──► deepspeed_config ──► one dict for DeepSpeed
 
-The recipe owns batch, accumulation, clipping, precision, optimiser and learning rate. accelerate would let the JSON
-win silently where the two differ, so a difference is refused here.
+The recipe sets batch, accumulation, clipping, precision, optimiser and learning rate. If the JSON differs, accelerate
+would silently use the JSON, so a difference is refused here.
 """
 
 import json
@@ -15,17 +15,17 @@ from kfood_dist.errors import RecipeError
 
 SHIPPED = Path(__file__).resolve().parents[3] / "ds_configs"
 
-# Loss scaling of fp16, the same with DeepSpeed and without: it starts at 2^16, is halved by each overflow and doubled
-# after so many steps without one.
+# Loss scaling of fp16, the same with and without DeepSpeed. It starts at 2^16. Each overflow halves it, and this many
+# steps in a row without an overflow double it.
 INITIAL_SCALE_POWER = 16
 SCALE_WINDOW = 2000
 
 
-# What a JSON may say, of DeepSpeed's runtime/config.py: its strategy, and what is measured or told of it.
+# The keys of DeepSpeed's runtime/config.py that a JSON may set: the memory strategy, and what is measured and logged.
 _HARMLESS = {
     "zero_optimization", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger",
 }  # fmt: skip
-# And of its section `zero_optimization`, runtime/zero/config.py: where things lie and in what portions they travel.
+# The same for its section `zero_optimization` (runtime/zero/config.py): where tensors are, and how they are sent.
 _MEMORY = {
     "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
     "allgather_bucket_size", "round_robin_gradients", "sub_group_size", "memory_efficient_linear",
@@ -33,21 +33,21 @@ _MEMORY = {
     "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
     "stage3_gather_16bit_weights_on_model_save",
 }  # fmt: skip
-# And of `offload_optimizer`: others of its keys split the state or bring an optimiser of DeepSpeed's own.
+# The same for `offload_optimizer`. Its other keys split the state or use an optimiser of DeepSpeed.
 _OFFLOAD = {"device", "pin_memory"}
 
 
 def config_path(recipe: Recipe) -> Path:
-    """The JSON a recipe means: its own, or the one shipped for its ZeRO stage."""
+    """Return the path of a recipe's DeepSpeed JSON: its own, or the shipped one for its ZeRO stage."""
     return recipe.train.deepspeed_config or SHIPPED / f"zero{recipe.train.zero_stage}.json"
 
 
 def deepspeed_config(
     recipe: Recipe, accumulation: int, world_size: int, micro_batch: int | None = None
 ) -> dict[str, Any]:
-    """The whole DeepSpeed configuration; `micro_batch` is the plan's, or else the recipe's.
+    """Return the complete DeepSpeed configuration. `micro_batch` is the plan's; None: the recipe's.
 
-    Raises RecipeError for an unreadable JSON or a conflict with the recipe.
+    Raises RecipeError if the JSON cannot be read or conflicts with the recipe.
     """
     path = config_path(recipe)
     micro_batch = micro_batch or recipe.train.micro_batch_size
@@ -70,7 +70,7 @@ def deepspeed_config(
         if key in strategy and strategy[key] != "auto" and strategy[key] != value
     ]
     faults += [
-        f"{key} stands there, which says more than how memory is used"
+        f"{key} is set there, which says more than how memory is used"
         for key in sorted((set(strategy) - set(owned) - _HARMLESS) | (set(strategy["zero_optimization"]) - _MEMORY))
     ]
     stage = strategy.get("zero_optimization", {}).get("stage")
@@ -80,12 +80,12 @@ def deepspeed_config(
     if faults:
         raise RecipeError(
             f"{path} cannot be used with this recipe: {'; '.join(faults)}",
-            "take these keys out of the JSON; what the recipe says belongs to it alone",
+            "remove these keys from the JSON, or give them the recipe's values; the JSON may set memory use only",
         )
     return {
         **strategy,
         **owned,
-        # AdamW8bit is not on DeepSpeed's list, and with offload it would insist on its own Adam; our tests cover both.
+        # AdamW8bit is not on DeepSpeed's list, and with offload it would require its own Adam. Our tests cover both.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -93,24 +93,30 @@ def deepspeed_config(
 
 
 def _offload_faults(section: dict[str, Any]) -> list[str]:
-    """What may not be offloaded: all but optimiser state to the CPU at stages 2 and 3, seen to train alike."""
-    tested = "our tests hold only optimiser state on the CPU at stages 2 and 3 to the losses without offload"
+    """Return in words what the section offloads but must not.
+
+    Only optimiser state may be offloaded, to the CPU, at ZeRO stages 2 and 3. Tests show that this gives
+    the losses of a training without offload.
+    """
+    tested = "only optimiser state on the CPU at ZeRO stages 2 and 3 is tested against the losses without offload"
     offload = {name: section.get(name) or {} for name in ("offload_optimizer", "offload_param")}
-    if faults := [f"{name} is {said!r}, not a section" for name, said in offload.items() if not isinstance(said, dict)]:
+    if faults := [
+        f"{name} is {value!r}, not a section" for name, value in offload.items() if not isinstance(value, dict)
+    ]:
         return faults
     state = offload["offload_optimizer"].get("device", "none")
     weights = offload["offload_param"].get("device", "none")
     untested = sorted(set(offload["offload_optimizer"]) - _OFFLOAD)
-    faults = [f"offload_optimizer.{key} stands there, and {tested}" for key in untested]
+    faults = [f"offload_optimizer.{key} is set there, but {tested}" for key in untested]
     if state not in ("none", "cpu") or (state == "cpu" and section.get("stage") == 1):
-        faults.append(f"offload_optimizer to {state} at stage {section.get('stage')} stands there, and {tested}")
+        faults.append(f"offload_optimizer to {state} at ZeRO stage {section.get('stage')} is set there, but {tested}")
     if weights != "none":
-        faults.append(f"offload_param to {weights} stands there, and {tested}")
+        faults.append(f"offload_param to {weights} is set there, but {tested}")
     return faults
 
 
 def _bf16_section(precision: str) -> dict[str, Any]:
-    # Written down although it is DeepSpeed's default: a gradient that is not finite is never applied.
+    # Set although it is DeepSpeed's default, because a gradient that is not finite must never be applied.
     return {"enabled": True, "check_grad_overflow": True} if precision == "bf16" else {"enabled": False}
 
 
@@ -128,12 +134,12 @@ def _fp16_section(precision: str) -> dict[str, Any]:
 
 
 def _require_possible(recipe: Recipe) -> None:
-    """Raise RecipeError for what DeepSpeed cannot do in the recipe's precision on this machine."""
+    """Raise RecipeError if DeepSpeed cannot train in the recipe's precision on this machine."""
     if recipe.model.precision != "fp16":
         return
     if recipe.train.zero_stage == 3:
         raise RecipeError(
-            "model.precision fp16 keeps the vision tower in float32, and ZeRO-3 shards weights of one type alone",
+            "model.precision fp16 keeps the vision tower in float32, and ZeRO-3 shards weights of one type only",
             "set train.zero_stage to 0, 1 or 2, or model.precision=bf16",
         )
     import torch
@@ -154,7 +160,7 @@ def _read(path: Path) -> dict[str, Any]:
             "set train.deepspeed_config to a file such as ds_configs/zero2.json",
         ) from None
     except ValueError as error:
-        raise RecipeError(f"DeepSpeed config {path} is not JSON ({error})", "mend that line") from None
+        raise RecipeError(f"DeepSpeed config {path} is not JSON ({error})", "correct that line") from None
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise RecipeError(
             f"DeepSpeed config {path} has no zero_optimization section", "start from ds_configs/zero2.json"

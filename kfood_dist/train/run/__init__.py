@@ -1,1 +1,1 @@
-"""What a run leaves and watches: checkpoints, log, stop requests, stalls."""
+"""The files and checks of a run: checkpoints, log, stop requests, stalls."""

@@ -1,10 +1,10 @@
-"""Checkpoints: written beside, swapped in, marker last.
+"""Checkpoints. Each is written under a temporary name, renamed, and marked as complete last.
 
     engine, adapter, position ──► checkpoints/.step-00000120.partial/ ──► step-00000120/ ──► marker COMPLETE
 
-Always holds: a folder without the marker is not a checkpoint and is never read; a kill at any instant leaves the
-previous one whole, and a write that fails is given up by all ranks together; the newest and the best by validation
-are never pruned. Resuming needs no random state: the loop seeds each step from (seed, step, rank).
+Always holds: a folder without the marker is not a checkpoint and is never read. A kill at any moment leaves the
+checkpoint before it complete. If a write fails, all ranks give it up together. The newest checkpoint and the best by
+validation are never pruned. A resume needs no random state, because the loop seeds each step from (seed, step, rank).
 """
 
 import errno
@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from kfood_dist.errors import CheckpointError
-from kfood_dist.system.files import file_sha256, sync, write_whole
+from kfood_dist.system.files import file_sha256, sync, write_atomically
 from kfood_dist.system.world import World
 
 FORMAT_VERSION = 2
@@ -36,11 +36,11 @@ class FileFacts(BaseModel):
 
 
 class Validation(BaseModel):
-    """What was measured on the validation split at a checkpoint's step."""
+    """The result of the evaluation on the validation split at a checkpoint's step."""
 
     accuracy: float
     loss: float
-    best_by: Literal["accuracy", "loss"] = "accuracy"  # the figure that makes the best checkpoint of this run
+    best_by: Literal["accuracy", "loss"] = "accuracy"  # the value that decides the best checkpoint of this run
 
     @property
     def score(self) -> float:
@@ -53,13 +53,13 @@ class Validation(BaseModel):
 
 
 class State(BaseModel):
-    """`state.json`: where the run stood, what it was made with, and what lies beside."""
+    """The content of `state.json`: the position of the run, what it was trained with, and the checkpoint's files."""
 
     format_version: int
     step: int
     data: dict[str, Any]  # the plan's position
     base_fingerprint: str
-    base_config: dict[str, Any] | None = None  # None: an older checkpoint, which knows its base by the files' bytes
+    base_config: dict[str, Any] | None = None  # None: an older checkpoint, with a fingerprint of the files' bytes
     world_size: int
     distributed_type: str
     zero_stage: int
@@ -84,7 +84,7 @@ class Checkpoint:
         return self.folder / "engine"
 
     def record(self) -> State:
-        """The small record beside the tensors. Raises CheckpointError if it is damaged or of another format."""
+        """Read the small record beside the tensors. Raises CheckpointError if it is damaged or of another format."""
         try:
             raw = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
             version = raw["format_version"]
@@ -94,15 +94,15 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.folder} has no readable {STATE_FILE} ({why})", _REMOVE) from None
         if record is None:
             raise CheckpointError(
-                f"checkpoint {self.folder} has format version {version}; this is {FORMAT_VERSION}",
-                "resume with the version of kfood_dist that wrote it, or start anew with another run.dir",
+                f"checkpoint {self.folder} has format version {version}; this program reads {FORMAT_VERSION}",
+                "resume with the version of kfood_dist that wrote it, or start a new run with another run.dir",
             )
         if record.step != self.step:
-            raise CheckpointError(f"checkpoint {self.folder} is one of step {record.step}, by its own record", _REMOVE)
+            raise CheckpointError(f"checkpoint {self.folder} is of step {record.step} by its own record", _REMOVE)
         return record
 
-    def require_whole(self) -> None:
-        """Raise CheckpointError unless every file is there and has the very bytes that were written."""
+    def require_undamaged(self) -> None:
+        """Raise CheckpointError unless every file is there and has exactly the bytes that were written."""
         for name, facts in self.record().files.items():
             path = self.folder / name
             try:
@@ -110,22 +110,25 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"checkpoint file {path} cannot be read ({error.strerror})", _REMOVE) from None
             if not sound:
-                raise CheckpointError(f"checkpoint file {path} has not the bytes that were written", _REMOVE)
+                raise CheckpointError(f"checkpoint file {path} does not have the bytes that were written", _REMOVE)
 
 
-_REMOVE = "delete that checkpoint's folder; the one before it is used then, or the run starts anew"
+_REMOVE = "delete that checkpoint's folder; the run then uses the one before it, or starts from the beginning"
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The complete checkpoint with the most steps in `folder`, or None."""
+    """Return the complete checkpoint with the most steps in `folder`, or None."""
     found = _complete(folder)
     return found[-1] if found else None
 
 
 def best(folder: Path) -> tuple[Checkpoint, Validation] | None:
-    """The complete checkpoint that did best on the validation split, the later of equals, and what was measured."""
-    measured = [(checkpoint, _validation(checkpoint)) for checkpoint in _complete(folder)]
-    found = [(checkpoint, validation) for checkpoint, validation in measured if validation is not None]
+    """Return the complete checkpoint with the best validation, and that validation. Of equals, it is the later one.
+
+    Returns None if none was evaluated.
+    """
+    evaluated = [(checkpoint, _validation(checkpoint)) for checkpoint in _complete(folder)]
+    found = [(checkpoint, validation) for checkpoint, validation in evaluated if validation is not None]
     return max(found, key=lambda pair: (pair[1].score, pair[0].step), default=None)
 
 
@@ -137,13 +140,15 @@ def save(
     write: Callable[[Checkpoint], None],
     keep: int,
 ) -> Checkpoint:
-    """Write a checkpoint of `step` steps, make it visible at once, and prune; a collective.
+    """Write a checkpoint of `step` steps, make it visible with an atomic rename, and prune. A collective.
 
-    `state` is what `State` holds besides format version, step and files.
-    `write` puts the tensors into the folders of the Checkpoint it is given; every rank calls it, and it may hold no
-    collective after its first write. Kept are the `keep` newest and the best by `Validation.score`.
-    Raises CheckpointError on every rank if any of them could not write; the checkpoints before are untouched then.
-    But where that was for want of room, the newest and the best of them alone are kept.
+    `state` has the fields of `State` except format version, step and files.
+    `write` puts the tensors into the folders of the Checkpoint that it gets. Every rank calls it, and it must not enter
+    a collective after its first write.
+    The `keep` newest checkpoints and the best by `Validation.score` are kept.
+
+    Raises CheckpointError on every rank if any rank cannot write. The earlier checkpoints then stay as they are. But if
+    the disk is full, only the newest and the best of them are kept.
     """
     partial = Checkpoint(folder / f".step-{step:08d}.partial", step)
     final = Checkpoint(folder / f"step-{step:08d}", step)
@@ -169,9 +174,9 @@ def save(
         sync(folder)
 
     try:
-        _together(world, final, begin if world.is_main else None)
-        _together(world, final, lambda: write(partial))
-        _together(world, final, finish if world.is_main else None)
+        _on_all_ranks(world, final, begin if world.is_main else None)
+        _on_all_ranks(world, final, lambda: write(partial))
+        _on_all_ranks(world, final, finish if world.is_main else None)
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(partial.folder, ignore_errors=True)
@@ -185,13 +190,13 @@ def save(
 
 
 def add_validation(checkpoint: Checkpoint, validation: Validation) -> None:
-    """Put what was measured later into a checkpoint's record. Raises CheckpointError if that cannot be written."""
+    """Add a later validation to a checkpoint's record. Raises CheckpointError if the record cannot be written."""
     record = checkpoint.record().model_copy(update={"validation": validation})
-    write_whole(checkpoint.folder / STATE_FILE, json.dumps(record.model_dump(), indent=2) + "\n")
+    write_atomically(checkpoint.folder / STATE_FILE, json.dumps(record.model_dump(), indent=2) + "\n")
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove the complete checkpoints of `folder` but for the `keep` newest and the best."""
+    """Remove the complete checkpoints of `folder`, except the `keep` newest and the best."""
     found = best(folder)
     spared = {found[0].step} if found else set()
     for old in _complete(folder)[:-keep]:
@@ -199,8 +204,8 @@ def prune(folder: Path, keep: int) -> None:
             _remove(old)
 
 
-def _together(world: World, checkpoint: Checkpoint, action: Callable[[], None] | None) -> None:
-    """Do this rank's part of the writing, if it has one; raise CheckpointError on all ranks if one of them failed."""
+def _on_all_ranks(world: World, checkpoint: Checkpoint, action: Callable[[], None] | None) -> None:
+    """Do this rank's part of the writing, if it has one. Raises CheckpointError on all ranks if one of them fails."""
     from safetensors import SafetensorError
 
     fault = None
@@ -208,13 +213,13 @@ def _together(world: World, checkpoint: Checkpoint, action: Callable[[], None] |
         if action is not None:
             action()
     except (OSError, SafetensorError) as error:
-        fault = str(error).strip(), _is_for_room(error)
-    faults = [(rank, *told) for rank, told in enumerate(world.share(fault)) if told is not None]
+        fault = str(error).strip(), _is_disk_full(error)
+    faults = [(rank, *found) for rank, found in enumerate(world.all_gather(fault)) if found is not None]
     if faults:
         rank, what, _ = faults[0]
         raise (_NoRoomError if any(for_room for *_, for_room in faults) else CheckpointError)(
             f"checkpoint {checkpoint.folder} could not be written (rank {rank}: {what})",
-            "make room there, or make it writable; the checkpoint before it is whole",
+            "make room there, or make it writable; the checkpoint before it is complete",
         )
 
 
@@ -222,16 +227,16 @@ class _NoRoomError(CheckpointError):
     """A full disk, or a quota that is used up."""
 
 
-def _is_for_room(error: Exception) -> bool:
+def _is_disk_full(error: Exception) -> bool:
     numbers = (errno.ENOSPC, errno.EDQUOT)
-    # safetensors says the number in words only.
+    # safetensors gives the number only in the text of its error.
     return getattr(error, "errno", None) in numbers or any(f"os error {number})" in str(error) for number in numbers)
 
 
 def _validation(checkpoint: Checkpoint) -> Validation | None:
     try:
         return checkpoint.record().validation
-    except CheckpointError:  # the newest one's fault is told by whoever resumes from it
+    except CheckpointError:  # a resume from the newest one reports its damage
         return None
 
 
@@ -240,7 +245,7 @@ def _complete(folder: Path) -> list[Checkpoint]:
 
 
 def _named(folder: Path) -> list[Checkpoint]:
-    """The folders that are called like a checkpoint."""
+    """Return the folders that are named like a checkpoint, as Checkpoints."""
     names = ((path, re.fullmatch(r"step-(\d{8,})", path.name)) for path in folder.glob("step-*"))
     return [Checkpoint(path, int(name[1])) for path, name in names if name]
 
@@ -251,13 +256,13 @@ def _is_complete(checkpoint: Checkpoint) -> bool:
 
 def _remove(checkpoint: Checkpoint) -> None:
     try:
-        (checkpoint.folder / MARKER).unlink()  # first, so that a half-removed folder is not taken for a checkpoint
+        (checkpoint.folder / MARKER).unlink()  # first, so that a partly removed folder does not count as a checkpoint
     except OSError:
-        return  # a folder in which nothing can be removed is told when the next one is written
+        return  # if nothing can be removed here, the next write reports it
     shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's files to the disk before its name may promise them."""
+    """Flush a folder and all its files to the disk, before its name or its marker says that they are there."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)

@@ -1,4 +1,4 @@
-"""`run.json`: what really ran, read from the running objects, not from the recipe."""
+"""`run.json`: what actually ran. It is read from the running objects, not from the recipe."""
 
 import json
 import platform
@@ -12,13 +12,13 @@ import torch
 from kfood_dist.model.adapters import adapted_modules
 from kfood_dist.model.family import family_of
 from kfood_dist.model.parts import count_parameters, linear_types
-from kfood_dist.system.files import write_whole
+from kfood_dist.system.files import write_atomically
 from kfood_dist.system.packages import all_versions
 from kfood_dist.train.engine.optim import state_dtypes
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, or None, as where git is not installed."""
+    """Return the commit of the checkout that this package runs from, or None, for example if git is not installed."""
     where = Path(__file__).resolve().parents[3]
     try:
         done = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, check=False)
@@ -28,7 +28,7 @@ def git_commit() -> str | None:
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """Of a PeftModel: linear layers by part and type, what carries an adapter, and parameter counts."""
+    """Return facts about a PeftModel: its linear layers by part and type, its adapted modules and parameter counts."""
     trainable, total = count_parameters(model)
     base = model.get_base_model()
     family = family_of(base.config)
@@ -47,7 +47,7 @@ def model_facts(model: Any) -> dict[str, Any]:
 
 
 def optimizer_facts(optimizer: Any) -> dict[str, Any]:
-    """The optimiser's class and the dtypes its moments have by now."""
+    """Return the optimiser's class and the current dtypes of its moments."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return {
         "optimizer": f"{type(inner).__module__}.{type(inner).__qualname__}",
@@ -56,13 +56,16 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """The device that trains, and the command that started it."""
+    """Return the device that trains, the versions of packages, the commit, and the command that started the run."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
     return {"device": device, "versions": all_versions(), "git_commit": git_commit(), "command": sys.argv}
 
 
 def add_to_run_json(folder: Path, facts: dict[str, Any]) -> None:
-    """Add to `run.json`, or write it anew if it cannot be read. Raises CheckpointError where it cannot be written."""
+    """Add facts to `run.json`. If it cannot be read, write a new one.
+
+    Raises CheckpointError if it cannot be written.
+    """
     try:
         known = dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -71,5 +74,5 @@ def add_to_run_json(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def write_run_json(folder: Path, facts: dict[str, Any]) -> None:
-    """Write `run.json`. Raises CheckpointError where it cannot."""
-    write_whole(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    """Write `run.json`. Raises CheckpointError if it cannot be written."""
+    write_atomically(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
-"""What a run tells about itself: one dict per step, for the console, `metrics.jsonl` and TensorBoard alike.
+"""The metrics of a run: one dict per step, for the console, `metrics.jsonl` and TensorBoard.
 
     StepMeter (one step's counts) ──► summed over ranks ──► metrics ──► RunLog.step ──► three places
 
-Always holds: `metrics.jsonl` has one line per optimiser step and none of a step that was undone: a resumed run cuts
+Always holds: `metrics.jsonl` has one line per optimiser step, and none of a step that was undone. A resumed run removes
 the lines after its checkpoint before it writes.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.system.console import LOG_FILE, LineFile, show, stamped
-from kfood_dist.system.files import write_whole
+from kfood_dist.system.files import write_atomically
 from kfood_dist.system.world import World
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from kfood_dist.data.batch.collate import Batch
 
 GIB = 2**30
-_PACE_STEPS = 100  # whose median tells the time left
+_PACE_STEPS = 100  # the time left is from the median of this many steps
 
 
 def peak_memory_gib() -> float:
-    """Most memory held so far: of the GPU if there is one, else of this process (its resident set)."""
+    """Return the peak memory so far in GiB: of the GPU if there is one, else of this process (its resident set)."""
     import torch
 
     if torch.cuda.is_available():
@@ -41,7 +41,7 @@ def peak_memory_gib() -> float:
 
 
 def device_memory_gib() -> float:
-    """All there is of what `peak_memory_gib` counts: the GPU's memory, or the machine's."""
+    """Return the total of the memory that `peak_memory_gib` counts, in GiB: the GPU's memory, or the machine's."""
     import torch
 
     if torch.cuda.is_available():
@@ -51,14 +51,14 @@ def device_memory_gib() -> float:
 
 @dataclass
 class StepMeter:
-    """Counts one optimiser step on this rank; `reduce` makes them the whole run's."""
+    """The counts of one optimiser step on this rank. `reduce` combines those of all ranks."""
 
     started: float = field(default_factory=time.perf_counter)
     waited_s: float = 0.0
     batches: "list[Batch]" = field(default_factory=list)
 
     def reduce(self, world: World, loss_sum: "torch.Tensor", weight: int) -> dict[str, float]:
-        """The step's metrics over all ranks; a collective, so every rank calls it. `weight` is of all ranks."""
+        """Return the step's metrics over all ranks. `weight` is the sum over all ranks. A collective."""
         import torch
 
         elapsed_s = time.perf_counter() - self.started
@@ -89,7 +89,7 @@ class StepMeter:
 
 
 class RunLog:
-    """Writes a run's metrics on rank 0; on other ranks every call does nothing."""
+    """A writer of a run's metrics on rank 0. On other ranks, every call does nothing."""
 
     def __init__(self, folder: Path, world: World, start_step: int, max_steps: int, every: int):
         self.active = world.is_main
@@ -109,37 +109,40 @@ class RunLog:
         self.tensorboard: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def say(self, text: str) -> None:
-        """One line for people: to the console and log.txt."""
+        """Write one line for people to the console and to log.txt."""
         if self.active:
             show(text)
             self._log.write(stamped(text))
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Record one optimiser step; `metrics` holds `step` (counted from 1), `loss`, and what else there is."""
+        """Record one optimiser step. `metrics` has `step` (counted from 1), `loss` and the other metrics."""
         if not self.active:
             return
         self.num_skipped += bool(metrics["skipped"])
         metrics = {**metrics, "skipped_in_all": self.num_skipped}
-        # JSON has no word for what is not a finite number.
+        # JSON cannot represent a number that is not finite.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics.write(json.dumps(finite) + "\n")
         curves = {name: value for name, value in finite.items() if value is not None and name not in ("step", "time")}
         self._draw("train", metrics["step"], curves)
-        if metrics["step"] > self.start_step + 1:  # the first waits for the loader to start and kernels to be chosen
+        if metrics["step"] > self.start_step + 1:  # the first waits for the loader and the choice of kernels
             self._pace_s.append(metrics["step_seconds"])
         if metrics["step"] % self.every == 0 or metrics["step"] == self.max_steps:
             step_s = statistics.median(self._pace_s) if self._pace_s else None
             self.say(console_line(metrics, self.max_steps, step_s))
 
     def evaluation(self, step: int, split: str, scores: dict[str, float]) -> None:
-        """Record a measurement of `split` made while training."""
+        """Record an evaluation on `split` during the training."""
         if not self.active:
             return
         self._draw("eval", step, scores)
         self.say(f"step {step}  {split}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def _draw(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        """TensorBoard's points. Where it cannot write, its curves end: metrics.jsonl has the same and goes on."""
+        """Add points to TensorBoard.
+
+        If it cannot write, its curves end. metrics.jsonl has the same values and continues.
+        """
         if self.tensorboard is None:
             return
         try:
@@ -158,7 +161,7 @@ class RunLog:
 
 
 def console_line(metrics: dict[str, Any], max_steps: int, step_s: float | None) -> str:
-    """One readable line of a step's metrics; the time left is told once it is known how long a step takes."""
+    """Return one readable line of a step's metrics. It has the time left if the time of a step, `step_s`, is known."""
     left = "" if step_s is None else f"  left {clock((max_steps - metrics['step']) * step_s)}"
     line = (
         f"step {metrics['step']}/{max_steps}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
@@ -169,17 +172,17 @@ def console_line(metrics: dict[str, Any], max_steps: int, step_s: float | None) 
     if "loss_scale" in metrics:
         line += f"  scale {metrics['loss_scale']:g}"
     counts = {"refused": "refused", "replaced": "replaced", "skipped so far": "skipped_in_all"}
-    return line + "".join(f"  {told} {metrics[name]:.0f}" for told, name in counts.items() if metrics[name])
+    return line + "".join(f"  {label} {metrics[name]:.0f}" for label, name in counts.items() if metrics[name])
 
 
 def clock(seconds: float) -> str:
-    """Seconds as minutes and seconds, or hours, minutes and seconds: 4:07, 1:02:03."""
+    """Return seconds as minutes and seconds, or as hours, minutes and seconds: 4:07, 1:02:03."""
     minutes, s = divmod(round(seconds), 60)
     return f"{minutes}:{s:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps on record in a `metrics.jsonl`; what is no whole record, such as a line cut by a kill, is left out."""
+    """Return the steps recorded in a `metrics.jsonl`. Skips incomplete records, such as a line that a kill cut off."""
     if not path.is_file():
         return []
     rows = []
@@ -194,6 +197,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: a resumed run takes those steps again."""
+    """Remove the lines of steps after `step`, because a resumed run takes those steps again."""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))

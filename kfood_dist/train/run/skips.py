@@ -1,9 +1,9 @@
-"""Steps whose update was left out: which samples are at fault, and when there are too many in a row.
+"""Skipped steps: which samples caused them, and when there are too many in a row.
 
     engine's Update + each sample's loss ──► SkipWatch.look ──► a line in the log, or the end of the run
 
-Always holds: all ranks leave out the same steps, so all of them come here together; weights that no step has used
-since they were made are not called good.
+Always holds: all ranks skip the same steps, so all of them enter `look` together. A checkpoint is called good only if a
+later step has used its weights.
 """
 
 import math
@@ -25,14 +25,14 @@ _LISTED = 50
 
 
 class Loss(NamedTuple):
-    """A sample by its key, and its loss."""
+    """The key of a sample, and its loss."""
 
     key: str
     value: float
 
 
 class SkipWatch:
-    """Counts the updates left out in a row. At most `limit` are suffered; `start` is the step the run begins with."""
+    """A counter of skipped steps. Allows up to `limit` of them in a row. The run starts with step `start`."""
 
     def __init__(self, limit: int, start: int, key: Callable[[int], str], checkpoints: Path, world: World, log: RunLog):
         self.limit = limit
@@ -41,12 +41,13 @@ class SkipWatch:
         self.world = world
         self.log = log
         self.in_a_row = 0
-        self.last_applied = start  # steps taken when the last update was made
+        self.last_applied = start  # the number of steps after the last applied update
 
     def look(self, step: int, update: Update, batches: Sequence[Batch], losses: Sequence[torch.Tensor]) -> None:
-        """Account for one step; `losses` are each sample's, by micro-batch. A collective if the update was left out.
+        """Count one step, and log why it was skipped. A collective if it was skipped.
 
-        Raises TrainingError when more than `limit` in a row were left out.
+        `losses` has one tensor per micro-batch, with the loss of each sample. Raises TrainingError if more than `limit`
+        steps in a row were skipped.
         """
         if update.applied:
             self.in_a_row, self.last_applied = 0, step + 1
@@ -55,10 +56,10 @@ class SkipWatch:
         mine = [
             Loss(self.key(i), value)
             for batch, each in zip(batches, losses, strict=False)  # none if the whole step had no label
-            for i, value in zip(batch.ids, each.tolist(), strict=False)  # a filler has a loss and no id
+            for i, value in zip(batch.ids, each.tolist(), strict=False)  # a filler has a loss but no id
         ]
         refused = [sample for batch in batches for sample in batch.refused]
-        shared = self.world.share((mine, refused))
+        shared = self.world.all_gather((mine, refused))
         why = reason(
             update,
             [loss for losses, _ in shared for loss in losses],
@@ -75,7 +76,11 @@ class SkipWatch:
 
 
 def reason(update: Update, losses: Sequence[Loss], refused: Sequence[SkippedSample]) -> str:
-    """Why an update was left out: the samples whose loss is not finite, or all of the step's if no loss is at fault."""
+    """Return why an update was skipped.
+
+    Names one refused sample if no sample of the step could be used, else the samples whose loss is not finite. If every
+    loss is finite, names all samples of the step, except if the gradient is only too large for the loss scale of fp16.
+    """
     if not losses and refused:
         key, cause = refused[0]
         return f"none of its samples can be used, {key} for example: {cause}"
@@ -88,17 +93,19 @@ def reason(update: Update, losses: Sequence[Loss], refused: Sequence[SkippedSamp
 
 
 def last_good(checkpoints: Path, last_applied: int) -> str:
-    """Name the newest complete checkpoint whose weights have since given a finite gradient, and those that have not.
+    """Name the newest complete checkpoint whose weights later gave a finite gradient, and those without one so far.
 
-    Step n is taken with the weights that n - 1 steps have made.
+    Step n uses the weights after n - 1 steps.
     """
     complete = sorted(marker.parent for marker in checkpoints.glob(f"step-*/{MARKER}"))
     good = [path for path in complete if int(path.name.removeprefix("step-")) < last_applied]
     doubtful = [path for path in complete if path not in good]
-    told = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet that is known to be good"
+    message = (
+        f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet that is known to be good"
+    )
     if doubtful:
-        told += f" (delete {', '.join(path.name for path in doubtful)} if the weights themselves are at fault)"
-    return told
+        message += f" (delete {', '.join(path.name for path in doubtful)} if the weights themselves are at fault)"
+    return message
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -110,7 +117,7 @@ _BAD_LISTED = 50
 
 
 def require_few_bad(bad: dict[str, str], num_samples: int, max_share: float) -> None:
-    """Raise TrainingError with the list if more than `max_share` of the split could not be read."""
+    """Raise TrainingError with a list of the bad samples if more than `max_share` of the split cannot be read."""
     if len(bad) <= max_share * num_samples:
         return
     listed = "".join(f"\n  {key}: {why}" for key, why in islice(sorted(bad.items()), _BAD_LISTED))
@@ -118,5 +125,5 @@ def require_few_bad(bad: dict[str, str], num_samples: int, max_share: float) -> 
     raise TrainingError(
         f"{len(bad)} of {num_samples} training samples cannot be read, more than data.max_bad_share {max_share}:"
         f"{listed}{more}\n",
-        "look at all of them with `kfood verify`, restore the shards and start again: it resumes",
+        "look at all of them with `kfood verify`, restore the shards and start again; the run resumes",
     )

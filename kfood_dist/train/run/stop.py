@@ -1,10 +1,10 @@
-"""How a run is asked to stop, and how it says how it stands.
+"""Requests to stop a run, and the state of the run.
 
-    SIGUSR1, SIGTERM, SIGHUP, or a file STOP in the run directory ──► one rank is asked ──► all agree, once a step
+    SIGUSR1, SIGTERM, SIGHUP, or a file STOP in the run directory ──► one rank is asked ──► all agree, once per step
     running, stopped, finished ──► status.json, which the launcher reads
 
-Always holds: a process that was started with a signal ignored goes on ignoring it. So the launcher, which starts its
-ranks that way, is the one to hear a batch system that signals every process of a job, and asks by the file.
+Always holds: a process that is started with a signal ignored keeps ignoring it. The launcher starts its ranks in that
+way. So if a batch system signals every process of a job, only the launcher reacts, and it writes the file STOP.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from kfood_dist.system.files import write_whole
+from kfood_dist.system.files import write_atomically
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 STOP_FILE = "STOP"
@@ -24,7 +24,7 @@ State = Literal["running", "stopped", "finished"]
 
 
 class StopRequest:
-    """Whether this rank was asked to stop. The file is rank 0's to look for, and to remove once it was obeyed."""
+    """The request to stop, as this rank sees it. Only rank 0 looks for the file, and removes it after the stop."""
 
     def __init__(self, run_dir: Path, is_main: bool):
         self.file = run_dir / STOP_FILE
@@ -32,16 +32,16 @@ class StopRequest:
         self._signalled = False
 
     def listen(self) -> None:
-        """Take SIGNALS for a request, but for those that this process was started to ignore."""
+        """Treat SIGNALS as a request to stop, except those that this process was started to ignore."""
         for number in SIGNALS:
             if not is_ignored(number):
                 signal.signal(number, self._note)
 
-    def asked(self) -> bool:
-        return self._signalled or (self.is_main and os.path.exists(self.file))  # which never raises
+    def is_requested(self) -> bool:
+        return self._signalled or (self.is_main and os.path.exists(self.file))  # exists() never raises
 
-    def obeyed(self) -> None:
-        """Forget the request, so that the next start goes on."""
+    def clear(self) -> None:
+        """Remove the file, so that the next start continues the run."""
         if self.is_main:
             self.file.unlink(missing_ok=True)
 
@@ -50,17 +50,20 @@ class StopRequest:
 
 
 def is_ignored(number: signal.Signals) -> bool:
-    """Whether this process ignores a signal, as `nohup` lets it ignore SIGHUP."""
+    """Return whether this process ignores a signal. `nohup`, for example, makes it ignore SIGHUP."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
 def write_status(run_dir: Path, state: State, step: int) -> None:
-    """Say how the run stands: `step` optimiser steps are in a checkpoint. Raises CheckpointError where it cannot."""
-    write_whole(run_dir / STATUS_FILE, json.dumps({"state": state, "step": step}) + "\n")
+    """Write the state of the run to status.json. `step` optimiser steps are in a checkpoint.
+
+    Raises CheckpointError if it cannot be written.
+    """
+    write_atomically(run_dir / STATUS_FILE, json.dumps({"state": state, "step": step}) + "\n")
 
 
 def read_state(run_dir: Path) -> str | None:
-    """The state last written, or None."""
+    """Return the last written state, or None if it cannot be read."""
     try:
         return str(json.loads((run_dir / STATUS_FILE).read_text(encoding="utf-8"))["state"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -1,4 +1,4 @@
-"""What lies in a source besides pictures: machines' folders, containers, labels. Passed by, counted, told."""
+"""Other files of a source (folders that machines made, containers, labels) are skipped, counted and reported."""
 
 import zipfile
 from pathlib import Path
@@ -13,7 +13,7 @@ from kfood_dist.data.shards.manifest import load_manifest
 from kfood_dist.data.task.dish import DishClass
 from kfood_dist.errors import SourceError
 from kfood_dist.pack.sources import scan, scan_source
-from kfood_dist.pack.sources.passed import container_kind, how_to_read
+from kfood_dist.pack.sources.ignored import container_kind, how_to_read
 from kfood_dist.pack.sources.record import SUFFIXES
 
 JPEG = encoded(picture())
@@ -48,7 +48,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("shape", ["folder", "zip", "zip in a folder", "zip in a zip"])
-def test_what_a_machine_made_is_no_dish_and_is_counted(tmp_path, shape):
+def test_files_that_a_machine_made_are_no_dish_and_are_counted(tmp_path, shape):
     members = {"구이/갈비구이/a.jpg": JPEG, **dict.fromkeys(MADE, JPEG)}
     if shape == "folder":
         source = as_folder(tmp_path / "food", members)
@@ -64,20 +64,20 @@ def test_what_a_machine_made_is_no_dish_and_is_counted(tmp_path, shape):
     assert {record.label for record in found.records} == {"갈비구이"}
     assert len(found.records) == 1
     expected = {made: list(MADE.values()).count(made) for made in MADE.values()}
-    assert found.passed.machine_made == expected
-    assert not found.passed.by_suffix
+    assert found.ignored.machine_made == expected
+    assert not found.ignored.by_suffix
 
 
-def test_snapshots_are_not_entered_and_what_may_not_be_listed_is_passed_by(tmp_path):
+def test_snapshots_and_unreadable_folders_are_skipped(tmp_path):
     as_folder(tmp_path, {"약과/a.jpg": JPEG, "#snapshot/monday/약과/a.jpg": JPEG, "#snapshot/sunday/약과/a.jpg": JPEG})
     (tmp_path / "lost+found").mkdir(mode=0)
     found = scan_source(tmp_path)
     assert [record.source for record in found.records] == ["약과/a.jpg"]
-    assert found.passed.machine_made["#snapshot"] == 1
+    assert found.ignored.machine_made["#snapshot"] == 1
 
 
 @pytest.mark.parametrize("place", ["구이/IMG_1.jpg", "IMG_1.jpg", "구이/20240101_120000.HEIC", "IMG_1.jpg/previews"])
-def test_a_dish_or_category_called_like_a_picture_is_a_question(tmp_path, place):
+def test_a_dish_or_category_named_like_a_picture_is_refused(tmp_path, place):
     as_folder(tmp_path / "food", {"구이/갈비구이/a.jpg": JPEG, f"{place}/thumb.jpg": JPEG})
     with pytest.raises(SourceError, match=r"a picture's name: is that meant\? → if so, rename its folder"):
         scan(tmp_path / "food")
@@ -86,7 +86,7 @@ def test_a_dish_or_category_called_like_a_picture_is_a_question(tmp_path, place)
         scan(tmp_path / "food.zip")
 
 
-def test_the_class_list_answers_whether_a_dish_is_called_like_a_picture(tmp_path):
+def test_the_class_list_allows_a_dish_named_like_a_picture(tmp_path):
     as_folder(tmp_path, {"IMG_1.jpg/a.jpg": JPEG})
     (record,) = scan(tmp_path, classes=[DishClass("IMG_1.jpg", "")])
     assert (record.label, record.problem) == ("IMG_1.jpg", None)
@@ -95,8 +95,8 @@ def test_the_class_list_answers_whether_a_dish_is_called_like_a_picture(tmp_path
 # --- pictures by their suffix
 
 
-def test_what_pillow_keeps_photographs_in_counts_as_a_picture(tmp_path):
-    """A suffix that Pillow learns to open must be decided upon: it is a picture here, or it is none on purpose."""
+def test_every_photograph_format_of_pillow_counts_as_a_picture(tmp_path):
+    """If Pillow learns a new suffix for these formats, this test fails until the suffix counts as a picture here."""
     Image.init()
     registered = Image.registered_extensions()
     heic = {".heic", ".heics", ".heif", ".heifs", ".hif"}
@@ -108,23 +108,23 @@ def test_what_pillow_keeps_photographs_in_counts_as_a_picture(tmp_path):
     assert {record.source for record in scan(tmp_path)} == set(names)
 
 
-# --- what was passed by
+# --- skipped files
 
 
-def test_what_is_passed_by_is_said_by_suffix_and_number_and_containers_get_their_hint(tmp_path, capsys):
+def test_skipped_files_are_counted_by_suffix_and_each_container_gets_a_hint(tmp_path, capsys):
     source = as_folder(tmp_path / "food", {f"약과/{i}.jpg": encoded(picture(i)) for i in range(6)})
     others = ["a.json", "b.JSON", "notes", "data.parquet", "약과/old.tar.gz", "약과/IMG.CR2", "약과/@eaDir/0.jpg/x.jpg"]
     parts = ["TS_구이.zip.part0", "TS_구이.zip.part1073741824", "국.zip.001", "국.zip.002", "면.z01", "면.zip"]
     as_folder(source, dict.fromkeys(others + parts, b"PK"))
     words = ["pack", str(source), str(tmp_path / "out"), "--image-size", "32", "--workers", "1"]
     assert main(words) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert main(words) == 0
     again = capsys.readouterr().out
     for text in (
         "refused  0 (0.00%)",
-        "passed   12 files that are no pictures: .N 2, .json 2, .partN 2, ",
-        "passed   1 hidden files or files that a machine made: @eaDir 1",
+        "ignored  12 files that are not pictures: .N 2, .json 2, .partN 2, ",
+        "ignored  1 hidden files or files that a machine made: @eaDir 1",
         "WARNING  TS_구이.zip.part0 and 1 more: not read; join the parts in the order of their numbers: ls -v ",
         "WARNING  국.zip.001 and 1 more: not read; join the parts",
         "WARNING  면.z01: not read; join the parts: zip -s 0 ",
@@ -132,14 +132,14 @@ def test_what_is_passed_by_is_said_by_suffix_and_number_and_containers_get_their
         "WARNING  data.parquet: not read; write its pictures out as files",
         "WARNING  약과/IMG.CR2: not read; make a JPEG or PNG of it",
     ):
-        assert text in said and text in again
-    passed = load_manifest(tmp_path / "out").raw["source"]["passed_by"]
-    assert passed["by_suffix"] == {
+        assert text in output and text in again
+    ignored = load_manifest(tmp_path / "out").raw["source"]["passed_by"]
+    assert ignored["by_suffix"] == {
         **{".json": 2, ".N": 2, ".partN": 2},
         **{"(none)": 1, ".cr2": 1, ".gz": 1, ".parquet": 1, ".zN": 1, ".zip": 1},
     }
-    assert passed["machine_made"] == {"@eaDir": 1}
-    assert passed["containers"]["parts"] == {"count": 2, "first": "TS_구이.zip.part0"}
+    assert ignored["machine_made"] == {"@eaDir": 1}
+    assert ignored["containers"]["parts"] == {"count": 2, "first": "TS_구이.zip.part0"}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_what_is_passed_by_is_said_by_suffix_and_number_and_containers_get_their
         ("IMG_1.dng", "make a JPEG or PNG of it"),
     ],
 )
-def test_each_container_gets_its_hint_alone_in_a_source_or_as_the_source(tmp_path, name, how):
+def test_each_container_gets_its_hint_as_the_only_file_or_as_the_source(tmp_path, name, how):
     assert how in how_to_read(container_kind(name), name)
     path = tmp_path / "food" / name
     as_folder(tmp_path / "food", {name: b""})
@@ -181,10 +181,10 @@ def test_other_files_are_no_containers(name):
     assert container_kind(name) is None
 
 
-def test_what_lies_in_zips_is_counted_too(tmp_path):
+def test_skipped_files_in_zips_are_counted_too(tmp_path):
     inner = zipped({"불고기/a.jpg": JPEG, "불고기/a.json": b"", "불고기/b.tar": b""})
     (tmp_path / "kfood.zip").write_bytes(zipped({"구이.zip": inner, "readme.txt": b"", "Thumbs.db": b""}))
-    assert scan_source(tmp_path / "kfood.zip").passed.as_json() == {
+    assert scan_source(tmp_path / "kfood.zip").ignored.as_json() == {
         "by_suffix": {".json": 1, ".tar": 1, ".txt": 1},
         "machine_made": {"Thumbs.db": 1},
         "containers": {"tar": {"count": 1, "first": "구이.zip/불고기/b.tar"}},
@@ -207,7 +207,7 @@ def delivered(in_source: str, in_labels: str = "갈비구이/a.json") -> dict[st
 @pytest.mark.parametrize("in_labels", ["갈비구이/a.json", "갈비구이/mask.png"])
 @pytest.mark.parametrize("around", ["", "242.음식 이미지/01.데이터/"])
 @pytest.mark.parametrize("shape", ["folder", "zip", "extracted"])
-def test_archives_of_labels_are_no_pictures_and_those_of_pictures_no_category(
+def test_archives_of_labels_give_no_pictures_and_archives_of_pictures_no_category(
     tmp_path, shape, around, in_source, in_labels
 ):
     members = {around + name: data for name, data in delivered(in_source, in_labels).items()}
@@ -231,7 +231,7 @@ def test_archives_of_labels_are_no_pictures_and_those_of_pictures_no_category(
         ("구이", "갈비구이", "val", None),
         ("구이", "갈비구이", "val", None),
     ]
-    assert found.passed.by_suffix[Path(in_labels).suffix] == 2
+    assert found.ignored.by_suffix[Path(in_labels).suffix] == 2
 
 
 @pytest.mark.parametrize(
@@ -244,19 +244,19 @@ def test_archives_of_labels_are_no_pictures_and_those_of_pictures_no_category(
         ("VS_01.구이.zip", "구이"),
     ],
 )
-def test_an_archives_name_is_no_category(tmp_path, archive, category):
+def test_only_the_plain_part_of_an_archives_name_is_a_category(tmp_path, archive, category):
     as_folder(tmp_path, {f"원천데이터/{archive}": zipped({"갈비구이/a.jpg": JPEG})})
     (record,) = scan(tmp_path)
     assert (record.category, record.label) == (category, "갈비구이")
 
 
-def test_a_damaged_archive_of_labels_is_no_refused_picture_but_one_of_pictures_is(tmp_path):
+def test_a_damaged_archive_counts_as_refused_only_if_it_holds_pictures(tmp_path):
     as_folder(tmp_path, {"약과/a.jpg": JPEG, "TL_구이.zip": b"cut", "[라벨]구이.zip": b"cut", "TS_구이.zip": b"cut"})
     found = scan_source(tmp_path)
     assert {r.source: r.problem for r in found.records} == {"약과/a.jpg": None, "TS_구이.zip": "unreadable_archive"}
-    assert found.passed.by_suffix == {".zip": 2}
+    assert found.ignored.by_suffix == {".zip": 2}
 
 
-def test_a_picture_may_be_called_like_an_archive_of_labels(tmp_path):
+def test_a_picture_may_be_named_like_an_archive_of_labels(tmp_path):
     as_folder(tmp_path, {"약과/TL_0001.jpg": JPEG})
     assert [record.source for record in scan(tmp_path)] == ["약과/TL_0001.jpg"]

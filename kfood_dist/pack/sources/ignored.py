@@ -1,9 +1,9 @@
-"""What a source holds besides pictures: passed by, and counted.
+"""Counts the files of a source that are not pictures. They are not packed.
 
     a file or a zip's member ──► made by a machine? ──► by its name, such as @eaDir
                              └─► else by its suffix; a container of pictures also by its kind, with its first name
 
-A container is told with the command that makes pictures of it. Nothing here is opened.
+The summary names a container together with the command that gets pictures out of it. No file is opened here.
 """
 
 import os
@@ -17,8 +17,8 @@ from typing import Any
 
 from kfood_dist.pack.sources.record import suffix
 
-# What NAS, Windows, macOS, Linux and tools leave beside a user's files.
-# Any other name with a dot in front is `(hidden)`.
+# Names of files and folders that NAS systems, Windows, macOS, Linux and tools leave beside a user's files.
+# Any other name that begins with a dot counts as `(hidden)`.
 _MACHINE_MADE = {
     name.casefold(): name
     for name in (
@@ -32,20 +32,20 @@ _MACHINE_MADE = {
         *(".ipynb_checkpoints", "__pycache__", ".git"),
     )
 }
-# Found by chkdsk; Linux's bin of each user.
+# Folders of files that chkdsk found; the bin of each user on Linux; macOS's companion files.
 _NUMBERED = {
     re.compile(r"found\.\d{3}"): "FOUND.*",
     re.compile(r"\.trash-\d+"): ".Trash-*",
     re.compile(r"\._.*"): "._*",
 }
-# Each holds older states of the whole source: such a folder counts as one and is not entered.
+# Each of these folders holds older states of the complete source. It counts as one file and is not entered.
 _SNAPSHOTS = {"#snapshot", "@Recently-Snapshot", "~snapshot", ".snapshot", ".snapshots", ".zfs"}
 
 _NUMBERED_SUFFIX = re.compile(r"(\.(?:part|z|r|))\d+")
 _MAX_SUFFIX = 16  # in characters
 _MAX_SUFFIXES = 100
 
-# Kind of a container → its names in small letters. The first that fits counts.
+# Kind of container → its names in lower case. The first kind that fits counts.
 _CONTAINERS = {
     "tar": re.compile(r".*\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|z|br))"),
     "split_zip": re.compile(r".*\.z\d\d"),
@@ -66,10 +66,11 @@ _PART_WORD = re.compile(r"[-_.]?(part)?[-_.]?$", re.IGNORECASE)
 
 
 @dataclass
-class PassedBy:
-    """A count of files that are no input: by suffix, by the machine that made them, and the containers among them.
+class IgnoredFiles:
+    """The counts of files that are not input.
 
-    `containers` has for each kind the number of files and the least name.
+    `by_suffix` counts them by suffix. `machine_made` counts machine-made files by the name that shows it. `containers`
+    holds the number of files and the first name, in sorted order, of each kind of container among them.
     """
 
     by_suffix: Counter[str] = field(default_factory=Counter)
@@ -77,21 +78,21 @@ class PassedBy:
     containers: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, source: str, kind: str | None = None) -> None:
-        """Count one file by its path in the source; its name says its `kind` if it is a container, unless given."""
+        """Count one file by its path in the source. Without a `kind`, its name says whether it is a container."""
         self.by_suffix[_suffix_key(source)] += 1
         if (kind := kind or container_kind(source)) is not None:
             count, first = self.containers.get(kind, (0, source))
             self.containers[kind] = (count + 1, min(first, source))
 
     def add_made(self, path: Path, made_by: str) -> None:
-        """Count a file, or those under a folder, as made by a machine; a folder that cannot be listed is one."""
+        """Count a file, or the files under a folder, as machine-made. A folder that cannot be listed counts as one."""
         num_files = 1
         if path.is_dir() and not path.is_symlink() and made_by not in _SNAPSHOTS and os.access(path, os.R_OK | os.X_OK):
             num_files = sum(len(files) for _, _, files in os.walk(path))
         self.machine_made[made_by] += num_files
 
     def as_json(self) -> dict[str, Any]:
-        """What the manifest says of it, in an order of its own."""
+        """Return the counts for the manifest, in an order that does not depend on the order of the files."""
         return {
             "by_suffix": dict(_by_number(self.by_suffix)[:_MAX_SUFFIXES]),
             "machine_made": dict(_by_number(+self.machine_made)),
@@ -102,7 +103,7 @@ class PassedBy:
 
 
 def made_by_machine(parts: Sequence[str]) -> str | None:
-    """The name to count a path under if a machine made it or a folder above it, or if that is hidden; else None."""
+    """Return the name to count a path under if a part of it is machine-made or hidden, else None."""
     return next(filter(None, map(_machine_key, parts)), None)
 
 
@@ -115,13 +116,13 @@ def _machine_key(name: str) -> str | None:
 
 
 def container_kind(name: str) -> str | None:
-    """The kind of container that a file's name says it is, or a part of; None for any other file."""
+    """Return the kind of container that a file is by its name, or is a part of; None for any other file."""
     last = name.rpartition("/")[2].lower()
     return next((kind for kind, pattern in _CONTAINERS.items() if pattern.fullmatch(last)), None)
 
 
 def how_to_read(kind: str, path: str) -> str:
-    """What makes pictures, or a zip, of a container at `path`: a sentence for a person, with the command."""
+    """Return how to make pictures or a zip from a container at `path`: a sentence for a person, with the command."""
     if kind in ("parts", "numbered"):
         start = _PART_NUMBER.sub("", path, count=1)
         whole = _PART_WORD.sub("", start, count=1)
@@ -135,16 +136,16 @@ def how_to_read(kind: str, path: str) -> str:
         "split_zip": f"join the parts: zip -s 0 {whole} --out {joined}",
         "split_7z": f"unpack it from its first part: 7z x {shlex.quote(stem + '.001')}",
         "rar": f"unpack it: unrar x {name}",
-        "extracted": "the folder it was extracted to lies beside it and is read instead",
+        "extracted": "the folder it was extracted to is beside it and is read instead",
         "archive": f"unpack it: 7z x {name} (an .egg or .alz: with ALZip or Bandizip)",
         "other_picture": f"make a JPEG or PNG of it: magick {name} {shlex.quote(stem + '.png')}",
-        "table": "write its pictures out as files, each in a folder named like its dish, or listed in a CSV of "
+        "table": "write its pictures out as files, each in a folder named after its dish, or listed in a CSV of "
         "image_path,label",
     }[kind]
 
 
 def _suffix_key(source: str) -> str:
-    """The suffix to count a file under: one for all parts of archives, `.partN`, `.zN` or `.N`."""
+    """Return the suffix to count a file under. Parts of archives share one: `.partN`, `.zN`, `.rN` or `.N`."""
     found = suffix(source.rpartition("/")[2])
     if numbered := _NUMBERED_SUFFIX.fullmatch(found):
         return f"{numbered[1]}N"
@@ -156,7 +157,7 @@ def _by_number(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def list_counts(counts: Mapping[str, int], most: int = 8) -> str:
-    """`.json 1,200, .txt 3`, the commonest first; beyond `most` of them, how many more there are."""
+    """Return counts as text, such as `.json 1,200, .txt 3`: the `most` frequent ones, and how many more there are."""
     first = [f"{name} {count:,}" for name, count in _by_number(counts)[:most]]
     more = [f"and {len(counts) - most} more"] if len(counts) > most else []
     return ", ".join([*first, *more])
