@@ -9,14 +9,12 @@ stops; a packer that is not stopped finishes the complete job, even if other pac
 untouched; memory grows with the source only by names and numbers, never by pictures.
 """
 
-import csv
 import hashlib
-import io
 import os
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +24,6 @@ from typing import Any
 from tqdm import tqdm
 
 from kfood_dist import __version__
-from kfood_dist.data.picture.decoding import HEIC_REMEDY, NEEDS_HEIC
 from kfood_dist.data.shards.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -47,6 +44,7 @@ from kfood_dist.pack.options import PackOptions, fingerprint
 from kfood_dist.pack.place import classes_of, columns_of, count_random_split_leaks, place, refuse_ambiguous
 from kfood_dist.pack.prepare import Prepared, Refusal, in_processes
 from kfood_dist.pack.publisher import SourceSplit, assign, count_across, settle
+from kfood_dist.pack.refused import by_reason, kept_list, rejected_csv, require_enough
 from kfood_dist.pack.sources import Record, scan_source
 from kfood_dist.pack.sources.names import file_name
 from kfood_dist.pack.subset import choose_subset, count_short
@@ -66,15 +64,8 @@ from kfood_dist.system.files import write_file
 
 # A tar has a header for each member and rounds it up to 512 bytes. The JSON and the index row are small.
 _OVERHEAD_BYTES = 2600
-# The remedy to print if this is the most frequent reason of the refusals.
-_REMEDIES = {
-    "missing": "name the folder where the paths start with --image-root",
-    "no_split": "put them into the source's splits, or split everything again with --split 0.8,0.1,0.1",
-    NEEDS_HEIC: HEIC_REMEDY,
-}
 # A class id is a u2 in the index, and the highest value means no class.
 _MAX_CLASSES = 2**16 - 1
-_LABELS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ def pack(source: Path, out: Path, options: PackOptions) -> Packed:
         if (existing := _existing(job)) is not None:
             remove_work(job.out)  # left by a packer that was killed just after it published OUT
             return Packed(existing, reused=True)
-        _require_enough(job, refused)
+        require_enough(job.out, len(job.records), refused, job.options)
     try:
         return _pack_part(job, refused)
     except KfoodError:
@@ -149,7 +140,7 @@ def _pack_part(job: _Job, refused: list[Refusal]) -> Packed:
             if (finished := _by_another(job)) is not None:
                 return finished
             _merge(job, chunks, refused, work)
-    _kept_list(job.out).unlink(missing_ok=True)
+    kept_list(job.out).unlink(missing_ok=True)
     return Packed(load_manifest(job.out))
 
 
@@ -227,7 +218,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
     pictures, unusable = _gather(job, chunks, work / "chunks")
     pictures, ambiguous = refuse_ambiguous(pictures)
     refused = [*refused, *unusable, *ambiguous]
-    _require_enough(job, refused)
+    require_enough(job.out, len(job.records), refused, job.options)
     classes = classes_of(pictures) if options.classes is None else load_classes(options.classes)
     groups = group_pictures(pictures)
     fractions, seed = options.shares(), options.seed
@@ -241,7 +232,7 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
     for split, samples in place(pictures, groups, splits, classes, seed).items():
         writer.write(split, samples)
     storage.close()
-    rejected_csv = _rejected_csv(refused)
+    rejected = rejected_csv(refused)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -261,12 +252,12 @@ def _merge(job: _Job, chunks: Sequence[Chunk], refused: list[Refusal], work: Pat
         "rejected": {
             "count": len(refused),
             "share": round(len(refused) / len(job.records), 6),
-            "by_reason": _by_reason(refused),
-            "sha256": hashlib.sha256(rejected_csv).hexdigest(),
+            "by_reason": by_reason(refused),
+            "sha256": hashlib.sha256(rejected).hexdigest(),
         },
         "shards": writer.shards,
     }
-    for name, data in ((REJECTED_NAME, rejected_csv), (MANIFEST_NAME, with_checksum(manifest))):
+    for name, data in ((REJECTED_NAME, rejected), (MANIFEST_NAME, with_checksum(manifest))):
         write_file(result / name, data)
     if faults := verify(result):
         discard(result)
@@ -327,55 +318,3 @@ def _gather(job: _Job, chunks: Sequence[Chunk], folder: Path) -> tuple[list[Prep
 def _count_boxes(pictures: Sequence[Prepared]) -> dict[str, int]:
     counts = Counter(place.cropped for picture in pictures for place in picture.places)
     return {"cropped": counts[True], "without_box": counts[None], "unusable_box": counts[False]}
-
-
-def _require_enough(job: _Job, refused: Sequence[Refusal]) -> None:
-    """Raise SourceError if too many inputs are refused or none remains. Leaves the list of refusals beside OUT then."""
-    num_inputs, limit = len(job.records), job.options.max_rejected
-    share = len(refused) / num_inputs
-    if len(refused) < num_inputs and share <= limit:
-        return
-    reasons = _by_reason(refused)
-    kept = _kept_list(job.out)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_bytes(_rejected_csv(refused))
-    above = "" if len(refused) == num_inputs else f", more than --max-rejected {limit}"
-    cause, remedy = _main_reason(next(iter(reasons)), refused, job.options)
-    raise SourceError(
-        f"{len(refused):,} of {num_inputs:,} inputs ({share:.1%}) cannot be used{above}: {counted(reasons)}{cause}",
-        f"each is named in {kept}; {remedy}",
-    )
-
-
-def _main_reason(reason: str, refused: Sequence[Refusal], options: PackOptions) -> tuple[str, str]:
-    """Return what else to say of the most frequent reason, and the remedy."""
-    if reason != "unknown_label":
-        return "", "; ".join(filter(None, [_REMEDIES.get(reason), "repair the source, or raise --max-rejected"]))
-    labels = Counter(refusal.label for refusal in refused if refusal.reason == reason)
-    some = counted(dict(labels.most_common(_LABELS_SHOWN))) + (", …" if len(labels) > _LABELS_SHOWN else "")
-    return (
-        f"; {len(labels):,} labels are not in the class list {options.classes}: {some}",
-        "leave --classes out to take the labels found as the classes, or add them to the list",
-    )
-
-
-def _kept_list(out: Path) -> Path:
-    return out.with_name(f"{out.name}.{REJECTED_NAME}")
-
-
-def _by_reason(refused: Sequence[Refusal]) -> dict[str, int]:
-    counts = Counter(refusal.reason for refusal in refused)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def counted(by_reason: Mapping[str, int]) -> str:
-    """Return counts as text, such as `unreadable 12, too_small 3`."""
-    return ", ".join(f"{reason} {count:,}" for reason, count in by_reason.items())
-
-
-def _rejected_csv(refused: Sequence[Refusal]) -> bytes:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["source", "label", "reason", "detail"])
-    rows.writerows([r.source, r.label, r.reason, r.detail] for r in sorted(refused))
-    return text.getvalue().encode("utf-8")

@@ -9,8 +9,9 @@ from typing import Any
 from kfood_dist.data.picture.decoding import HEIC_REMEDY, NEEDS_HEIC
 from kfood_dist.data.picture.images import RESIZE_POLICIES
 from kfood_dist.data.shards.manifest import REJECTED_NAME, SPLITS, Manifest
-from kfood_dist.pack.job import Packed, counted, pack
+from kfood_dist.pack.job import Packed, pack
 from kfood_dist.pack.options import PackOptions, parse_part
+from kfood_dist.pack.refused import counted
 from kfood_dist.pack.sources.ignored import how_to_read, list_counts
 from kfood_dist.pack.split import parse_fractions
 from kfood_dist.system.words import plural

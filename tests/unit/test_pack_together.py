@@ -143,13 +143,13 @@ def test_the_slower_packer_succeeds_at_any_stage_too(source, undisturbed, tmp_pa
 
 def test_a_packer_that_starts_just_after_the_end_leaves_nothing_behind(source, tmp_path, monkeypatch):
     """OUT appears after the packer has looked for it and before the packer has its work folder."""
-    real = job._require_enough
+    real = job.require_enough
 
     def meanwhile(*inputs):
-        monkeypatch.setattr(job, "_require_enough", real)
+        monkeypatch.setattr(job, "require_enough", real)
         pack(source, tmp_path / "out", SMALL)
 
-    monkeypatch.setattr(job, "_require_enough", meanwhile)
+    monkeypatch.setattr(job, "require_enough", meanwhile)
     assert pack(source, tmp_path / "out", FIRST).by_another
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
