@@ -1,21 +1,29 @@
 """Samples that cannot fit are skipped, named and counted on two ranks, and neither rank stalls."""
 
+import re
 from pathlib import Path
 
 import pytest
-from asking import asking_dishes
+from asking import asking_dishes, pictures_of
+from bases import write_llava
 from running import metrics, train, try_train, write_recipe
 from sweep import swept
 
 from kfood_dist.data.plan.plan import MicroBatch
+from kfood_dist.model.vision import blank
 
 IMAGE_TOKENS = 64 + 2  # a 224 px picture and its start and end tokens
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
 def test_too_long_answers_are_skipped_and_the_run_continues(
-    tmp_path: Path, tiny_model: Path, tiny_shards: Path
+    tmp_path: Path, tiny_model: Path, tiny_shards: Path, family: str
 ) -> None:
-    collator = asking_dishes(tiny_model, tiny_shards)
+    base, kept = tiny_model, IMAGE_TOKENS
+    if family == "llava":
+        write_llava(base := tmp_path / "llava")
+        kept = len(pictures_of(base, 224).encode(blank(224)).ids)
+    collator = asking_dishes(base, tiny_shards)
     shards = collator.shards
     lengths = [collator[MicroBatch(0, 0, (i,), 0)].num_label_tokens for i in range(len(shards))]
     limit = min(lengths)  # only the shortest answers fit
@@ -24,14 +32,14 @@ def test_too_long_answers_are_skipped_and_the_run_continues(
 
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
-        tiny_model,
+        base,
         tiny_shards,
-        data={"max_length": IMAGE_TOKENS + limit},
+        data={"max_length": kept + limit},
         train={"zero_stage": 0, "micro_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": len(shards) // 6},
     )
     output = train(recipe, 2)
     assert sum(row["refused"] for row in metrics(tmp_path / "run")) == len(too_long)
-    named = {line.split(": ")[1].split()[0] for line in output.splitlines() if " skipped: " in line}
+    named = set(re.findall(r"step \d+: (train-\d+) skipped: ", output))
     assert named == too_long
 
 
