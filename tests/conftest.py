@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from asking import adapted
 from filelock import FileLock
 from hypothesis import settings
 from orders import plain_order
-from running import train, write_recipe
+from running import kill_launches, train, write_recipe
 from whole import WHOLE_STEPS, Whole
 
 from kfood_dist.cli import main
@@ -105,15 +105,21 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], No
     root = factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared" / name
     folder.parent.mkdir(exist_ok=True)
+    made = folder.with_name(f"{name}.made")
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that was killed, or whose `make` failed
             folder.mkdir()
-            try:
-                make(folder)
-            except BaseException:
-                shutil.rmtree(folder)
-                raise
+            make(folder)
+            made.touch()
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_launch_outlives_its_test() -> Iterator[None]:
+    """Kill the launchers that a test started and did not wait for. Their ranks end with them."""
+    yield
+    kill_launches()
 
 
 @pytest.fixture

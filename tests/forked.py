@@ -5,12 +5,14 @@
 A rank takes its first step after two seconds instead of ten.
 
 Always holds: each rank has its own environment, working folder and session, and each start has its own port. No rank
-outlives the block, the server or the suite. A rank that fails ends the others, as under torchrun. Tests that need a
-real launch (signals to the launcher, exit statuses, accelerate's own behaviour) use `running.start` or
-`running.launch`.
+outlives the block, the server or the suite, even if the suite is killed. A rank that fails ends the others, as under
+torchrun. The server keeps the environment, umask and resource limits that the suite began with: a test that changes
+them in its own process does not change them for the ranks. Tests that need a real launch (signals to the launcher,
+exit statuses, accelerate's own behaviour) use `running.start` or `running.launch`.
 """
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import secrets
@@ -18,12 +20,12 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,27 @@ from typing import Any
 # The imports of a rank before its first step. The server must not start threads or parallel regions: a fork loses them.
 _PRELOADED = "forked_preload"
 _GRACE_S = 5  # the time that torchrun gives the other ranks when one has failed, as supervise.py sets it
+# Process ids for the server: that of the suite's process that starts it, and its own.
+SUITE, SERVER = "KFOOD_TESTS_SUITE", "KFOOD_TESTS_SERVER"
+# The server's environment, whichever test starts it.
+_ENVIRONMENT = dict(os.environ)
+# Below the ports that the kernel gives to outgoing connections (32768 and more), above those of Slurm jobs (10000 to
+# 29999). Each worker of pytest-xdist has its own ports, and takes them in turn.
+_PORTS_PER_WORKER = 300
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 9
+_PORTS = itertools.count(secrets.randbelow(_PORTS_PER_WORKER))
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of all ranks: the exit status of each (negative for a signal) and the output of each."""
+    """The end of all ranks: the exit status of each (negative for a signal) and the output of each.
+
+    `killed` are the ranks that still ran when another one had failed and its grace was over.
+    """
 
     statuses: tuple[int, ...]
     outputs: tuple[str, ...]
+    killed: tuple[int, ...] = ()
 
     @property
     def output(self) -> str:
@@ -46,7 +61,11 @@ class Ended:
 
     @property
     def status(self) -> int:
-        """The status that the launcher would return: 0, or 2 if a rank ended with 2, else 1."""
+        """The status that the launcher would return: 0, or 2 if a rank ended with 2, else 1.
+
+        Raises AssertionError if a rank had to be killed. A test that expects this reads `statuses`.
+        """
+        assert not self.killed, f"the ranks {self.killed} did not end by themselves:\n{self.output}"
         if not any(self.statuses):
             return 0
         return 2 if 2 in self.statuses else 1
@@ -65,8 +84,9 @@ class Ranks:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The output of each rank so far."""
-        return tuple(path.read_text(encoding="utf-8", errors="replace") for path in sorted(self._logs.iterdir()))
+        """The output of each rank so far; empty for a rank that has not opened its log."""
+        logs = [self._logs / str(rank) for rank in range(len(self._processes))]
+        return tuple(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "" for log in logs)
 
     def send(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank."""
@@ -75,9 +95,12 @@ class Ranks:
         os.kill(pid, number)
 
     def kill(self) -> None:
-        """Kill all ranks that still run."""
+        """Kill all ranks that still run, with the processes that they started."""
         for process in self._processes:
-            process.kill()
+            if process.is_alive() and process.pid:
+                with suppress(ProcessLookupError):  # it has no session of its own yet
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
         for process in self._processes:
             process.join()
 
@@ -86,14 +109,15 @@ class Ranks:
 
         Kills all ranks and raises AssertionError with their output if they do not end within `timeout_s`.
         """
-        deadline, failed = time.monotonic() + timeout_s, False
+        deadline, failed, killed = time.monotonic() + timeout_s, False, ()
         while alive := [process for process in self._processes if process.exitcode is None]:
             if not failed and any(process.exitcode for process in self._processes):
                 failed, deadline = True, min(deadline, time.monotonic() + grace_s)
             if not wait([process.sentinel for process in alive], timeout=max(0.0, deadline - time.monotonic())):
+                killed = tuple(rank for rank, process in enumerate(self._processes) if process in alive)
                 self.kill()
                 assert failed, f"ranks did not end within {timeout_s:.0f} s:\n{''.join(self.outputs)}"
-        return Ended(tuple(process.exitcode or 0 for process in self._processes), self.outputs)
+        return Ended(tuple(process.exitcode or 0 for process in self._processes), self.outputs, killed)
 
 
 @contextmanager
@@ -115,15 +139,17 @@ def start_ranks(
         settled |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     if deepspeed:
         settled["ACCELERATE_USE_DEEPSPEED"] = "true"
+    context = _server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as logs:
-        processes = []
-        for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in settled else {}
-            words_of_rank = (work, words, {**settled, **own}, str(folder), f"{logs}/{rank}")
-            processes.append(_server().Process(target=_become_rank, args=words_of_rank))
-            processes[-1].start()
+        processes: list[multiprocessing.process.BaseProcess] = []
         started = Ranks(processes, Path(logs))
         try:
+            for rank in range(ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in settled else {}
+                words_of_rank = (work, words, {**settled, **own}, str(folder), f"{logs}/{rank}")
+                process = context.Process(target=_become_rank, args=words_of_rank)
+                process.start()  # if this is interrupted, the rank finds no folder for its log, and ends
+                processes.append(process)
             yield started
         finally:
             started.kill()
@@ -137,9 +163,11 @@ def run_ranks(
         return ranks.wait(timeout_s, grace_s)
 
 
-@cache
 def _server() -> "multiprocessing.context.ForkServerContext":
-    """Return the context whose server has imported everything. The server ends with this process."""
+    """Return the context of the server, which runs and has imported everything. It ends with this process.
+
+    A server that was killed is started again.
+    """
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
@@ -147,12 +175,16 @@ def _server() -> "multiprocessing.context.ForkServerContext":
     here = str(Path(__file__).parent)
     before = dict(os.environ)
     # The server imports by its own path, and DeepSpeed looks for GPUs when it is imported.
-    os.environ |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, (here, before.get("PYTHONPATH")))),
+    settled = {
+        **_ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, _ENVIRONMENT.get("PYTHONPATH")))),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
+        SUITE: str(os.getpid()),
     }
     try:
+        os.environ.clear()
+        os.environ.update(settled)
         forkserver.ensure_running()
     finally:
         os.environ.clear()
@@ -164,31 +196,39 @@ def _become_rank(
     work: Callable[..., int | None], words: tuple[Any, ...], environment: dict[str, str], folder: str, log: str
 ) -> None:
     """Set up this process, forked from the server, like a launched one, then call `work` and exit with its status."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # multiprocessing does not report an import that fails in the server.
+    assert SERVER in os.environ, f"the fork server could not import {_PRELOADED}; try: python -m {_PRELOADED}"
     import torch
 
     from kfood_dist.system.processes import end_with_parent
 
-    os.setsid()
-    end_with_parent(os.getppid())
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    end_with_parent(int(os.environ[SERVER]))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(1)  # OMP_NUM_THREADS was read when the server imported torch
     status = _status_of(work, words)
+    # What a launched process does at its end: it waits for its threads, calls the exit handlers and flushes.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # after what a launched process does at its end, and without pytest's own exit handlers
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # it is None or closed
+            stream.flush()
+    os._exit(status)  # without the exit handlers of multiprocessing, which belong to the server
 
 
 def _status_of(work: Callable[..., int | None], words: tuple[Any, ...]) -> int:
     try:
         return work(*words) or 0
     except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else 1
+        if exit.code is None or isinstance(exit.code, int):
+            return exit.code or 0
+        print(exit.code, file=sys.stderr)
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1
@@ -203,8 +243,10 @@ def run_verb(words: list[str]) -> int:
 
 
 def _free_port() -> int:
-    """Return a free port below those that the kernel gives to outgoing connections (32768 and more)."""
-    while True:
+    """Return a free port of this worker, the one that was used the longest time ago."""
+    for _ in range(_PORTS_PER_WORKER):
+        port = 30_000 + _WORKER * _PORTS_PER_WORKER + next(_PORTS) % _PORTS_PER_WORKER
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", 10_000 + secrets.randbelow(6_000)))
-            return int(probe.getsockname()[1])
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"none of the {_PORTS_PER_WORKER} ports of this worker is free")

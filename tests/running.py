@@ -56,7 +56,7 @@ def start(
     Each process has one thread, like the forked ranks that it is compared with.
     """
     words = [word for text in overrides for word in ("--set", text)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["bash", str(ROOT / "launch/train.sh"), str(recipe), *map(str, also), "--processes", str(processes), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -65,6 +65,20 @@ def start(
         start_new_session=True,
         cwd=ROOT,
     )
+    _launched.append(process)
+    return process
+
+
+_launched: "list[subprocess.Popen[str]]" = []
+
+
+def kill_launches() -> None:
+    """Kill every training that `start` began and that still runs."""
+    while _launched:
+        process = _launched.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def launch(recipe: Path, processes: int, overrides: Sequence[str] = (), gpu: bool = False) -> str:
