@@ -117,6 +117,7 @@ def build_trainer(
         skips=SkipWatch(
             limit=recipe.train.max_skipped_steps,
             start=start,
+            max_steps=max_steps,
             key=collator.shards.key,
             checkpoints=checkpoints,
             world=world,

@@ -181,8 +181,9 @@ class Trainer:
         A collective. All ranks enter it, because the counts are global.
         """
         of_ranks = self.world.all_gather([(batch.refused, batch.replaced) for batch in meter.batches])
-        for refused, replaced in (pair for pairs in of_ranks for pair in pairs):
-            log_skipped_samples(self.log, f"step {step + 1}", refused)
+        pairs = [pair for of_rank in of_ranks for pair in of_rank]
+        log_skipped_samples(self.log, f"step {step + 1}", [sample for refused, _ in pairs for sample in refused])
+        for _, replaced in pairs:
             for key, why in replaced:
                 self.log.say(f"step {step + 1}: {key} replaced by another sample: {why}")
                 self.saver.bad[key] = why

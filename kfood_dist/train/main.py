@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy the shards to this folder on a disk of each node, and read them there",
     )
     parser.add_argument("--stage", type=Path, dest="copy_to", help=argparse.SUPPRESS)  # the old name of --copy-to
-    steps: dict[str, Any] = {"type": int, "nargs": "?", "const": NUM_STEPS}
+    steps: dict[str, Any] = {"type": _number_of_steps, "nargs": "?", "const": NUM_STEPS}
     parser.add_argument(
         "--dry-run",
         **steps,
@@ -80,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes on each node (default: one per GPU, or two on the CPU); fit: the most that can cut "
         "train.global_batch_size into micro-batches",
     )
+
+
+def _number_of_steps(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps; put a recipe before the option") from None
 
 
 def command_words(args: argparse.Namespace, recipes: Sequence[Path], overrides: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ Always holds: every sample is evaluated once, on one rank. The model stays in tr
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -87,17 +87,17 @@ class Validator:
                 totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
         loss_sum, weight, right, samples = self.world.all_sum(totals).tolist()
         in_all = [sample for of_rank in self.world.all_gather(skipped) for sample in of_rank]
-        log_skipped_samples(self.log, "validation", in_all[:_SKIPPED_LISTED])
-        if len(in_all) > _SKIPPED_LISTED:
-            self.log.say(f"validation: {len(in_all) - _SKIPPED_LISTED} more skipped")
+        log_skipped_samples(self.log, "validation", in_all)
         self.sample_s = (time.perf_counter() - began) / samples
         return {"loss": loss_sum / weight if weight else math.nan, "accuracy": right / samples, "samples": samples}
 
 
-def log_skipped_samples(log: RunLog, when: str, samples: Iterable[SkippedSample]) -> None:
-    """Log the skipped samples, and why each was skipped."""
-    for key, why in samples:
+def log_skipped_samples(log: RunLog, when: str, samples: Sequence[SkippedSample]) -> None:
+    """Log the first twenty skipped samples, why each was skipped, and the number of the others."""
+    for key, why in samples[:_SKIPPED_LISTED]:
         log.say(f"{when}: {key} skipped: {why}")
+    if len(samples) > _SKIPPED_LISTED:
+        log.say(f"{when}: {len(samples) - _SKIPPED_LISTED} more skipped")
 
 
 @contextmanager

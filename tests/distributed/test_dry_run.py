@@ -43,6 +43,9 @@ def test_a_dry_run_checks_trains_saves_evaluates_and_estimates(
     printed = train(recipe, 1, ["train.zero_stage=0"], ["--dry-run", "1"])
     assert "step 1/1 " in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"], "without the launcher, too"
+    with pytest.raises(SystemExit):
+        launch.main(["train", "--dry-run", str(recipe)])
+    assert "is not a number of steps; put a recipe before the option" in capsys.readouterr().err
     assert launch.main(["train", str(recipe), "--dry-run", "0"]) == 2
     assert capsys.readouterr().err == "launch train: --dry-run 0 → give a number of steps, at least 1\n"
 

@@ -26,7 +26,7 @@ def batch(*ids: int) -> Batch:
 @pytest.fixture
 def watch(tmp_path: Path) -> SkipWatch:
     log = RunLog(tmp_path, World(), 0, max_steps=100, every=1)
-    return SkipWatch(2, 0, lambda i: f"train-{i}", tmp_path / "checkpoints", World(), log)
+    return SkipWatch(2, 0, 100, lambda i: f"train-{i}", tmp_path / "checkpoints", World(), log)
 
 
 def checkpoint(folder: Path, step: int, complete: bool = True) -> Path:

@@ -7,7 +7,7 @@ later step has used its weights.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +32,23 @@ class Loss(NamedTuple):
 
 
 class SkipWatch:
-    """A counter of skipped steps. Allows up to `limit` of them in a row. The run starts with step `start`."""
+    """A counter of skipped steps. Allows up to `limit` of them in a row, but not all of the run's `max_steps`.
 
-    def __init__(self, limit: int, start: int, key: Callable[[int], str], checkpoints: Path, world: World, log: RunLog):
+    The run starts with step `start`.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        start: int,
+        max_steps: int,
+        key: Callable[[int], str],
+        checkpoints: Path,
+        world: World,
+        log: RunLog,
+    ):
         self.limit = limit
+        self.max_steps = max_steps
         self.key = key
         self.checkpoints = checkpoints
         self.world = world
@@ -47,7 +60,7 @@ class SkipWatch:
         """Count one step, and log why it was skipped. A collective if it was skipped.
 
         `losses` has one tensor per micro-batch, with the loss of each sample. Raises TrainingError if more than `limit`
-        steps in a row were skipped.
+        steps in a row were skipped, or all steps of the run.
         """
         if update.applied:
             self.in_a_row, self.last_applied = 0, step + 1
@@ -66,12 +79,15 @@ class SkipWatch:
             [sample for _, refused in shared for sample in refused],
         )
         self.log.say(f"step {step + 1} skipped: {why}")
-        if self.in_a_row > self.limit:
+        is_without_update = step + 1 == self.max_steps and not self.last_applied
+        if self.in_a_row > self.limit or is_without_update:
+            many = "no step of the run changed the weights"
+            if not is_without_update:
+                many = f"steps skipped in a row: {self.in_a_row}, more than train.max_skipped_steps {self.limit}"
+            resumes = "; the same command resumes from the newest checkpoint" if any(complete(self.checkpoints)) else ""
             raise TrainingError(
-                f"steps skipped in a row: {self.in_a_row}, more than train.max_skipped_steps {self.limit}; "
-                f"step {step + 1}: {why}; {last_good(self.checkpoints, self.last_applied)}",
-                "lower optim.learning_rate, or correct what is named; the same command resumes from the newest "
-                "checkpoint",
+                f"{many}; step {step + 1}: {why}; {last_good(self.checkpoints, self.last_applied)}",
+                f"{_remedy(losses, refused)}{resumes}",
             )
 
 
@@ -92,14 +108,24 @@ def reason(update: Update, losses: Sequence[Loss], refused: Sequence[SkippedSamp
     return f"a gradient is not finite, though each sample's loss is; the step's: {_listed([x.key for x in losses])}"
 
 
+def _remedy(losses: Sequence[object], refused: Sequence[SkippedSample]) -> str:
+    cause = "raise data.max_length" if refused and not losses else "lower optim.learning_rate"
+    return f"{cause}, or correct the named samples"
+
+
+def complete(checkpoints: Path) -> Iterator[Path]:
+    """Yield the complete checkpoints of a run, the oldest first."""
+    yield from sorted(marker.parent for marker in checkpoints.glob(f"step-*/{MARKER}"))
+
+
 def last_good(checkpoints: Path, last_applied: int) -> str:
     """Name the newest complete checkpoint whose weights later gave a finite gradient, and those without one so far.
 
     Step n uses the weights after n - 1 steps.
     """
-    complete = sorted(marker.parent for marker in checkpoints.glob(f"step-*/{MARKER}"))
-    good = [path for path in complete if int(path.name.removeprefix("step-")) < last_applied]
-    doubtful = [path for path in complete if path not in good]
+    found = list(complete(checkpoints))
+    good = [path for path in found if int(path.name.removeprefix("step-")) < last_applied]
+    doubtful = [path for path in found if path not in good]
     message = (
         f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet that is known to be good"
     )
