@@ -144,15 +144,31 @@ def start_ranks(
         processes: list[multiprocessing.process.BaseProcess] = []
         started = Ranks(processes, Path(logs))
         try:
-            for rank in range(ranks):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in settled else {}
-                words_of_rank = (work, words, {**settled, **own}, str(folder), f"{logs}/{rank}")
-                process = context.Process(target=_become_rank, args=words_of_rank)
-                process.start()  # if this is interrupted, the rank finds no folder for its log, and ends
-                processes.append(process)
+            with _without_interrupts():  # within a start, they would leave a rank that nobody knows
+                for rank in range(ranks):
+                    own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in settled else {}
+                    words_of_rank = (work, words, {**settled, **own}, str(folder), f"{logs}/{rank}")
+                    process = context.Process(target=_become_rank, args=words_of_rank)
+                    process.start()
+                    processes.append(process)
             yield started
         finally:
             started.kill()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C and pytest-timeout's alarm back until the end of the block. For the main thread, which runs tests."""
+    came: list[int] = []
+    interrupts = (signal.SIGINT, signal.SIGALRM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in interrupts}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def run_ranks(
