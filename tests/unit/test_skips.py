@@ -57,6 +57,13 @@ def test_a_step_without_a_usable_sample_names_one_with_its_reason() -> None:
     assert message == "none of its samples can be used, train-3 for example: too long"
 
 
+def test_a_run_without_any_update_ends_unless_the_loss_scale_of_fp16_settles(watch: SkipWatch) -> None:
+    watch.max_steps = 1
+    watch.look(0, Update(math.inf, False, 65536.0), [batch(3)], [torch.tensor([1.0])])
+    with pytest.raises(TrainingError, match="no step of the run changed the weights; step 1: the loss is not finite"):
+        watch.look(0, SKIPPED, [batch(3)], [torch.tensor([math.nan])])
+
+
 def test_an_overflow_of_the_loss_scale_names_samples_only_at_scale_1() -> None:
     losses = [Loss("train-0", 1.0)]
     assert reason(Update(math.inf, False, 65536.0), losses, []).endswith("at loss scale 65536, which is halved")

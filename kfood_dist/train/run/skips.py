@@ -79,7 +79,9 @@ class SkipWatch:
             [sample for _, refused in shared for sample in refused],
         )
         self.log.say(f"step {step + 1} skipped: {why}")
-        is_without_update = step + 1 == self.max_steps and not self.last_applied
+        # Under fp16, the loss scale of a short run may still be on its way down.
+        is_settling = update.loss_scale is not None and update.loss_scale > 1
+        is_without_update = step + 1 == self.max_steps and not self.last_applied and not is_settling
         if self.in_a_row > self.limit or is_without_update:
             many = "no step of the run changed the weights"
             if not is_without_update:
