@@ -47,11 +47,12 @@ def adapted(model: Path, quantization: str = "none", precision: str = "fp32", **
 
 
 def model_inputs(batch: Batch, pictures: Pictures) -> dict[str, Any]:
-    """Return the keyword arguments of the model's own forward for a batch."""
+    """Return the keyword arguments of the model's own forward for a batch. It computes positions and windows itself."""
+    inputs = pictures.to_model(batch.pixels, batch.facts | batch.shapes, batch.is_image)
     return {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
-        **pictures.to_model(batch.pixels, batch.facts, batch.is_image),
+        **{name: inputs[name] for name in inputs.keys() & {"pixel_values", "image_grid_thw", "mm_token_type_ids"}},
     }
 
 

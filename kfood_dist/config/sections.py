@@ -132,6 +132,11 @@ class Model(Section):
         "loss and keeps the vision tower in float32",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
+    fast_tower: bool = Field(
+        True,
+        description="train with a vision tower that computes in fewer, larger operations, equal up to rounding; false: "
+        "as transformers does",
+    )
     adapter: Folder | None = Field(None, description="trained adapter to start from, such as runs/NAME/adapter")
 
     @model_validator(mode="after")

@@ -138,7 +138,7 @@ class Answerer:
         return {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
-            **self._pictures.to_model(batch.pixels, batch.facts, batch.is_image),
+            **self._pictures.to_model(batch.pixels, batch.facts | batch.shapes, batch.is_image),
         }
 
 

@@ -28,6 +28,7 @@ class Family:
     language_model: str = "model.language_model"
     head: str = "lm_head"
     tower_trains: bool = True  # False: layers after the features get no gradient, so DDP fails
+    packs_pictures: bool = False  # True: the tower takes all pictures of a batch as one sequence
 
     @property
     def paths(self) -> dict[str, str]:
@@ -59,8 +60,14 @@ class Family:
 
 
 def _qwen(title: str) -> Family:
-    # Without the token types, the positions of mRoPE are wrong, without a warning.
-    return Family(title, "model.visual", "model.visual.merger", "patches", token_types="mm_token_type_ids")
+    return Family(
+        title,
+        tower="model.visual",
+        connector="model.visual.merger",
+        pictures="patches",
+        token_types="mm_token_type_ids",  # without them, the positions of mRoPE are wrong, without a warning
+        packs_pictures=True,
+    )
 
 
 FAMILIES = {

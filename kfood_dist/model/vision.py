@@ -65,7 +65,7 @@ def _load_patches(base: str, config: Any, family: Family, image_size: int) -> Pi
         )
     expand = partial(_grid_ids, spec.image_token_id, spec.merge_size)
     token = spec.image_token_id
-    return Processed(processor, expand, token, token, spec.kept, family.token_types)
+    return Processed(processor, expand, token, token, spec.kept, family.token_types, spec.layout)
 
 
 def _grid_ids(image_token: int, merge_size: int, rgb: np.ndarray, facts: dict[str, np.ndarray]) -> np.ndarray:
@@ -116,6 +116,7 @@ def _read_spec(config: Any, settings: dict[str, Any]) -> PatchSpec:
         image_token_id=config.image_token_id,
         vision_start_token_id=config.vision_start_token_id,
         vision_end_token_id=config.vision_end_token_id,
+        window=getattr(vision, "window_size", 0) // vision.spatial_merge_size // vision.patch_size,
     )
 
 

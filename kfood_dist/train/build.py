@@ -24,6 +24,7 @@ from kfood_dist.model.objective.base import Objective
 from kfood_dist.model.objective.table import build_objective
 from kfood_dist.model.parts import apply_parts, parameter_groups, recompute_activations
 from kfood_dist.model.processor import build_template
+from kfood_dist.model.tower import speed_up_tower
 from kfood_dist.system import gpus
 from kfood_dist.system.words import plural
 from kfood_dist.system.world import World, set_collective_timeouts
@@ -190,6 +191,8 @@ def build_module(recipe: Recipe, pictures: Pictures, device: torch.device) -> Ob
     """Return the quantised base model with its trained parts, the same on every rank, before an engine wraps it."""
     model = recipe.model
     base = load_base(model.base, model.quantization, model.precision, model.attention, device)
+    if model.fast_tower:
+        speed_up_tower(base, family_of(base.config))
     if recipe.train.gradient_checkpointing:
         # Only on the language model: a frozen vision tower keeps no activations anyway.
         recompute_activations(base.get_submodule(family_of(base.config).language_model))

@@ -77,7 +77,7 @@ def test_a_processor_that_does_more_than_patches_computes_the_pixels_itself(
     picture = Image.fromarray(decode_rgb(collator.shards.read(3).pictures[0]))
     expected = AutoImageProcessor.from_pretrained(base)(images=picture, return_tensors="pt")
     assert isinstance(collator.template.pictures, Processed)
-    shown = collator.template.pictures.to_model(batch.pixels, batch.facts, batch.is_image)
+    shown = collator.template.pictures.to_model(batch.pixels, batch.facts | batch.shapes, batch.is_image)
     assert shown["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
     assert shown["mm_token_type_ids"].sum() == expected["image_grid_thw"][0].prod() // 4
     assert torch.equal(shown["pixel_values"], expected["pixel_values"])

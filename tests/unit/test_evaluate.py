@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kfood_dist.cli import build_parser, main
-from kfood_dist.data.batch.collate import StreamingCollator
+from kfood_dist.data.batch.collate import Batch, StreamingCollator, targets_of
 from kfood_dist.data.picture.images import decode_rgb, prepare_jpeg
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.data.shards.reader import ShardSplit, open_split
@@ -143,16 +143,20 @@ def likelihood(task: Evaluation, answerer: Answerer, i: int, text: str) -> float
     """Return p(text and its end token) from the training loss, for picture i."""
 
     pictures = answerer.template.pictures
-    batch = StreamingCollator(task.shards, answerer.template, task.task)[micro_batch(i)]
-    shown = pictures.encode(decode_rgb(task.shards.read(i).pictures[0])).ids
-    encoded = answerer.template.encode(task.task.messages({}, 1), [shown], text)
-    batch = type(batch)(
+    shown = pictures.encode(decode_rgb(task.shards.read(i).pictures[0]))
+    encoded = answerer.template.encode(task.task.messages({}, 1), [shown.ids], text)
+    is_image = encoded.is_image.astype(np.int64)[None]
+    facts, shapes = pictures.arrange(shown.facts, is_image, [len(encoded)])
+    arrays = targets_of(encoded.labels[None])
+    batch = Batch(
         input_ids=torch.from_numpy(encoded.ids)[None],
         attention_mask=torch.ones(1, len(encoded), dtype=torch.long),
-        is_image=torch.from_numpy(encoded.is_image.astype(np.int64))[None],
+        is_image=torch.from_numpy(is_image),
         labels=torch.from_numpy(encoded.labels)[None],
-        pixels=batch.pixels,
-        facts=batch.facts,
+        pixels=torch.from_numpy(shown.pixels),
+        facts={name: torch.from_numpy(fact) for name, fact in facts.items()},
+        shapes={name: torch.as_tensor(shape) for name, shape in shapes.items()},
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
     )
     with torch.no_grad():
         loss, _, _ = AnswerLoss(answerer.model, pictures)(batch)

@@ -75,7 +75,7 @@ def test_mrope_positions_equal_the_golden_ones(tiny_model: Path, vision: Patches
     model = build(tiny_model, vision).model.get_base_model().model
     positions = model.compute_3d_position_ids(
         input_ids=batch.input_ids,
-        image_grid_thw=batch.facts["image_grid_thw"],
+        image_grid_thw=batch.shapes["image_grid_thw"],
         video_grid_thw=None,
         inputs_embeds=None,
         attention_mask=batch.attention_mask,
@@ -140,9 +140,9 @@ def test_a_sample_is_right_only_if_every_label_token_is(tiny_model: Path, vision
     with torch.no_grad():
         output = module.model(**model_inputs(batch, vision)).logits[:, :-1].argmax(-1)
         asked = batch.labels[:, 1:] != -100
-        batch.labels[:, 1:][asked] = output[asked]
+        batch.targets[:] = output[asked]
         assert module(batch)[2].tolist() == [True, True, True]
-        batch.labels[1, 1 + int(asked[1].float().argmax())] += 1
+        batch.targets[int((batch.target_rows == 1).float().argmax())] += 1
         assert module(batch)[2].tolist() == [True, False, True]
 
 

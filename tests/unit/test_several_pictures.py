@@ -70,7 +70,7 @@ def test_a_qwen_gets_the_patches_and_grids_of_all_pictures_in_order(tiny_model: 
     processor, collator = AutoImageProcessor.from_pretrained(tiny_model), collator_of(tiny_model, samples)
     batch = collator[MicroBatch(0, 0, (0, 1, 2), 0)]
     made = processor(images=[picture for i in range(3) for picture in shown(samples, i)], return_tensors="pt")
-    inputs = collator.template.pictures.to_model(batch.pixels, batch.facts, batch.is_image)
+    inputs = collator.template.pictures.to_model(batch.pixels, batch.facts | batch.shapes, batch.is_image)
     assert inputs["image_grid_thw"].tolist() == made["image_grid_thw"].tolist()
     assert torch.allclose(inputs["pixel_values"], made["pixel_values"], atol=2e-6)
     counts = [len(samples.read(i).pictures) for i in range(3)]
@@ -87,7 +87,7 @@ def test_a_model_sees_each_picture_of_a_sample_in_its_place(tiny_model: Path, sa
     model = AutoModelForImageTextToText.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
     def last(batch) -> torch.Tensor:
-        inputs = collator.template.pictures.to_model(batch.pixels, batch.facts, batch.is_image)
+        inputs = collator.template.pictures.to_model(batch.pixels, batch.facts | batch.shapes, batch.is_image)
         with torch.no_grad():
             return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs).logits[:, -1]
 

@@ -20,7 +20,7 @@ SKIPPED = Update(grad_norm=math.nan, applied=False, loss_scale=None)
 
 def batch(*ids: int) -> Batch:
     nothing = torch.zeros(0)
-    return Batch(nothing, nothing, nothing, nothing, nothing, nothing, ids=ids)
+    return Batch(*[nothing] * 5, {}, {}, *[nothing] * 3, ids=ids)
 
 
 @pytest.fixture

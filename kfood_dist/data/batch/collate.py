@@ -45,7 +45,11 @@ class Batch:
     is_image: torch.Tensor  # (B, L) int64, 1 at image tokens
     labels: torch.Tensor  # (B, L) int64, IGNORED outside answers
     pixels: torch.Tensor  # of all pictures, in the format of the model's `Pictures`
-    facts: dict[str, torch.Tensor]  # what goes with the pixels, such as grids
+    facts: dict[str, torch.Tensor]  # what goes with the pixels to the device, such as grids
+    shapes: dict[str, Any]  # what stays on the host, which needs its values: numbers, and tensors of lengths
+    predicting: torch.Tensor  # (N,) int64, the places in (B · L) whose hidden states predict a label token
+    targets: torch.Tensor  # (N,) int64, these label tokens
+    target_rows: torch.Tensor  # (N,) int64, their rows
     ids: tuple[int, ...] = ()  # the requested samples that are in here, or whose substitute is
     columns: tuple[dict[str, Any], ...] = ()  # of these samples, if the batch is for generation
     refused: tuple[SkippedSample, ...] = ()
@@ -60,7 +64,7 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on `device`."""
+        """Return the same batch on `device`, except `shapes`."""
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -72,7 +76,7 @@ class Batch:
         return _from_arrays, (_mapped(vars(self), torch.Tensor, torch.Tensor.numpy),)
 
     def _each_tensor(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return Batch(**_mapped(vars(self), torch.Tensor, move))
+        return Batch(**_mapped(vars(self), torch.Tensor, move) | {"shapes": self.shapes})
 
 
 def _from_arrays(values: dict[str, Any]) -> Batch:
@@ -209,21 +213,39 @@ class StreamingCollator(Dataset[Batch]):
         facts = [facts for row in rows for facts in row.facts]
         length = max(map(len, encoded))
 
-        def padded(values: Iterable[np.ndarray], value: int) -> torch.Tensor:
+        def padded(values: Iterable[np.ndarray], value: int) -> np.ndarray:
             out = np.full((len(rows), length), value, dtype=np.int64)
             for line, row in zip(out, values, strict=True):
                 line[slice(-len(row), None) if self.for_generation else slice(len(row))] = row
-            return torch.from_numpy(out)
+            return out
 
-        return Batch(
-            input_ids=padded((e.ids for e in encoded), self.pad_token_id),
-            attention_mask=padded((np.ones(len(e)) for e in encoded), 0),
-            is_image=padded((e.is_image for e in encoded), 0),
-            labels=padded((e.labels for e in encoded), IGNORED),
-            pixels=torch.from_numpy(pixels),
-            facts={name: torch.from_numpy(np.concatenate([f[name] for f in facts])) for name in facts[0]},
-            **left_out,
-        )
+        joined = {name: np.concatenate([f[name] for f in facts]) for name in facts[0]}
+        is_image = padded((e.is_image for e in encoded), 0)
+        shapes: dict[str, Any] = {}
+        if not self.for_generation:  # generate() computes its own positions, for one more token at each pass
+            joined, shapes = self.template.pictures.arrange(joined, is_image, [len(e) for e in encoded])
+        labels = padded((e.labels for e in encoded), IGNORED)
+        arrays = {
+            "input_ids": padded((e.ids for e in encoded), self.pad_token_id),
+            "attention_mask": padded((np.ones(len(e)) for e in encoded), 0),
+            "is_image": is_image,
+            "labels": labels,
+            "pixels": pixels,
+            "facts": joined,
+            "shapes": shapes,
+            **targets_of(labels),
+        }
+        return Batch(**_mapped(arrays, np.ndarray, torch.from_numpy), **left_out)
+
+
+def targets_of(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return where labels (B, L) are and what they are: `predicting`, `targets` and `target_rows` of a Batch."""
+    rows, before = np.nonzero(labels[:, 1:] != IGNORED)  # position i predicts token i + 1
+    return {
+        "predicting": rows * labels.shape[1] + before,
+        "targets": labels[rows, before + 1],
+        "target_rows": rows,
+    }
 
 
 class _Decoded(NamedTuple):

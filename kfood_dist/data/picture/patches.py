@@ -6,12 +6,14 @@ Normalisation and repetition in time happen on the device, so a picture is copie
 of eight.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kfood_dist.data.picture.layout import QwenLayout
 from kfood_dist.data.picture.protocol import Picture
 from kfood_dist.errors import RecipeError
 
@@ -31,6 +33,11 @@ class PatchSpec:
     image_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    window: int  # side of an attention window in tokens; 0: the tower has no windows
+
+    @property
+    def layout(self) -> QwenLayout:
+        return QwenLayout(self.merge_size, self.window)
 
     @property
     def unit(self) -> int:
@@ -65,9 +72,12 @@ class Patches:
         num_tokens = grid[1] * grid[2] // self.spec.merge_size**2
         return Picture(patches, {"image_grid_thw": np.array([grid])}, _repeated(self.image_token, num_tokens))
 
-    def to_model(
-        self, pixels: "torch.Tensor", facts: "dict[str, torch.Tensor]", is_image: "torch.Tensor"
-    ) -> "dict[str, torch.Tensor]":
+    def arrange(
+        self, facts: dict[str, np.ndarray], is_image: np.ndarray, lengths: Sequence[int]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return self.spec.layout.arrange(facts, is_image, lengths)
+
+    def to_model(self, pixels: "torch.Tensor", facts: dict[str, Any], is_image: "torch.Tensor") -> dict[str, Any]:
         return {"pixel_values": normalise_patches(pixels, self.spec), "mm_token_type_ids": is_image, **facts}
 
 
@@ -104,10 +114,16 @@ def normalise_patches(patches: "torch.Tensor", spec: PatchSpec) -> "torch.Tensor
 
     Equals transformers' Qwen2VLImageProcessor, which rescales by 1/255, then computes (x - mean) / std per channel.
     """
-    import torch
-
     p, t = spec.patch_size, spec.temporal_patch_size
-    mean = torch.tensor(spec.mean, device=patches.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std, device=patches.device).view(1, 3, 1, 1)
+    mean, std = _mean_and_std(spec, patches.device)
     pixels = (patches.view(-1, p * p, 3).permute(0, 2, 1).unsqueeze(2).float() / 255 - mean) / std
     return pixels.expand(-1, -1, t, -1).reshape(-1, 3 * t * p * p)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_std(spec: PatchSpec, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
+    """Return the constants of the normalisation on `device`, (1, 3, 1, 1). They are copied there only once."""
+    import torch
+
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
+    return mean, std

@@ -6,11 +6,12 @@
 The processor runs in the loader process, on every picture. It returns floats: four to eight times the bytes of uint8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kfood_dist.data.picture.layout import QwenLayout
 from kfood_dist.data.picture.protocol import Picture
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Processed:
 
     `expand` returns the tokens of a picture, int64 (n,), from the picture and the processor's outputs except the
     pixels. All pictures of one size get the same tokens. `token_types` names the model's input that marks image
-    tokens, if there is one.
+    tokens, if there is one. `layout` arranges the pictures of a Qwen-VL model.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Processed:
         image_token: int,
         kept: frozenset[int] = frozenset(),
         token_types: str = "",
+        layout: QwenLayout | None = None,
     ):
         self.placeholder = placeholder
         self.image_token = image_token
@@ -42,6 +44,7 @@ class Processed:
         self._image_processor = image_processor
         self._expand = expand
         self._token_types = token_types
+        self._layout = layout
         self._ids: dict[tuple[int, ...], np.ndarray] = {}
 
     def encode(self, rgb: np.ndarray, out: np.ndarray | None = None) -> Picture:
@@ -53,8 +56,11 @@ class Processed:
             self._ids[rgb.shape] = self._expand(rgb, facts)
         return Picture(pixels, facts, self._ids[rgb.shape])
 
-    def to_model(
-        self, pixels: "torch.Tensor", facts: "dict[str, torch.Tensor]", is_image: "torch.Tensor"
-    ) -> "dict[str, torch.Tensor]":
+    def arrange(
+        self, facts: Facts, is_image: np.ndarray, lengths: Sequence[int]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        return (facts, {}) if self._layout is None else self._layout.arrange(facts, is_image, lengths)
+
+    def to_model(self, pixels: "torch.Tensor", facts: dict[str, Any], is_image: "torch.Tensor") -> dict[str, Any]:
         types = {self._token_types: is_image} if self._token_types else {}
         return {"pixel_values": pixels, **types, **facts}

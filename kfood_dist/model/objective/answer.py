@@ -5,6 +5,7 @@
     hidden at the positions that predict a label ──► head ──► cross-entropy, summed
 
 Always holds: only positions with a label reach the head, because full logits would be 152k wide for every token.
+Nothing here reads a value of a tensor on the device, because the host would wait for it.
 """
 
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -48,15 +49,14 @@ class AnswerLoss(Objective):
         base = self.model.get_base_model()
         hidden = base.model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            **self.pictures.to_model(batch.pixels, batch.facts, batch.is_image),
+            attention_mask=None,  # the model is causal and the padding is on the right, so no token attends to it
+            **self.pictures.to_model(batch.pixels, batch.facts | batch.shapes, batch.is_image),
             use_cache=False,
         ).last_hidden_state
-        targets = batch.labels[:, 1:]  # position i predicts token i + 1
-        labelled = targets != IGNORED
-        logits = base.get_submodule(self._head)(hidden[:, :-1][labelled]).float()
-        losses = F.cross_entropy(logits, targets[labelled], reduction="none")
-        return _Tokens(losses, labelled.nonzero()[:, 0], logits.detach().argmax(-1) == targets[labelled])
+        predicting = hidden.flatten(0, 1).index_select(0, batch.predicting)
+        logits = base.get_submodule(self._head)(predicting).float()
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        return _Tokens(losses, batch.target_rows, logits.detach().argmax(-1) == batch.targets)
 
 
 class MeanAnswerLoss(AnswerLoss):
