@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kfood_dist.config.sections import Lora, Parts
-from kfood_dist.data.batch.collate import Batch, StreamingCollator
+from kfood_dist.data.batch.collate import Batch, StreamingCollator, targets_of
 from kfood_dist.data.batch.template import IGNORED, Template
 from kfood_dist.data.picture.protocol import Pictures
 from kfood_dist.data.shards.reader import ShardSplit, open_split
@@ -56,14 +56,16 @@ def model_inputs(batch: Batch, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def plain_batch(rows: list[tuple[int, int, int]], pixels: torch.Tensor, **facts: torch.Tensor) -> Batch:
+def plain_batch(rows: list[tuple[int, int, int]], pixels: torch.Tensor, **shapes: torch.Tensor) -> Batch:
     """Return a batch whose rows have this many image tokens, text tokens, and labels among the last text tokens."""
     length = max(image + text for image, text, _ in rows)
     places, starts = torch.arange(length), torch.tensor([image + text - labels for image, text, labels in rows])
     images, texts = (torch.tensor([row[i] for row in rows])[:, None] for i in (0, 1))
     real = places < images + texts
     labels = torch.where(real & (places >= starts[:, None]), 7, IGNORED)
-    return Batch(torch.full(real.shape, 7), real.long(), (places < images).long(), labels, pixels, facts)
+    targets = {name: torch.from_numpy(array) for name, array in targets_of(labels.numpy()).items()}
+    is_image = (places < images).long()
+    return Batch(torch.full(real.shape, 7), real.long(), is_image, labels, pixels, {}, shapes, **targets)
 
 
 def labels_of(samples: ShardSplit) -> list[str]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kfood_dist.data.batch.collate import Batch
-from kfood_dist.data.batch.template import IGNORED
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,14 @@ def count_batch(batch: Batch, config: Any) -> Counts:
         num_window_pairs=sum(t * _squares(h, window) * _squares(w, window) for t, h, w in grids) if window else 0,
         num_full_pairs=sum(t * (h * w + class_tokens) ** 2 for t, h, w in grids),
         num_image_tokens=int(batch.is_image.sum()),
-        num_labels=int((batch.labels[:, 1:] != IGNORED).sum()),
+        num_labels=len(batch.targets),
     )
 
 
 def _grids(batch: Batch, vision: Any) -> Iterator[tuple[int, int, int]]:
     """Yield the frames, and the height and width in patches, of each picture of a batch."""
-    if "image_grid_thw" in batch.facts:
-        yield from map(tuple, batch.facts["image_grid_thw"].tolist())
+    if "image_grid_thw" in batch.shapes:
+        yield from map(tuple, batch.shapes["image_grid_thw"].tolist())
     else:
         num_pictures, _, height, width = batch.pixels.shape
         yield from [(1, height // vision.patch_size, width // vision.patch_size)] * num_pictures

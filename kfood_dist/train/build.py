@@ -15,11 +15,12 @@ from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.task.table import build_task
 from kfood_dist.errors import CheckpointError, first_line
+from kfood_dist.estimate.utilisation import build_utilisation
 from kfood_dist.model.adapters import load_adapter, read_adapter_facts
 from kfood_dist.model.family import family_of
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
-from kfood_dist.model.load import load_base
+from kfood_dist.model.load import DTYPES, load_base
 from kfood_dist.model.objective.base import Objective
 from kfood_dist.model.objective.table import build_objective
 from kfood_dist.model.parts import apply_parts, parameter_groups, recompute_activations
@@ -59,6 +60,7 @@ def build_trainer(
     module = build_module(recipe, template.pictures, accelerator.device)
     if recipe.model.adapter and not newest:
         load_adapter(module.model, recipe.model.adapter)
+    utilisation = build_utilisation(module.model, accelerator.device, DTYPES[recipe.model.precision], world)
     groups = _parameter_groups(recipe, module)
     engine = _build_engine(recipe, accelerator, module, groups)
 
@@ -112,7 +114,8 @@ def build_trainer(
         watch=watch,
         max_steps=max_steps,
         peaks={group["name"]: group["lr"] for group in groups},
-        run_facts={**how, **_what_it_trains(recipe, plan, module)},
+        run_facts={**how, **_what_it_trains(recipe, plan, module), **utilisation.facts()},
+        utilisation=utilisation,
         stop=stop,
         unevaluated=newest if newest and newest.record().validation is None else None,
         skips=SkipWatch(
@@ -248,7 +251,8 @@ def _announce(trainer: Trainer, start: int) -> None:
         f"{plural(plan.order.num_samples, 'sample')}, {plural(trainer.max_steps, 'step')} of {plan.global_batch} "
         f"({plural(plan.ranks, 'rank')} × {plan.micro_batch} × accumulation {plan.accumulation}), "
         f"{facts['distributed_type']} ZeRO {facts['zero_stage']}, {facts['quantization']}, "
-        f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained, on {facts['device']}"
+        f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters trained, on {facts['device']}, "
+        f"{trainer.utilisation.ceiling / plan.ranks / 1e12:.3g} TFLOP/s of matrix products measured on each rank"
     )
     if start:
         trainer.log.say(f"resumed after step {start}")

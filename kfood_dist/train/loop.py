@@ -24,6 +24,7 @@ from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.mix import read_ahead
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.errors import CheckpointError
+from kfood_dist.estimate.utilisation import Utilisation
 from kfood_dist.model.objective.base import Objective
 from kfood_dist.system.world import World
 from kfood_dist.train.engine.base import Engine, Update
@@ -69,6 +70,7 @@ class Trainer:
     max_steps: int
     peaks: dict[str, float]  # peak learning rate of each of the optimiser's groups, by name
     run_facts: dict[str, Any]
+    utilisation: Utilisation
     stop: StopRequest
     skips: SkipWatch
     stopping: bool = False  # the same on all ranks; True after a step or validation in which any rank was asked to stop
@@ -124,6 +126,7 @@ class Trainer:
         self.watch.heartbeat(f"reading the pictures of step {step + 1}")
         meter = StepMeter()
         meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
+        meter.flops = sum(map(self.utilisation.flops, meter.batches))
         # After the batches, because the start of the loader at a run's first step also draws a random number.
         seed_step(self.recipe.train.seed, step, self.world.rank)
         here = torch.tensor(sum(map(self.module.weight, meter.batches)), device=self.device)
@@ -134,6 +137,7 @@ class Trainer:
         here = torch.tensor([peak_memory_gib(), float(self.stop.is_requested())], device=self.device)
         peak, requested = self.world.all_max(here).tolist()
         self.stopping = bool(requested)
+        counted = meter.reduce(self.world, learnt.loss_sum.to(self.device), weight)
         metrics = {
             "step": step + 1,
             "epoch": self.plan.epoch_of(step),
@@ -144,7 +148,8 @@ class Trainer:
             "skipped": float(not learnt.update.applied),
             **({} if learnt.update.loss_scale is None else {"loss_scale": learnt.update.loss_scale}),
             "peak_memory_gib": peak,
-            **meter.reduce(self.world, learnt.loss_sum.to(self.device), weight),
+            **counted,
+            **self.utilisation.shares(counted["flops_per_second"]),
             "time": time.time(),
         }
         if metrics["refused"] or metrics["replaced"]:

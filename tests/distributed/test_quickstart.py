@@ -98,7 +98,8 @@ def test_tensorboard_has_the_curves_the_accuracy_and_a_picture_panel(finished: t
     events = EventAccumulator(str(finished[0] / "tensorboard"), size_guidance={"images": 0, "tensors": 0}).Reload()
     tags = events.Tags()
     names = "loss learning_rate grad_norm samples_per_second label_tokens_per_second data_wait_share padding_share"
-    assert {f"train/{name}" for name in [*names.split(), "peak_memory_gib"]} <= set(tags["scalars"])
+    names += " flops_per_second mfu peak_memory_gib"
+    assert {f"train/{name}" for name in names.split()} <= set(tags["scalars"])
     assert "eval/accuracy" in tags["scalars"]
     (accuracy,) = events.Scalars("test/accuracy")
     published = json.loads((finished[0] / "run.json").read_text())["published"]

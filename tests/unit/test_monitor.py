@@ -26,6 +26,7 @@ def row(step: int, loss: float) -> dict[str, float]:
         "samples_per_second": 10.0,
         "label_tokens_per_second": 50.0,
         "data_wait_share": 0.1,
+        "mfu": 0.412,
         "padding_share": 0.2,
         "peak_memory_gib": 1.5,
         "refused": 0.0,
@@ -48,7 +49,7 @@ def test_one_dict_reaches_file_console_and_tensorboard(tmp_path: Path, capsys: p
     assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 2.0, 1.0]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if "loss" in line] == ["2/10"]
-    assert "lr 1.00e-03" in lines[0] and "wait 10%" in lines[0] and "pad 20%" in lines[0]
+    assert "lr 1.00e-03" in lines[0] and "mfu 41.2%  wait 10%" in lines[0] and "pad 20%" in lines[0]
     assert lines[-1] == "step 3  val  accuracy 0.75"
     assert "loss 2.0000" in (tmp_path / "log.txt").read_text()
     assert "step 3  val  accuracy 0.75" in (tmp_path / "log.txt").read_text()
@@ -153,10 +154,11 @@ def test_the_meter_divides_by_the_weight_and_counts_padding() -> None:
         refused=("train-00000009",),
         replaced=("train-00000003", "train-00000004"),
     )
-    totals = StepMeter(batches=[batch]).reduce(World(), torch.tensor(8.0), weight=4)
+    totals = StepMeter(batches=[batch], flops=600).reduce(World(), torch.tensor(8.0), weight=4)
     assert totals["loss"] == 2.0
     assert totals["padding_share"] == pytest.approx(0.3)
     assert (totals["refused"], totals["replaced"]) == (1, 2)
+    assert totals["flops_per_second"] == pytest.approx(600 / totals["step_seconds"])
     assert totals["samples_per_second"] == pytest.approx(totals["label_tokens_per_second"] / 2)
     json.dumps(totals)
 

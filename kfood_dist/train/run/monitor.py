@@ -56,6 +56,7 @@ class StepMeter:
     started: float = field(default_factory=time.perf_counter)
     waited_s: float = 0.0
     batches: "list[Batch]" = field(default_factory=list)
+    flops: int = 0  # useful ones, of the batches
 
     def reduce(self, world: World, loss_sum: "torch.Tensor", weight: int) -> dict[str, float]:
         """Return the step's metrics over all ranks. `weight` is the sum over all ranks. A collective."""
@@ -72,14 +73,16 @@ class StepMeter:
             sum(len(b.replaced) for b in self.batches),
             self.waited_s,
             elapsed_s,
+            self.flops,
         ]
         totals = torch.tensor(counts, dtype=torch.float64, device=loss_sum.device)
-        loss, labels, samples, tokens, slots, refused, replaced, waited, elapsed = world.all_sum(totals).tolist()
+        loss, labels, samples, tokens, slots, refused, replaced, waited, elapsed, flops = world.all_sum(totals).tolist()
         step_s = elapsed / world.size
         return {
             "loss": loss / weight if weight else math.nan,
             "samples_per_second": samples / step_s,
             "label_tokens_per_second": labels / step_s,
+            "flops_per_second": flops / step_s,
             "data_wait_share": waited / elapsed,
             "padding_share": 1 - tokens / slots,
             "refused": refused,
@@ -166,7 +169,7 @@ def console_line(metrics: dict[str, Any], max_steps: int, step_s: float | None) 
     line = (
         f"step {metrics['step']}/{max_steps}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
         f"grad {metrics['grad_norm']:.3f}  {metrics['samples_per_second']:.1f} samples/s  "
-        f"wait {metrics['data_wait_share']:.0%}  pad {metrics['padding_share']:.0%}  "
+        f"mfu {metrics['mfu']:.1%}  wait {metrics['data_wait_share']:.0%}  pad {metrics['padding_share']:.0%}  "
         f"mem {metrics['peak_memory_gib']:.2f} GiB{left}"
     )
     if "loss_scale" in metrics:
