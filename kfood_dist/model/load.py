@@ -95,6 +95,12 @@ def load_base(base: str, quantization: str, precision: str, attention: str, devi
     return model.requires_grad_(False).train()
 
 
+def compute_type(name: str, family: Family, precision: str) -> torch.dtype:
+    """Return the type that a trained parameter computes in, by its name in an Objective."""
+    path = name.partition("base_model.model.")[2]
+    return torch.float32 if precision == "fp16" and family.is_visual(path) else DTYPES[precision]
+
+
 def cast_to_fp16(model: nn.Module, family: Family) -> None:
     """Cast the float32 weights of the language model and its head to fp16.
 

@@ -6,7 +6,6 @@ recipe's `parts` ──► apply_parts ──► LoRA in parts with `lora`, all 
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -138,18 +137,5 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def freeze_forward(module: Any) -> None:
-    """Let a frozen module keep nothing for the backward pass. If its input is float32, it computes in float32.
-
-    Under fp16, a tower's weights are float32 (`load_base`), because its activations exceed the range of fp16. Autocast
-    would still compute in fp16, so it is disabled there.
-    """
-    forward = module.forward
-
-    def run(features: torch.Tensor, *args: Any, **options: Any) -> Any:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if features.dtype == torch.float32:
-                stack.enter_context(torch.autocast(features.device.type, enabled=False))
-            return forward(features, *args, **options)
-
-    module.forward = run
+    """Let a frozen module keep nothing for the backward pass."""
+    module.forward = torch.no_grad()(module.forward)

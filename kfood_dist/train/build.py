@@ -1,6 +1,7 @@
 """Build the parts of a run from its recipe: data, model, engine and log. Restore them from the newest checkpoint."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kfood_dist.model.adapters import load_adapter, read_adapter_facts
 from kfood_dist.model.family import family_of
 from kfood_dist.model.files import base_folder
 from kfood_dist.model.identity import fingerprint, read_config
-from kfood_dist.model.load import DTYPES, load_base
+from kfood_dist.model.load import DTYPES, compute_type, load_base
 from kfood_dist.model.objective.base import Objective
 from kfood_dist.model.objective.table import build_objective
 from kfood_dist.model.parts import apply_parts, parameter_groups, recompute_activations
@@ -210,7 +211,9 @@ def _parameter_groups(recipe: Recipe, module: Objective) -> list[dict[str, Any]]
 
 def _build_engine(recipe: Recipe, accelerator: Accelerator, module: Objective, groups: list[dict[str, Any]]) -> Engine:
     optimizer = build_optimizer(groups, recipe.optim)
-    engine = build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm, recipe.model.precision)
+    family = family_of(module.model.get_base_model().config)
+    dtype_of = partial(compute_type, family=family, precision=recipe.model.precision)
+    engine = build_engine(accelerator, module, optimizer, recipe.optim.max_grad_norm, dtype_of)
     set_collective_timeouts(collective_timeout(recipe))  # also for the groups that the engine made
     return engine
 

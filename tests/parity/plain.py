@@ -1,5 +1,6 @@
 """The same training in plain PyTorch, without engine and loss module. All ways to train are compared with it."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from kfood_dist.data.batch.collate import StreamingCollator
 from kfood_dist.data.batch.template import IGNORED
 from kfood_dist.data.shards.reader import open_split
 from kfood_dist.data.task.table import build_task
-from kfood_dist.model.load import load_base
+from kfood_dist.model.load import DTYPES, load_base
 from kfood_dist.model.parts import apply_parts
 from kfood_dist.model.processor import build_template
 from kfood_dist.train.engine.optim import learning_rate_at
@@ -31,12 +32,15 @@ def plain_losses(path: Path) -> list[float]:
     base = load_base(recipe.model.base, recipe.model.quantization, recipe.model.precision, "sdpa", torch.device("cpu"))
     torch.manual_seed(recipe.train.seed)
     model = apply_parts(base, recipe.parts, recipe.lora).train()
-    weights = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masters = {name: torch.nn.Parameter(p.detach().clone()) for name, p in trained.items()}  # float32
+    for parameter in trained.values():
+        parameter.data = parameter.data.to(DTYPES[recipe.model.precision])
     optim = recipe.optim
-    whole = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     peaks = [optim.learning_rate, recipe.parts.connector.learning_rate or optim.learning_rate]
-    groups = [{"params": [p for p in weights if all(p is not w for w in whole)]}, {"params": whole}]
-    kind = {"adamw8bit": AdamW8bit, "adamw": AdamW}[optim.name]
+    groups = [{"params": [p for name, p in masters.items() if (".lora_" in name) == lora]} for lora in (True, False)]
+    # Every tensor in 8 bits. By default, bitsandbytes keeps the moments of tensors under 4,096 numbers in 32 bits.
+    kind = {"adamw8bit": partial(AdamW8bit, min_8bit_size=1), "adamw": AdamW}[optim.name]
     optimizer = kind(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay)
     losses = []
     torch.set_num_threads(1)
@@ -46,8 +50,8 @@ def plain_losses(path: Path) -> list[float]:
         num_labels = sum(batch.num_label_tokens for batch in batches)
         total = 0.0
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.model.precision == "bf16"):
-                logits = model(**model_inputs(batch, template.pictures)).logits
+            # Rows are padded on the right of a causal model. A mask would change only the rounding (test_loss.py).
+            logits = model(**model_inputs(batch, template.pictures) | {"attention_mask": None}).logits
             answers = logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten()
             if recipe.objective.name == "answer_mean":
                 each = F.cross_entropy(*answers, ignore_index=IGNORED, reduction="none").view(len(logits), -1)
@@ -56,10 +60,20 @@ def plain_losses(path: Path) -> list[float]:
                 loss = F.cross_entropy(*answers, ignore_index=IGNORED, reduction="sum") / num_labels
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(weights, optim.max_grad_norm)
+            for name, parameter in trained.items():
+                masters[name].grad = sum_of(masters[name].grad, parameter.grad)
+                parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(masters.values(), optim.max_grad_norm)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate_at(step, steps, optim, peak)
         optimizer.step()
         optimizer.zero_grad()
+        for name, parameter in trained.items():
+            parameter.data.copy_(masters[name].detach())
         losses.append(total)
     return losses
+
+
+def sum_of(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the sum in float32."""
+    return gradient.float() if total is None else total + gradient.float()

@@ -26,6 +26,7 @@ EXACT, ROUNDED = 1e-6, 5e-3  # relative, from the measurements above
 WAYS = {  # ZeRO stage, ranks, accumulation (always 8 samples a step), and the allowed difference from the plain loop
     "ddp": (0, 2, 2, EXACT),
     "one-rank": (0, 1, 4, EXACT),
+    "fast_tower": (0, 1, 4, ROUNDED),  # the other ways have the tower of transformers, like the plain loop
     "zero1": (1, 2, 2, ROUNDED),
     "zero2": (2, 2, 2, ROUNDED),
     "zero3": (3, 2, 2, ROUNDED),
@@ -35,7 +36,14 @@ WAYS = {  # ZeRO stage, ranks, accumulation (always 8 samples a step), and the a
 RECIPES = {"qlora": {"quantization": "nf4"}, "lora": {"quantization": "none"}}
 OPTIMISERS = {"qlora": "adamw8bit", "lora": "adamw"}
 ALL = [(name, way) for name in RECIPES for way in WAYS if name == "qlora" or not way.endswith("offload")]
-CASES = [("qlora", "ddp"), ("qlora", "one-rank"), ("qlora", "zero2"), ("qlora", "zero3"), ("lora", "zero2")]
+CASES = [
+    ("qlora", "ddp"),
+    ("qlora", "one-rank"),
+    ("qlora", "fast_tower"),
+    ("qlora", "zero2"),
+    ("qlora", "zero3"),
+    ("lora", "zero2"),
+]
 CASES += [("qlora", "zero2_offload")]
 
 
@@ -70,7 +78,7 @@ class Runs:
             path,
             self.model,
             self.shards,
-            model=RECIPES[name],
+            model=RECIPES[name] | {"fast_tower": way == "fast_tower"},
             lora={"dropout": 0.0},  # dropout differs by rank on purpose, so one rank and two would differ
             optim={"name": OPTIMISERS[name], "learning_rate": 2e-4},
             train=section,
@@ -88,7 +96,7 @@ def test_the_loss_curve_equals_that_of_plain_pytorch(runs: Runs, name: str, way:
     assert plain[-1] < 0.8 * plain[0]
     apart = [abs(a / b - 1) for a, b in zip(mine, plain, strict=True)]
     print(f"{name} {way}: {apart[0]:.1e} at the first step, at most {max(apart):.1e}")
-    assert max(apart[:1]) < EXACT
+    assert apart[0] < (ROUNDED if way == "fast_tower" else EXACT)
     assert max(apart) < WAYS[way][3]
 
 
@@ -102,8 +110,7 @@ def test_run_json_records_what_really_ran(runs: Runs, way: str) -> None:
     assert set(facts["linear_layers"]["tower"]) == {"Linear"}
     assert facts["linear_layers"]["head"] == {"Linear": 1}
     assert facts["optimizer"] == "bitsandbytes.optim.adamw.AdamW8bit"
-    # bitsandbytes keeps the moments of tensors under 4,096 numbers in 32 bits. ZeRO's flat partitions are larger.
-    assert facts["optimizer_state_dtypes"] == (["uint8"] if stage else ["float32", "uint8"])
+    assert facts["optimizer_state_dtypes"] == ["uint8"]
     assert facts["adapted_modules"] == 28
     assert facts["parameter_dtypes"]["tower"] == ["bfloat16"]
     assert facts["trainable_parameters"] == 262_144

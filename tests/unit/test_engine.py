@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from kfood_dist.model.load import DTYPES
 from kfood_dist.train.engine.base import Update
 from kfood_dist.train.engine.plain import PlainEngine
 from kfood_dist.train.engine.zero import ZeroEngine
@@ -22,14 +23,14 @@ class Slope(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, batch: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss = self.weight * batch[0] + batch[1]
+        loss = self.weight.float() * batch[0] + batch[1]
         return loss, loss.detach()[None], torch.ones(1, dtype=torch.bool)
 
 
 def engine_of(precision: str) -> PlainEngine:
     module = Slope()
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    return PlainEngine(Accelerator(cpu=True), module, optimizer, max_grad_norm=100.0, precision=precision)
+    return PlainEngine(Accelerator(cpu=True), module, optimizer, 100.0, dtype_of=lambda _: DTYPES[precision])
 
 
 def weight_of(engine: PlainEngine) -> float:
@@ -115,7 +116,7 @@ def test_the_zero_engine_reports_the_loss_scale_of_each_update() -> None:
 def test_a_large_gradient_is_clipped_and_its_norm_before_clipping_is_reported() -> None:
     module = Slope()
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    engine = PlainEngine(Accelerator(cpu=True), module, optimizer, max_grad_norm=0.5, precision="fp32")
+    engine = PlainEngine(Accelerator(cpu=True), module, optimizer, 0.5, dtype_of=lambda _: torch.float32)
     engine.micro_step((2.0, 0.0), 1.0, last=True)
     assert engine.step([1.0]).grad_norm == 2.0
     assert weight_of(engine) == pytest.approx(0.5)

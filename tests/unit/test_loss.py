@@ -60,6 +60,24 @@ def test_the_sum_does_not_depend_on_padding(tiny_model: Path, vision: Patches, c
     assert together.item() == pytest.approx(alone, rel=1e-5)
 
 
+def test_the_gradients_equal_those_of_the_model_with_a_mask_and_its_own_positions(tiny_model, vision, collator) -> None:
+    """The module passes positions and no attention mask. Rows have different lengths. In float32, up to 1e-5."""
+    batch = collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
+    assert not batch.attention_mask.all()
+    gradients = []
+    for own in (False, True):
+        module = build(tiny_model, vision).train()
+        if own:
+            logits = module.model(**model_inputs(batch, vision)).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+        else:
+            loss, _, _ = module(batch)
+        loss.backward()
+        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
+    for mine, expected in zip(*gradients, strict=True):
+        assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+
+
 def test_a_filler_has_zero_loss_and_zero_gradients(tiny_model: Path, vision: Patches, collator) -> None:
     module = build(tiny_model, vision)
     loss, _, correct = module(collator[MicroBatch(0, 0, (), 5)])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from asking import adapted, asking_dishes
 from bases import write_llava, write_qwen2_vl
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,7 @@ from kfood_dist.model.family import family_of
 from kfood_dist.model.objective.answer import AnswerLoss
 from kfood_dist.model.parts import recompute_activations
 from kfood_dist.model.tower import speed_up_tower
+from kfood_dist.train.engine.plain import PlainEngine
 
 _WAITING = {
     "_local_scalar_dense", "nonzero", "equal", "unique_consecutive", "_unique2", "masked_select", "is_nonzero",
@@ -55,6 +57,8 @@ def waits_of(base: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, fast: bo
     recompute_activations(bare.get_submodule(family_of(bare.config).language_model))
     collator = asking_dishes(base, shards)
     module, waits = AnswerLoss(model, collator.template.pictures), Waits()
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad])
+    engine = PlainEngine(Accelerator(cpu=True), module, optimizer, 1.0, lambda _: torch.bfloat16)
     batch = collator[MicroBatch(0, 0, (0, 1, 2, 3), 0)]
     as_list = torch.Tensor.tolist
     on_host = {id(value) for value in batch.shapes.values()}
@@ -64,8 +68,8 @@ def waits_of(base: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, fast: bo
         return as_list(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
-    with torch.autocast("cpu", torch.bfloat16), waits:
-        module(batch)[0].backward()
+    with waits:
+        engine.micro_step(batch, scale=1.0, last=False)
     monkeypatch.undo()
     return waits
 

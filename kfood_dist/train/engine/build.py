@@ -4,6 +4,7 @@ recipe ──► build_accelerator ──► Accelerator ──► build_engine 
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -30,7 +31,7 @@ def build_accelerator(recipe: Recipe, plan: Plan, world: World) -> Accelerator:
     timeout = collective_timeout(recipe)
     process_group = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timeout)]
     if recipe.train.zero_stage == 0:
-        # PlainEngine casts and scales by itself, because accelerate has no fp16 on a CPU.
+        # PlainEngine has its own weights of 16 bits and loss scale, because accelerate has no fp16 on a CPU.
         accelerator = Accelerator(
             mixed_precision="no", cpu=cpu, kwargs_handlers=process_group if world.size > 1 else []
         )
@@ -85,12 +86,12 @@ def build_engine(
     module: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
-    precision: str,
+    dtype_of: Callable[[str], torch.dtype],
 ) -> Engine:
-    """Wrap the module and its optimiser for the accelerator's kind of training."""
+    """Wrap the module and its optimiser for the accelerator's kind of training. `dtype_of` is PlainEngine's."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return ZeroEngine(accelerator, module, optimizer)
-    return PlainEngine(accelerator, module, optimizer, max_grad_norm, precision)
+    return PlainEngine(accelerator, module, optimizer, max_grad_norm, dtype_of)
 
 
 def _skip_inference_op_build() -> None:

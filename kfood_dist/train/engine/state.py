@@ -30,7 +30,7 @@ def file_name(rank: int) -> str:
 
 # The names of the moments: two in bitsandbytes' optimiser, two in torch's.
 _MOMENTS = ("state1", "state2", "exp_avg", "exp_avg_sq")
-_BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states (arXiv 2110.02861, section 2.1)
+BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states (arXiv 2110.02861, section 2.1)
 
 
 class Slice(NamedTuple):
@@ -172,8 +172,8 @@ class Saved:
             return values.float()
         which = name.removeprefix("state")
         codes = file.get_tensor(f"{i}.qmap{which}")
-        scales = file.get_slice(f"{i}.absmax{which}")[at // _BLOCK : (end - 1) // _BLOCK + 1]
-        return codes[values.long()] * scales[torch.arange(at, end) // _BLOCK - at // _BLOCK]
+        scales = file.get_slice(f"{i}.absmax{which}")[at // BLOCK : (end - 1) // BLOCK + 1]
+        return codes[values.long()] * scales[torch.arange(at, end) // BLOCK - at // BLOCK]
 
 
 _OLDER = "delete that checkpoint folder; the run then uses the one before it, or starts from the beginning"
@@ -213,7 +213,7 @@ def _put(state: dict[str, Any], name: str, moment: torch.Tensor) -> None:
     from bitsandbytes.functional import quantize_blockwise
 
     which = name.removeprefix("state")
-    codes, how = quantize_blockwise(moment, code=state[f"qmap{which}"], blocksize=_BLOCK)
+    codes, how = quantize_blockwise(moment, code=state[f"qmap{which}"], blocksize=BLOCK)
     target.copy_(codes.view_as(target))
     state[f"absmax{which}"].copy_(how.absmax)
 
