@@ -62,6 +62,8 @@ def attach_lora(model: Any, family: Family, parts: Parts, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
+    from kfood_dist.model.dropout import speed_up_dropout
+
     patterns = []
     if parts.language_model.train == "lora":
         patterns.append(target_pattern(family, lora.target_modules))
@@ -76,6 +78,7 @@ def attach_lora(model: Any, family: Family, parts: Parts, lora: Lora) -> Any:
         target_modules="|".join(patterns) or DUMMY_TARGET_MODULES,
     )
     adapted = get_peft_model(model, config)
+    speed_up_dropout(adapted)
     # Needed to load the adapter later. It is set only now, so that peft makes no copies.
     config.modules_to_save = family.paths_in_full(parts.parts_in_full()) or None
     return adapted
