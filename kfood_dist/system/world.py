@@ -19,29 +19,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process among all processes of the run. A single process is rank 0 of 1."""
+    """The rank of this process among all processes of the run. A single process is rank 0 of 1.
+
+    `local_rank` and `local_size` are those among the processes on this machine.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "World":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK as torchrun and accelerate set them (all or none)."""
+        """Read the variables that torchrun and accelerate set. Without LOCAL_WORLD_SIZE there is one machine."""
         env = os.environ if environment is None else environment
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": env.get("WORLD_SIZE", 1)}
         try:
-            rank, size, local_rank = (
-                int(env.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)
-            )
+            rank, size, local_rank, local_size = (int(env.get(name, default)) for name, default in defaults.items())
         except ValueError:
             raise LaunchError(
-                f"RANK, WORLD_SIZE or LOCAL_RANK is not a number: {[env.get(n) for n in names]}",
+                f"RANK, WORLD_SIZE or LOCAL_RANK is not a number: {[env.get(name) for name in defaults]}",
                 "unset them, or start through launch/train.sh",
             ) from None
         if not 0 <= rank < size:
             raise LaunchError(f"RANK {rank} is outside WORLD_SIZE {size}", "start through launch/train.sh")
-        return cls(rank, size, local_rank)
+        return cls(rank, size, local_rank, local_size)
 
     @property
     def is_main(self) -> bool:

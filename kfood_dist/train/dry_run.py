@@ -17,7 +17,7 @@ from kfood_dist.data.shards.verify import verify_some
 from kfood_dist.data.storage.local import LocalStorage
 from kfood_dist.errors import RecipeError, ShardError
 from kfood_dist.system.words import plural
-from kfood_dist.train.run.monitor import device_memory_gib
+from kfood_dist.train.run.monitor import describe_memory
 
 NUM_STEPS = 3
 NUM_SAMPLES = 8
@@ -62,17 +62,20 @@ def check_shards(recipe: Recipe) -> str:
 
 
 def projection(
-    recipe: Recipe, rows: Sequence[dict[str, Any]], num_steps: int, save_s: float, sample_s: float | None
+    recipe: Recipe,
+    rows: Sequence[dict[str, Any]],
+    num_steps: int,
+    save_s: float,
+    sample_s: float | None,
+    local_ranks: int,
 ) -> Iterator[str]:
     """Yield lines that say what the full run of `recipe` would take, from the metrics `rows` of a few steps.
 
     `save_s` is the time of one checkpoint in seconds. `sample_s` is the time to evaluate one sample in seconds, or None
-    if nothing was evaluated. If there are several steps, the time of the first does not count: it waits for the loader
-    to start and for kernels to be chosen.
+    if nothing was evaluated. `local_ranks` is the number of ranks on this machine. If there are several steps, the time
+    of the first does not count: it waits for the loader to start and for kernels to be chosen.
     """
-    capacity_gib = device_memory_gib()
-    peak = max(row["peak_memory_gib"] for row in rows)
-    yield f"memory     {peak:.2f} GiB at most on one rank, of {capacity_gib:.1f} GiB"
+    yield f"memory     {describe_memory(rows, local_ranks)}"
     step_s = statistics.median(row["step_seconds"] for row in rows[1:] or rows)
     per_s = statistics.median(row["samples_per_second"] for row in rows[1:] or rows)
     yield f"steps      {num_steps:,} × {step_s:.2f} s = {_time(num_steps * step_s)}, {per_s:.1f} samples/s"

@@ -26,13 +26,14 @@ from kfood_dist.data.plan.plan import Plan
 from kfood_dist.errors import CheckpointError
 from kfood_dist.estimate.utilisation import Utilisation
 from kfood_dist.model.objective.base import Objective
+from kfood_dist.system.memory import restart_private_peak
 from kfood_dist.system.world import World
 from kfood_dist.train.engine.base import Engine, Update
 from kfood_dist.train.engine.optim import learning_rate_at
 from kfood_dist.train.run import checkpoint
 from kfood_dist.train.run.checkpoint import Validation
 from kfood_dist.train.run.facts import optimizer_facts, write_run_json
-from kfood_dist.train.run.monitor import RunLog, StepMeter, peak_memory_gib
+from kfood_dist.train.run.monitor import RunLog, StepMeter, peak_memory
 from kfood_dist.train.run.skips import SkipWatch, require_few_bad
 from kfood_dist.train.run.stop import StopRequest
 from kfood_dist.train.run.watchdog import Watch
@@ -82,6 +83,7 @@ class Trainer:
         The watchdog watches the ranks from here until `shut_down`.
         """
         self.watch.start()
+        restart_private_peak()
         with closing(self._batches(start)) as batches:
             return self._take_steps(start, batches)
 
@@ -134,8 +136,9 @@ class Trainer:
         optim = self.recipe.optim
         rates = {name: learning_rate_at(step, self.max_steps, optim, peak) for name, peak in self.peaks.items()}
         learnt = self._learn(step, meter.batches, weight, list(rates.values())) if weight else _NOTHING_LEARNT
-        here = torch.tensor([peak_memory_gib(), float(self.stop.is_requested())], device=self.device)
-        peak, requested = self.world.all_max(here).tolist()
+        memory = peak_memory()
+        here = torch.tensor([*memory.values(), float(self.stop.is_requested())], device=self.device)
+        *peaks, requested = self.world.all_max(here).tolist()
         self.stopping = bool(requested)
         counted = meter.reduce(self.world, learnt.loss_sum.to(self.device), weight)
         metrics = {
@@ -147,7 +150,7 @@ class Trainer:
             "grad_norm": learnt.update.grad_norm,
             "skipped": float(not learnt.update.applied),
             **({} if learnt.update.loss_scale is None else {"loss_scale": learnt.update.loss_scale}),
-            "peak_memory_gib": peak,
+            **dict(zip(memory, peaks, strict=True)),
             **counted,
             **self.utilisation.shares(counted["flops_per_second"]),
             "time": time.time(),

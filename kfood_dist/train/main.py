@@ -162,7 +162,7 @@ def dry_run(recipe: Recipe, steps: int, world: World) -> "tuple[Recipe, Conclude
         rows = read_metrics(trial.run.dir / "metrics.jsonl")
         whole = num_steps(recipe, trainer.plan)
         sample_s = trainer.validator.sample_s if trainer.validator else None
-        lines = projection(recipe, rows, whole, trainer.saver.took_s, sample_s)
+        lines = projection(recipe, rows, whole, trainer.saver.took_s, sample_s, world.local_size)
         print("dry run: the full run would take, estimated from these steps:", *lines, sep="\n  ", flush=True)
 
     return trial, tell

@@ -27,8 +27,10 @@ def test_a_process_started_alone_is_rank_0_of_1() -> None:
 
 
 def test_the_launchers_variables_are_read() -> None:
-    world = World.from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
-    assert world == World(rank=3, size=4, local_rank=1)
+    ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    world = World.from_environment(ranks | {"LOCAL_WORLD_SIZE": "2"})
+    assert world == World(rank=3, size=4, local_rank=1, local_size=2)
+    assert World.from_environment(ranks).local_size == 4
     assert not world.is_main
 
 

@@ -8,18 +8,18 @@ the lines after its checkpoint before it writes.
 
 import json
 import math
-import os
-import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfood_dist.system.console import LOG_FILE, LineFile, show, stamped
 from kfood_dist.system.files import write_atomically
+from kfood_dist.system.memory import GIB, machine_memory_gib, private_peak_gib
+from kfood_dist.system.words import plural
 from kfood_dist.system.world import World
 
 if TYPE_CHECKING:
@@ -27,26 +27,36 @@ if TYPE_CHECKING:
 
     from kfood_dist.data.batch.collate import Batch
 
-GIB = 2**30
 _PACE_STEPS = 100  # the time left is from the median of this many steps
 
 
-def peak_memory_gib() -> float:
-    """Return the peak memory so far in GiB: of the GPU if there is one, else of this process (its resident set)."""
+def peak_memory() -> dict[str, float]:
+    """Return the peak memory of the training so far in GiB: of the GPU if there is one, else private of this process.
+
+    On a GPU, torch reserves more than its tensors take. The reserved memory must fit the GPU.
+    """
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_memory_gib": allocated / GIB, "reserved_memory_gib": reserved / GIB}
+    return {"peak_memory_gib": private_peak_gib()}
 
 
-def device_memory_gib() -> float:
-    """Return the total of the memory that `peak_memory_gib` counts, in GiB: the GPU's memory, or the machine's."""
+def describe_memory(rows: Sequence[Mapping[str, Any]], local_ranks: int) -> str:
+    """Return the peak memory in the metrics of steps in words, beside the memory of the GPU or of the machine.
+
+    All ranks of a machine share its memory. A GPU belongs to one rank.
+    """
     import torch
 
+    peak = max(row["peak_memory_gib"] for row in rows)
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        reserved = max(row["reserved_memory_gib"] for row in rows)
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+        return f"{reserved:.2f} GiB reserved, {peak:.2f} GiB allocated at most on one rank, of {total:.1f} GiB"
+    ranks = plural(local_ranks, "rank")
+    return f"{ranks} × {peak:.2f} GiB at most = {local_ranks * peak:.2f} GiB, of {machine_memory_gib():.1f} GiB"
 
 
 @dataclass
