@@ -36,7 +36,8 @@ def test_a_dry_run_checks_trains_saves_evaluates_and_estimates(
     assert "train-000000.tar, val-000000.tar not damaged" in printed
     assert "step 3/3 " in printed and "step 3: checkpoint written" in printed and "accuracy" in printed
     assert " samples 8" in printed
-    for line in ("memory     2 ranks × ", "steps      1,000 × ", "saving     4 × ", "evaluating 4 × 6 samples × ", "total "):
+    parts = ("memory     2 ranks × ", "steps      1,000 × ", "saving     4 × ", "evaluating 4 × 6 samples × ", "total ")
+    for line in parts:
         assert f"\n  {line}" in printed, printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 

@@ -1,6 +1,7 @@
 """The engine on DeepSpeed ZeRO, stages 1 to 3."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from kfood_dist.data.batch.collate import Batch
 from kfood_dist.model.objective.base import Outcome
 from kfood_dist.train.engine import state
 from kfood_dist.train.engine.base import Update, scaled
+
+# The gradients of an adapter take a few hundred MiB. Those of a model that trains in full must be divided at once.
+_MOST_LOCAL_GRADIENTS = 2**28  # 1 GiB in float32
 
 
 class ZeroEngine:
@@ -25,6 +29,13 @@ class ZeroEngine:
         self.optimizer = optimizer
         self.rank = accelerator.process_index
         self.stage = self.engine.zero_optimization_stage()
+        self._window = ExitStack()  # open while gradients are added on this rank only
+        self._in_window = False
+        self._adds_locally = self._is_small_enough_to_add_locally()
+        if self._adds_locally and self.stage == 2:
+            inner = self.engine.optimizer
+            # Otherwise, stage 2 would add them in 16 bits. Stage 1 has this switch from the start.
+            inner.use_grad_accum_attribute = inner.use_separate_grad_accum
         if fp16:
             # DeepSpeed has cast every weight to fp16, but the vision tower must stay in float32.
             for parameter, data in tower.items():
@@ -36,10 +47,27 @@ class ZeroEngine:
         return Outcome(*self.engine(batch))
 
     def micro_step(self, batch: Batch, scale: float, last: bool) -> Outcome:
+        if self._adds_locally and not self._in_window:
+            self._window.enter_context(self.engine.coalesce_grad_reduction())
+            self._in_window = True
         self.engine.set_gradient_accumulation_boundary(last)
         outcome = self.forward(batch)
         self.engine.backward(scaled(outcome.loss, scale), scale_wrt_gas=False)
+        if last and self._in_window:
+            self._window.close()  # reduces the sum of all micro-batches
+            self._in_window = False
+            self.engine.set_gradient_accumulation_boundary(True)
         return outcome._replace(loss=outcome.loss.detach())
+
+    def _is_small_enough_to_add_locally(self) -> bool:
+        """Return whether the gradients are added over micro-batches on each rank, and reduced once per step.
+
+        Otherwise, ZeRO stage 2 reduces them at every micro-step, which keeps only a part of them on each rank. Stage 1
+        reduces once anyway.
+        """
+        inner = self.engine.optimizer
+        count = sum(parameter.numel() for parameter in self.trainable.values())
+        return self.stage == 2 and not inner.cpu_offload and count <= _MOST_LOCAL_GRADIENTS
 
     def step(self, learning_rates: Sequence[float]) -> Update:
         for group, learning_rate in zip(self.engine.optimizer.param_groups, learning_rates, strict=True):
