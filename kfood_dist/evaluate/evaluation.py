@@ -34,6 +34,7 @@ class Evaluation:
     adapter: Path | None
     batch_size: int
     max_new_tokens: int
+    num_workers: int  # loader processes of each rank
     out: Path
     tensorboard: Path | None
     step: int
@@ -67,6 +68,7 @@ def check(args: argparse.Namespace) -> Evaluation:
         adapter=args.adapter,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        num_workers=args.workers,
         out=args.out,
         tensorboard=args.tensorboard,
         step=_trained_steps(args.adapter) if args.step is None else args.step,

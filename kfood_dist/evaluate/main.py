@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=Path, dest="copy_to", help=argparse.SUPPRESS)  # its old name
     parser.add_argument("--batch-size", type=positive, metavar="N", help="pictures per batch (default: the recipe's)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default: the recipe's)")
+    parser.add_argument(
+        "--workers", type=not_negative, default=1, metavar="N", help="loader processes per rank (default: 1; 0: none)"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures of the shuffled split")
     parser.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="also log accuracy and a panel of pictures here"
@@ -69,6 +72,13 @@ def positive(text: str) -> int:
     """Return a whole number of at least 1, for argparse."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """Return a whole number of at least 0, for argparse."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return number
 
 

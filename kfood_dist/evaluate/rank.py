@@ -8,7 +8,7 @@ records or among those refused as too long.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kfood_dist.data.batch.collate import StreamingCollator
+from kfood_dist.data.batch.collate import Batch, StreamingCollator
+from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.batch.template import Template
 from kfood_dist.data.plan.plan import EMPTY, MicroBatch, assign_slots
 from kfood_dist.data.task.base import Columns, Task
@@ -78,16 +79,20 @@ def answer_part(evaluation: Evaluation, template: Template, world: World, device
     records: dict[int, Prediction] = {}
     refused: list[int] = []
     batches = my_batches(evaluation.num_samples, evaluation.batch_size, world)
-    for ids in tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True):
-        answered = answer_batch(collator, answerer, ids)
-        records |= answered
-        refused += [i for i in ids if i not in answered]
+    micro_batches = (MicroBatch(0, number, ids, filler=0) for number, ids in enumerate(batches))
+    # Loader processes read ahead while the model answers.
+    reader = stream(collator, micro_batches, evaluation.num_workers, pin_memory=device.type == "cuda")
+    shown = tqdm(batches, "answering", unit=" batches", disable=None if world.is_main else True)
+    with closing(reader) as loaded:
+        for ids, batch in zip(shown, loaded, strict=True):
+            answered = answer_batch(collator, answerer, batch)
+            records |= answered
+            refused += [i for i in ids if i not in answered]
     return Part(records, refused, time.perf_counter() - started)
 
 
-def answer_batch(collator: StreamingCollator, answerer: Answerer, ids: tuple[int, ...]) -> dict[int, Prediction]:
-    """Return the records of one batch by position in the index. A picture refused as too long has none."""
-    batch = collator[MicroBatch(step=0, micro_step=0, ids=ids, filler=0)]
+def answer_batch(collator: StreamingCollator, answerer: Answerer, batch: Batch) -> dict[int, Prediction]:
+    """Return the records of a batch of `collator` by position in the index. A picture refused as too long has none."""
     answers = answerer.answer(batch) if batch.ids else []  # otherwise it holds only the filler
     return {
         i: make_record(collator.shards.key(i), columns, collator.task, answer.text, answer.confidence)

@@ -27,6 +27,7 @@ from kfood_dist.train.run.stop import StopRequest
 from kfood_dist.train.run.watchdog import Watch
 
 _SKIPPED_LISTED = 20
+_BATCHES_BETWEEN_STOPS = 8  # a GPU waits for the ranks here; between them it computes without a wait
 
 
 @dataclass
@@ -72,24 +73,35 @@ class Validator:
         slots = assign_slots(self.ids, self.world.size, recipe.eval.batch_size)[:, self.world.rank]
         micro_batches = (MicroBatch(0, i, tuple(int(n) for n in row if n >= 0), 0) for i, row in enumerate(slots))
         skipped: list[SkippedSample] = []
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        reader = stream(self.collator, micro_batches, recipe.data.num_workers, start_method=recipe.data.worker_start)
+        on_host = torch.zeros(2, dtype=torch.float64)  # weight, samples
+        on_device = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, right answers
+        reader = stream(
+            self.collator,
+            micro_batches,
+            recipe.data.num_workers,
+            pin_memory=self.device.type == "cuda",
+            start_method=recipe.data.worker_start,
+        )
         with torch.no_grad(), without_dropout(self.module), closing(reader) as batches:
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 self.watch.heartbeat("evaluating on the validation split")
                 # All ranks have the same number of batches, so all of them enter this collective at the same batch.
-                if bool(self.world.all_max(torch.tensor(float(self.stop.is_requested()), device=self.device))):
+                if number % _BATCHES_BETWEEN_STOPS == 0 and self._any_rank_stops():
                     return None
                 skipped += batch.refused
                 outcome = self.engine.forward(batch.to(self.device))
-                samples = len(batch.ids) + len(batch.refused)
-                counts = (outcome.loss, self.module.weight(batch), outcome.correct.sum(), samples)
-                totals += torch.tensor([float(c) for c in counts], dtype=torch.float64, device=self.device)
-        loss_sum, weight, right, samples = self.world.all_sum(totals).tolist()
+                on_host += torch.tensor([self.module.weight(batch), len(batch.ids) + len(batch.refused)])
+                on_device += torch.stack([outcome.loss.double(), outcome.correct.sum().double()])
+        totals = torch.cat([on_host.to(self.device), on_device])
+        weight, samples, loss_sum, right = self.world.all_sum(totals).tolist()
         in_all = [sample for of_rank in self.world.all_gather(skipped) for sample in of_rank]
         log_skipped_samples(self.log, "validation", in_all)
         self.sample_s = (time.perf_counter() - began) / samples
         return {"loss": loss_sum / weight if weight else math.nan, "accuracy": right / samples, "samples": samples}
+
+    def _any_rank_stops(self) -> bool:
+        """Return whether any rank was asked to stop. A collective."""
+        return bool(self.world.all_max(torch.tensor(float(self.stop.is_requested()), device=self.device)))
 
 
 def log_skipped_samples(log: RunLog, when: str, samples: Sequence[SkippedSample]) -> None:

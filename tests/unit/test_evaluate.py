@@ -313,6 +313,16 @@ def test_an_adapter_of_another_base_model_is_refused(words, tiny_adapter, tmp_pa
     assert f"adapter {copy} is damaged" in capsys.readouterr().err
 
 
+def test_loader_processes_change_no_answer(words: list[str], tmp_path: Path) -> None:
+    found = []
+    for workers in ("0", "2"):
+        assert main([*words[:-1], str(tmp_path / workers), "--workers", workers]) == 0
+        found.append((tmp_path / workers / "predictions.jsonl").read_bytes())
+    assert found[0] == found[1] != b""
+    with pytest.raises(SystemExit):
+        main([*words, "--workers", "-1"])
+
+
 def test_only_the_picture_that_is_too_long_is_refused(words, pictures):
     """One packed picture is larger than the rest, so only this one cannot fit."""
     task, answerer, collator = load(words)
@@ -325,8 +335,8 @@ def test_only_the_picture_that_is_too_long_is_refused(words, pictures):
 
     collator.shards = OneLarge(task.shards.manifest, "test")
     answerer.template.max_length = 120  # enough for 64 image tokens and some text, not for 256 image tokens
-    assert list(ask.answer_batch(collator, answerer, (0, 1, 2))) == [0, 2]
-    assert ask.answer_batch(collator, answerer, (1,)) == {}
+    assert list(ask.answer_batch(collator, answerer, collator[micro_batch(0, 1, 2)])) == [0, 2]
+    assert ask.answer_batch(collator, answerer, collator[micro_batch(1)]) == {}
 
 
 def record_of(task: Evaluation, i: int, text: str) -> Prediction:

@@ -103,7 +103,7 @@ class _Worker:
         except OSError as error:
             what = f"a loader process cannot be started ({error.strerror or error})"
             remedy = _REMEDIES.get(error.errno or 0, "see `kfood doctor`")
-            raise LaunchError(what, f"{remedy}, or set data.num_workers=0") from None
+            raise LaunchError(what, f"{remedy}, or set data.num_workers=0 (kfood eval: --workers 0)") from None
 
     def _start_receiver(self) -> None:
         try:
