@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from training import contenders, environments, materials, report
-from training.rounds import TUNE_STEPS, Bench
+from training.rounds import TUNE_STEPS, Bench, Outcome
 
 
 def main() -> None:
@@ -49,8 +49,11 @@ def main() -> None:
         absent = {name: environments.why_absent(missing[name], bench.environments) for name in missing}
         checks = bench.check(contenders.to_check(chosen))
         chosen, trials = (chosen, []) if args.no_tuning else bench.tune(chosen)
-        rounds = bench.measure(chosen)
-        print(report.write(args.out, bench, chosen, report.Found(checks, trials, rounds, absent)))
+        rounds: list[Outcome] = []
+        try:
+            bench.measure(chosen, rounds)
+        finally:  # also if it is interrupted
+            print(report.write(args.out, bench, chosen, report.Found(checks, trials, rounds, absent)))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -84,9 +84,8 @@ class Bench:
         seconds = {t.way: min(t.step_s) for t in trials if t.name == name and t.way in peers and t.step_s}
         return peers[min(seconds, key=lambda way: seconds[way])] if seconds else known[0]
 
-    def measure(self, contenders: Sequence[Contender]) -> list[Outcome]:
-        """Run the interleaved rounds: each contender once per round, in the same order."""
-        outcomes: list[Outcome] = []
+    def measure(self, contenders: Sequence[Contender], outcomes: list[Outcome]) -> None:
+        """Run the interleaved rounds: each contender once per round, in the same order. Appends to `outcomes`."""
         failed: set[str] = set()
         for number in range(self.rounds):
             for contender in contenders:
@@ -96,7 +95,6 @@ class Bench:
                 outcomes.append(outcome)
                 if outcome.error:
                     failed.add(contender.name)
-        return outcomes
 
     def _run(self, contender: Contender, phase: str, steps: int, dropout: float | None = None) -> Outcome:
         folder = self.work / f"{contender.name} {phase}".replace(" ", "-")
