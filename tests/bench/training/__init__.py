@@ -1,0 +1,1 @@
+"""The parts of the training benchmark, `tests/bench/train.py`."""

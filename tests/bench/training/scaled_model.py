@@ -1,0 +1,122 @@
+"""A Qwen2.5-VL of 61 M parameters with the proportions of the 3B model, for a benchmark on a few CPU cores.
+
+    sizes of the 3B model ──► a quarter of each width and depth ──► random weights, practice tokenizer ──► folder
+
+| kept exactly                                       | 3B            | here      |
+|----------------------------------------------------|---------------|-----------|
+| width of tower / width of language model           | 1280 / 2048   | 320 / 512 |
+| width of MLP / width, language model               | 11008 / 2048  | 2752 / 512|
+| query heads : key and value heads                  | 16 : 2        | 8 : 1     |
+| width of head, language model : tower              | 128 : 80      | 64 : 40   |
+| blocks of tower : layers of language model         | 32 : 36       | 8 : 9     |
+| blocks with full attention                         | each 8th      | each 8th  |
+| patches, window, merging: 64 image tokens at 224 px| the same      | the same  |
+
+The vocabulary has as many rows as give the head its share of the language model's FLOPs. The tokenizer uses only the
+first of them. The tower's MLP is 856 wide, a multiple of 8. `flop_shares` computes the shares of both models, and the
+report shows them. The classes are the real ones, so a layer runs the same operations, in a quarter as many layers.
+
+The chat template ends the last answer without a newline. So the trainers that label all that the template writes after
+the prompt have the same label tokens as ours: the answer and the end token.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+REAL_CONFIG = ROOT / "tests/unit/qwen2_5_vl_3b.json"
+VOCABULARY_SIZE = 9536
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 512,
+    "intermediate_size": 2752,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.04,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [8, 12, 12]},
+}
+VISION: dict[str, Any] = {
+    "depth": 8,
+    "hidden_size": 320,
+    "intermediate_size": 856,
+    "num_heads": 8,
+    "out_hidden_size": 512,
+    "fullatt_block_indexes": [7],
+    "initializer_range": 0.04,
+}
+
+
+def write_scaled_model(folder: Path, seed: int = 0) -> None:
+    """Write the model with its tokenizer and its processor settings into `folder`, which is made if missing."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from kfood_dist.practice import tiny_model
+
+    tokenizer = tiny_model.train_tokenizer()
+    tokenizer.chat_template = end_without_newline(tokenizer.chat_template)
+    tree = tiny_model.build_config(tokenizer).to_dict()
+    for section, sizes in (("text_config", TEXT), ("vision_config", VISION)):
+        tree[section] |= sizes
+    tree["text_config"].pop("layer_types", None)  # it has one entry per layer; the config makes it again
+    config = Qwen2_5_VLConfig(**tree)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    tiny_model.make_vision_trainable(model.model.visual)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(tiny_model.preprocessor_settings()), encoding="utf-8")
+
+
+def end_without_newline(template: str) -> str:
+    """Return the practice set's chat template, changed so that a last turn of the assistant ends with its end token."""
+    every_turn = "'<|im_end|>\\n' }}\n{%- endfor"
+    assert every_turn in template, "the practice set has another chat template now"
+    but_the_last = "'<|im_end|>' + ('' if loop.last and message.role == 'assistant' else '\\n') }}\n{%- endfor"
+    return template.replace(every_turn, but_the_last)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass of one sample. `head` is the head at every token, as most trainers run it."""
+
+    tower: float
+    language_model: float
+    head: float
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of each part in the sum."""
+        total = sum(vars(self).values())
+        return {name: value / total for name, value in vars(self).items()}
+
+
+def count_flops(config: dict[str, Any], tokens: int, patches: int = 256) -> Flops:
+    """Count multiplications and additions of a config's matrices and attention, for one picture and `tokens` tokens.
+
+    Norms, activations and LoRA are not counted.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    width, layers = text["hidden_size"], text["num_hidden_layers"]
+    grouped = text["num_key_value_heads"] / text["num_attention_heads"]
+    layer = width**2 * (2 + 2 * grouped) + 3 * width * text["intermediate_size"]
+    language_model = layers * tokens * (2 * layer + 4 * tokens * width)
+
+    side, merged = vision["hidden_size"], vision["spatial_merge_size"] ** 2
+    block = 4 * side**2 + 3 * side * vision["intermediate_size"]
+    full = len(vision["fullatt_block_indexes"])
+    in_window = (vision["window_size"] // vision["patch_size"]) ** 2
+    seen = full * patches + (vision["depth"] - full) * in_window  # patches that one patch attends to, in all blocks
+    embed = side * 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    merger = (merged * side) ** 2 + merged * side * vision["out_hidden_size"]
+    tower = 2 * patches * (vision["depth"] * block + embed + merger / merged) + 4 * patches * seen * side
+    return Flops(tower, language_model, 2 * tokens * width * text["vocab_size"])
+
+
+def flop_shares(tokens: int) -> dict[str, dict[str, float]]:
+    """Return the shares of tower, language model and head, of the 3B model and of the scaled one."""
+    real = json.loads(REAL_CONFIG.read_text(encoding="utf-8"))
+    scaled = {part: real[part] | sizes for part, sizes in (("text_config", TEXT), ("vision_config", VISION))}
+    return {"3B": count_flops(real, tokens).shares(), "scaled": count_flops(scaled, tokens).shares()}
