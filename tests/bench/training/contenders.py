@@ -12,6 +12,7 @@ OURS = (
     Ours("ours", "ours, as shipped"),
     Ours("ours-recompute-off", "ours, recompute off", sets=["train.gradient_checkpointing=false"]),
     Ours("ours-dropout-0", "ours, dropout 0", sets=["lora.dropout=0"]),
+    Ours("ours-plain-tower", "ours, tower as in transformers", sets=["model.fast_tower=false"]),
     Ours("ours-1-thread", "ours, 1 rank with 1 thread", threads=1),
     Ours("ours-2-ranks", "ours, 2 ranks with 1 thread each", ranks=2, threads=1),
 )
