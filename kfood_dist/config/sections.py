@@ -232,6 +232,11 @@ class Objective(Section):
 class Train(Section):
     micro_batch_size: Count = Field(4, le=2**16, description="samples per rank and micro-step")
     gradient_accumulation_steps: Count = Field(8, le=2**16, description="micro-steps per optimiser step")
+    tokens_per_micro_batch: Count | None = Field(
+        None,
+        description="fill micro-batches with samples of similar length up to this many tokens, padding included, "
+        "instead of with micro_batch_size samples; the samples of a step stay the same",
+    )
     global_batch_size: Count | None = Field(
         None,
         description="samples per optimiser step; if given, the accumulation follows from it and the number of ranks",

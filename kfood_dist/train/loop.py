@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from kfood_dist.config.sections import Recipe
-from kfood_dist.data.batch.collate import Batch, StreamingCollator
+from kfood_dist.data.batch.collate import Batch, StreamingCollator, TokenCollator
 from kfood_dist.data.batch.loader import stream
 from kfood_dist.data.mix import read_ahead
 from kfood_dist.data.plan.plan import Plan
@@ -84,17 +85,17 @@ class Trainer:
         """
         self.watch.start()
         restart_private_peak()
-        with closing(self._batches(start)) as batches:
-            return self._take_steps(start, batches)
+        with closing(self._steps(start)) as steps:
+            return self._take_steps(start, steps)
 
-    def _take_steps(self, start: int, batches: Iterator[Batch]) -> int:
+    def _take_steps(self, start: int, steps: Iterator[Sequence[Batch]]) -> int:
         last = start
         if self.unevaluated and (validation := self._evaluate(start)):
             self.saver.add_validation(self.unevaluated, validation)
         for step in range(start, self.max_steps):
             if self.stopping:
                 break
-            self.log.step(self.train_step(step, batches))
+            self.log.step(self.train_step(step, steps))
             if step == start and self.world.is_main:
                 self._write_run_json(step + 1)
             done = step + 1
@@ -123,11 +124,11 @@ class Trainer:
             self.log.say(f"step {done}: not evaluated, because the run stops")
         return validation
 
-    def train_step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
+    def train_step(self, step: int, steps: Iterator[Sequence[Batch]]) -> dict[str, Any]:
         """Take one optimiser step over the global batch. Returns its metrics."""
         self.watch.heartbeat(f"reading the pictures of step {step + 1}")
         meter = StepMeter()
-        meter.batches = [self._next(batches, meter) for _ in range(self.plan.num_micro_steps(step))]
+        meter.batches = self._read(steps, meter)
         meter.flops = sum(map(self.utilisation.flops, meter.batches))
         # After the batches, because the start of the loader at a run's first step also draws a random number.
         seed_step(self.recipe.train.seed, step, self.world.rank)
@@ -197,25 +198,35 @@ class Trainer:
                 self.saver.bad[key] = why
         require_few_bad(self.saver.bad, len(self.collator.shards), self.recipe.data.max_bad_share)
 
-    def _batches(self, start: int) -> Generator[Batch, None, None]:
-        """Return this rank's batches from step `start` on. Loader processes read them ahead of the training."""
-        data, micro_batches = self.recipe.data, self.plan.micro_batches(self.world.rank, start, self.max_steps)
+    def _steps(self, start: int) -> Generator[Sequence[Batch], None, None]:
+        """Yield this rank's micro-batches of each step from `start` on. Loader processes read them ahead."""
+        data, num_tokens, plan = self.recipe.data, self.recipe.train.tokens_per_micro_batch, self.plan
+        requests = (plan.step_parts if num_tokens else plan.micro_batches)(self.world.rank, start, self.max_steps)
         if self.world.local_rank == 0:
-            micro_batches = read_ahead(micro_batches, self.plan, start, self.max_steps, self.collator.shards.will_need)
-        return stream(
-            self.collator,
-            micro_batches,
+            requests = read_ahead(requests, plan, start, self.max_steps, self.collator.shards.will_need)
+        collator: Dataset[Any] = TokenCollator(self.collator, num_tokens) if num_tokens else self.collator
+        made = stream(
+            collator,
+            requests,
             data.num_workers,
             pin_memory=self.device.type == "cuda",
-            ahead=self.plan.accumulation,
+            ahead=1 if num_tokens else plan.accumulation,
             start_method=data.worker_start,
         )
+        with closing(made):
+            for step in range(start, self.max_steps):
+                yield next(made).batches if num_tokens else [next(made) for _ in range(plan.num_micro_steps(step))]
 
-    def _next(self, batches: Iterator[Batch], meter: StepMeter) -> Batch:
+    def _read(self, steps: Iterator[Sequence[Batch]], meter: StepMeter) -> list[Batch]:
+        """Return this rank's micro-batches of the next step. A collective if their number may differ between ranks."""
         began = time.perf_counter()
-        batch = next(batches)
+        found = list(next(steps))
         meter.waited_s += time.perf_counter() - began
-        return batch
+        if self.recipe.train.tokens_per_micro_batch:
+            most = int(self.world.all_max(torch.tensor(len(found), device=self.device)))
+            smallest = min(found, key=lambda batch: batch.input_ids.numel())
+            found += [smallest.without_labels()] * (most - len(found))
+        return found
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

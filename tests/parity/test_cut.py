@@ -10,15 +10,21 @@ from sweep import swept
 
 from kfood_dist.data.shards.reader import open_split
 
-CUTS = {"1 × 16": (1, 16, 1), "2 × 8": (2, 8, 1), "2 × 4 × 2": (2, 4, 2)}  # ranks, micro-batch, accumulation
+# Ranks, micro-batch, accumulation, and tokens per micro-batch. A sample has about 80 tokens.
+CUTS = {
+    "1 × 16": (1, 16, 1, None),
+    "2 × 8": (2, 8, 1, None),
+    "2 × 4 × 2": (2, 4, 2, None),
+    "2 × tokens": (2, 4, 2, 250),
+}
 
 
 @pytest.fixture(scope="module", params=[0, 2, 3, *swept([1])], ids=lambda stage: f"zero{stage}")
 def runs(request, tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> dict[str, Path]:
     """Return runs of two steps in float32 without dropout, one for each cut of the same 16 samples."""
     out = {}
-    for name, (ranks, micro_batch, accumulation) in CUTS.items():
-        if request.param != 2 and name != "2 × 4 × 2":
+    for name, (ranks, micro_batch, accumulation, tokens) in CUTS.items():
+        if request.param != 2 and name not in ("2 × 4 × 2", "2 × tokens"):
             continue
         folder = tmp_path_factory.mktemp("cut")
         cut = {"micro_batch_size": micro_batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
@@ -29,7 +35,7 @@ def runs(request, tmp_path_factory, tiny_model: Path, tiny_shards: Path) -> dict
             model={"quantization": "none", "precision": "fp32"},
             lora={"dropout": 0.0},
             optim={"name": "adamw"},
-            train={**cut, "zero_stage": request.param},
+            train={**cut, "tokens_per_micro_batch": tokens, "zero_stage": request.param},
         )
         train(recipe, ranks)
         out[name] = folder / "run"

@@ -16,7 +16,7 @@ from page_cache import drop_pages, resident_share, settled
 
 from kfood_dist.cli import main
 from kfood_dist.config.recipe import build_data
-from kfood_dist.config.sections import Data
+from kfood_dist.config.sections import Data, Train
 from kfood_dist.data.mix import Mixture, build_data_order, open_mixture, read_ahead
 from kfood_dist.data.plan.plan import Plan
 from kfood_dist.data.shards.reader import open_split
@@ -136,16 +136,16 @@ def test_one_rank_per_node_reads_ahead_if_an_epoch_has_several_windows(
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr("kfood_dist.data.plan.sampling.DEFAULT_WINDOW", window)
-    monkeypatch.setattr("kfood_dist.train.loop.stream", lambda collator, micro_batches, *_, **__: micro_batches)
+    monkeypatch.setattr("kfood_dist.train.loop.stream", lambda _, requests, *__, **___: (asked for asked in requests))
     run = SimpleNamespace(
-        recipe=SimpleNamespace(data=Data(shards="here")),
+        recipe=SimpleNamespace(data=Data(shards="here"), train=Train()),
         world=World(local_rank, 2, local_rank),
         plan=Plan(plain_order(1000), seed=0, ranks=2, micro_batch=4, accumulation=2),
         max_steps=3,
         collator=SimpleNamespace(shards=SimpleNamespace(will_need=asked.extend)),
         device=torch.device("cpu"),
     )
-    assert len(list(Trainer._batches(run, 0))) == 6
+    assert sum(map(len, Trainer._steps(run, 0))) == 6
     assert (len(asked) >= 128) is asks
 
 

@@ -9,7 +9,7 @@ training, a sample that can no longer be read is replaced by another, which depe
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from kfood_dist.data.batch.lengths import cut_by_length
+from kfood_dist.data.batch.pixel_block import PixelBlock
 from kfood_dist.data.batch.template import IGNORED, Encoded, SampleRefused, Template
 from kfood_dist.data.picture.images import ImageRejected, decode_rgb
 from kfood_dist.data.plan.plan import MicroBatch
@@ -54,6 +56,13 @@ class Batch:
     columns: tuple[dict[str, Any], ...] = ()  # of these samples, if the batch is for generation
     refused: tuple[SkippedSample, ...] = ()
     replaced: tuple[SkippedSample, ...] = ()
+
+    def without_labels(self) -> "Batch":
+        """Return the same rows without labels and without samples: a filler, whose loss and gradients are zero."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        labels = torch.full_like(self.labels, IGNORED)
+        none: dict[str, Any] = {"predicting": nothing, "targets": nothing, "target_rows": nothing}
+        return replace(self, labels=labels, **none, ids=(), columns=(), refused=(), replaced=())
 
     @property
     def num_label_tokens(self) -> int:
@@ -127,12 +136,35 @@ class StreamingCollator(Dataset[Batch]):
         self.pad_token_id = int(template.tokenizer.pad_token_id)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        used: list[int] = []
+        block = PixelBlock(len(micro_batch.ids))
+        rows, refused, replaced = self._rows(micro_batch, block)
+        return self._batch(rows, block.joined(), refused, replaced)
+
+    def cut(self, samples: MicroBatch, num_tokens: int) -> list[Batch]:
+        """Return the samples in batches of similar lengths, each with at most `num_tokens` places, padding included.
+
+        A longer sample is a batch of its own. The first batch has the refused and replaced samples of all.
+        """
+        rows, refused, replaced = self._rows(samples, None)
+        rows.sort(key=lambda row: len(row.encoded))
+        batches = []
+        for start, stop in cut_by_length([len(row.encoded) for row in rows], num_tokens):
+            group = rows[start:stop]
+            block = PixelBlock(len(group))
+            for row in group:
+                for pixels in row.pixels:
+                    block.keep(pixels)
+            batches.append(self._batch(group, block.joined(), refused, replaced))
+            refused, replaced = [], []
+        return batches
+
+    def _rows(
+        self, micro_batch: MicroBatch, block: "PixelBlock | None"
+    ) -> "tuple[list[_Row], list[SkippedSample], list[SkippedSample]]":
+        """Return the encoded rows, or a filler if none remains, and the refused and the replaced samples."""
         refused: list[SkippedSample] = []
         replaced: list[SkippedSample] = []
         rows: list[_Row] = []
-        columns: list[dict[str, Any]] = []
-        block = _Block(len(micro_batch.ids))
         for i, sample in zip(micro_batch.ids, self._samples(micro_batch.ids), strict=True):
             try:
                 if isinstance(sample, ShardError) and self.unreadable == "replace":
@@ -141,18 +173,24 @@ class StreamingCollator(Dataset[Batch]):
                 if isinstance(sample, ShardError):
                     refused.append(SkippedSample(self.shards.key(i), sample.what))
                     continue
-                rows.append(self._row(sample, not self.for_generation, block))
-                used.append(i)
-                columns.append(sample.columns)
+                rows.append(self._row(i, sample, not self.for_generation, block))
             except SampleRefused as error:
                 refused.append(SkippedSample(self.shards.key(i), str(error)))
-        if not rows:
-            rows = [self._filler(micro_batch.filler, block)]
+        return rows or [self._filler(micro_batch.filler, block)], refused, replaced
+
+    def _batch(
+        self,
+        rows: "Sequence[_Row]",
+        pixels: np.ndarray,
+        refused: Sequence[SkippedSample],
+        replaced: Sequence[SkippedSample],
+    ) -> Batch:
+        used = [row for row in rows if row.id is not None]
         return self._pad(
             rows,
-            block.joined(),
-            ids=tuple(used),
-            columns=tuple(columns) if self.for_generation else (),
+            pixels,
+            ids=tuple(row.id for row in used),
+            columns=tuple(row.columns for row in used) if self.for_generation else (),
             refused=tuple(refused),
             replaced=tuple(replaced),
         )
@@ -183,7 +221,7 @@ class StreamingCollator(Dataset[Batch]):
                 return sample
         raise fault
 
-    def _filler(self, i: int, block: "_Block") -> "_Row":
+    def _filler(self, i: int, block: "PixelBlock | None") -> "_Row":
         """Return a row without an answer for a rank whose samples are all skipped, so that the rank does not stall.
 
         It is sample i, or a blank picture if that cannot be used.
@@ -192,23 +230,26 @@ class StreamingCollator(Dataset[Batch]):
         size = self.shards.manifest.image_size
         blank = _Decoded(dict(self.task.example), [np.zeros((size, size, 3), dtype=np.uint8)])
         try:
-            return self._row(blank if isinstance(sample, ShardError) else sample, False, block)
+            return self._row(None, blank if isinstance(sample, ShardError) else sample, False, block)
         except SampleRefused:
-            return self._row(blank, False, block)
+            return self._row(None, blank, False, block)
 
-    def _row(self, sample: "_Decoded", answered: bool, block: "_Block") -> "_Row":
-        """Encode a sample, and put its pixels into the block. If it raises SampleRefused, it puts none there."""
-        pictures = [
-            self.template.pictures.encode(rgb, block.free_row(number)) for number, rgb in enumerate(sample.pictures)
-        ]
+    def _row(self, i: int | None, sample: "_Decoded", answered: bool, block: "PixelBlock | None") -> "_Row":
+        """Encode sample i, or a filler (None), and put its pixels into the block, if one is given.
+
+        If it raises SampleRefused, it puts none there.
+        """
+        free = block.free_row if block else lambda _: None
+        pictures = [self.template.pictures.encode(rgb, free(number)) for number, rgb in enumerate(sample.pictures)]
         messages = self.task.messages(sample.columns, len(pictures))
         answer = self.task.answer(sample.columns) if answered else None
         encoded = self.template.encode(messages, [picture.ids for picture in pictures], answer)
-        for picture in pictures:
-            block.keep(picture.pixels)
-        return _Row(encoded, [picture.facts for picture in pictures])
+        if block:
+            for picture in pictures:
+                block.keep(picture.pixels)
+        return _Row(i, sample.columns, encoded, [p.facts for p in pictures], [p.pixels for p in pictures])
 
-    def _pad(self, rows: list["_Row"], pixels: np.ndarray, **left_out: Any) -> Batch:
+    def _pad(self, rows: "Sequence[_Row]", pixels: np.ndarray, **left_out: Any) -> Batch:
         encoded = [row.encoded for row in rows]
         facts = [facts for row in rows for facts in row.facts]
         length = max(map(len, encoded))
@@ -254,39 +295,36 @@ class _Decoded(NamedTuple):
 
 
 class _Row(NamedTuple):
+    id: int | None  # None: a filler
+    columns: dict[str, Any]
     encoded: Encoded
     facts: list[dict[str, np.ndarray]]  # of each picture
+    pixels: list[np.ndarray]  # of each picture
 
 
-class _Block:
-    """The pixels of a micro-batch, one picture after the other. Each picture is written directly to its final place.
+@dataclass(frozen=True)
+class StepPart:
+    """All micro-batches of one rank in one step."""
 
-    The pictures of a packed set have one size. If one differs, all are joined at the end instead.
+    batches: tuple[Batch, ...]
+
+    def pin_memory(self) -> "StepPart":
+        """Return the same micro-batches in pinned memory."""
+        return StepPart(tuple(batch.pin_memory() for batch in self.batches))
+
+
+class TokenCollator(Dataset[StepPart]):
+    """A collator whose index has all samples of a rank in a step. It fills micro-batches by tokens.
+
+    `num_tokens` is the most places of a micro-batch, padding included.
     """
 
-    def __init__(self, num_pictures: int):
-        self._num_pictures = num_pictures  # a guess: if there are more, all are joined at the end
-        self._rows: np.ndarray | None = None  # (pictures, *shape of one), made for the first picture
-        self._parts: list[np.ndarray] = []
+    def __init__(self, collator: StreamingCollator, num_tokens: int):
+        self.collator = collator
+        self.num_tokens = num_tokens
 
-    def free_row(self, number: int) -> np.ndarray | None:
-        """Return the place for the pixels of the next picture (`number` 0) or a later one. None if there is none."""
-        place = len(self._parts) + number
-        return None if self._rows is None or place >= len(self._rows) else self._rows[place]
-
-    def keep(self, pixels: np.ndarray) -> None:
-        """Add a picture's pixels, whether or not they were written to a free row."""
-        if self._rows is None and self._num_pictures > 1:
-            self._rows = np.empty((self._num_pictures, *pixels.shape), pixels.dtype)
-            self._rows[0] = pixels
-            pixels = self._rows[0]
-        self._parts.append(pixels)
-
-    def joined(self) -> np.ndarray:
-        """Return the pixels of all pictures, joined along their first axes."""
-        if self._rows is not None and all(part.base is self._rows for part in self._parts):
-            return self._rows[: len(self._parts)].reshape(-1, *self._rows.shape[2:])
-        return np.concatenate(self._parts)
+    def __getitem__(self, samples: MicroBatch) -> StepPart:
+        return StepPart(tuple(self.collator.cut(samples, self.num_tokens)))
 
 
 def substitutes(i: int, num_samples: int) -> Iterator[int]:

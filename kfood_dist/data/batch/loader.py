@@ -22,11 +22,11 @@ from contextlib import suppress
 from functools import cache
 from itertools import cycle
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
+from torch.utils.data import Dataset
 
-from kfood_dist.data.batch.collate import Batch, StreamingCollator
 from kfood_dist.data.plan.plan import MicroBatch
 from kfood_dist.errors import KfoodError, LaunchError
 from kfood_dist.system.processes import describe_exit, end_with_parent, keep_freed_memory
@@ -39,15 +39,24 @@ _REMEDIES = {
 }
 
 
+class Pinnable(Protocol):
+    """What a collator makes: a Batch, or a StepPart with several."""
+
+    def pin_memory(self) -> Self: ...
+
+
+Made = TypeVar("Made", bound=Pinnable)
+
+
 def stream(
-    collator: StreamingCollator,
+    collator: Dataset[Made],
     micro_batches: Iterator[MicroBatch],
     num_workers: int,
     pin_memory: bool = False,
     ahead: int = 2,
     start_method: str = "fork",
-) -> Generator[Batch, None, None]:
-    """Yield the batches of `micro_batches`, in order, collated by `num_workers` processes (0: in this process).
+) -> Generator[Made, None, None]:
+    """Yield what `collator` makes of each of `micro_batches`, in order, in `num_workers` processes (0: in this one).
 
     The processes end with the last batch, or when the generator is closed.
 
@@ -74,7 +83,7 @@ def stream(
             worker.end()
 
 
-def _in_turn(workers: "list[_Worker]", micro_batches: Iterator[MicroBatch], ahead: int) -> Iterator[Batch]:
+def _in_turn(workers: "list[_Worker]", micro_batches: Iterator[MicroBatch], ahead: int) -> Iterator[Any]:
     busy: deque[_Worker] = deque()
     for worker, micro_batch in zip(cycle(workers), micro_batches, strict=False):
         worker.ask(micro_batch)
@@ -88,7 +97,7 @@ def _in_turn(workers: "list[_Worker]", micro_batches: Iterator[MicroBatch], ahea
 class _Worker:
     """One loader process, as its parent sees it. It answers requests in the order in which they were made."""
 
-    def __init__(self, collator: StreamingCollator, start_method: str, pin_memory: bool):
+    def __init__(self, collator: Dataset[Any], start_method: str, pin_memory: bool):
         self._device = torch.cuda.current_device() if pin_memory else None
         self._answers: SimpleQueue[Any] = SimpleQueue()  # None: no more will come
         # Takes each batch as soon as it arrives, so that the worker can start its next one.
@@ -117,7 +126,7 @@ class _Worker:
         with suppress(ConnectionError):  # the worker ended: `answer` raises that
             self._socket.sendall(b"".join(as_bytes(micro_batch)))
 
-    def answer(self) -> Batch:
+    def answer(self) -> Any:
         """Return the batch of the oldest open request. Raises the worker's error, or LaunchError if it ended."""
         found = self._answers.get()
         if found is None:
@@ -183,7 +192,7 @@ def _read(connection: socket.socket, size: int) -> bytearray:
     return data
 
 
-def _work(collator: StreamingCollator, connection: socket.socket) -> None:
+def _work(collator: Dataset[Any], connection: socket.socket) -> None:
     """Answer each micro-batch with a batch, in a separate process, until the parent ends it."""
     _start_worker()
     with suppress(EOFError, ConnectionError):
@@ -192,7 +201,7 @@ def _work(collator: StreamingCollator, connection: socket.socket) -> None:
                 connection.sendall(part)
 
 
-def _answer(collator: StreamingCollator, micro_batch: MicroBatch) -> Sequence[bytes | memoryview]:
+def _answer(collator: Dataset[Any], micro_batch: MicroBatch) -> Sequence[bytes | memoryview]:
     """Return the parts to send for a batch, or for the error that it raised."""
     try:
         return as_bytes(collator[micro_batch])

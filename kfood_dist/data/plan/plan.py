@@ -92,6 +92,12 @@ class Plan:
                 mine = tuple(int(i) for i in ranks[rank] if i != EMPTY)
                 yield MicroBatch(step, micro_step, mine, filler=int(slots[0, 0, 0]))
 
+    def step_parts(self, rank: int, start: int, stop: int) -> Iterator[MicroBatch]:
+        """Yield all samples of `rank` in each of the steps `start <= step < stop`, together as one micro-batch."""
+        for step, slots in self.slots(start, stop):
+            mine = tuple(int(i) for i in slots[:, rank].ravel() if i != EMPTY)
+            yield MicroBatch(step, 0, mine, filler=int(slots[0, 0, 0]))
+
     def windows_to_prefetch(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (step, ids to read ahead of it) for `start <= step < stop`, with the ids in the order of the index.
 
