@@ -268,7 +268,8 @@ def test_a_process_without_descriptors_left_says_so_at_once(tmp_path: Path) -> N
         env={**environment(), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     message = "a loader process cannot be started (Too many open files) → raise the limit of open files (`ulimit -n`), "
-    assert (done.stdout, done.returncode) == (f"{message}or set data.num_workers=0\n", 0), done.stderr
+    message += "or set data.num_workers=0 (kfood eval: --workers 0)\n"
+    assert (done.stdout, done.returncode) == (message, 0), done.stderr
 
 
 class Ends:
