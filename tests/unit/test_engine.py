@@ -83,7 +83,7 @@ def test_the_zero_engine_reports_the_loss_scale_of_each_update() -> None:
     )
 
     class Overflowing:
-        optimizer = SimpleNamespace(loss_scaler=scaler, param_groups=[{}])
+        optimizer = SimpleNamespace(loss_scaler=scaler, param_groups=[{}], cpu_offload=True)
 
         def zero_optimization_stage(self) -> int:
             return 2

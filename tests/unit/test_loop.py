@@ -85,7 +85,7 @@ def test_validation_names_the_first_twenty_skipped_samples(
             data=SimpleNamespace(num_workers=0, worker_start=None),
         ),
         world=World(),
-        device="cpu",
+        device=torch.device("cpu"),
         collator=SimpleNamespace(shards=range(1 + skipped)),
         module=module,
         engine=SimpleNamespace(forward=lambda batch: Outcome(torch.tensor(0.5), None, torch.tensor([True]))),
