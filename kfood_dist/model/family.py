@@ -27,7 +27,7 @@ class Family:
     token_types: str = ""
     language_model: str = "model.language_model"
     head: str = "lm_head"
-    tower_trains: bool = True  # False: layers after the features get no gradient, so DDP fails
+    tower_trains: bool = True  # False: the features come from an earlier layer, so its last ones get no gradient
     packs_pictures: bool = False  # True: the tower takes all pictures of a batch as one sequence
 
     @property

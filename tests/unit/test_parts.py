@@ -191,7 +191,7 @@ def test_a_prompt_that_does_not_fit_its_task_is_refused(task: str, prompt: str) 
 
 @pytest.mark.parametrize("way", ["lora", "full"])
 def test_a_tower_whose_last_layers_get_no_gradient_stays_frozen(way: str) -> None:
-    """LLaVA takes its features from an earlier layer of the tower. DDP would fail at the second step."""
+    """LLaVA takes its features from an earlier layer of the tower, so its last layers get no gradient."""
     with pytest.raises(RecipeError, match=r"a LLaVA-1\.5's tower get no gradient → set parts\.tower=frozen"):
         require_parts_possible(FAMILIES["llava"], Parts.model_validate({"tower": way}))
 

@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A PeftModel with its loss, as one module for DeepSpeed and DDP to wrap.
+    """A PeftModel with its loss, as one module for DeepSpeed to wrap.
 
     `best` names the validation result that selects the best checkpoint: the highest accuracy or the lowest loss.
     """

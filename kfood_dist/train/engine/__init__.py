@@ -1,1 +1,1 @@
-"""One optimiser step with DeepSpeed ZeRO, DDP or a single process."""
+"""One optimiser step with DeepSpeed ZeRO, with plain data parallelism, or in a single process."""

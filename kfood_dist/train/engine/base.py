@@ -1,4 +1,4 @@
-"""One optimiser step with DeepSpeed ZeRO, DDP, or a single process.
+"""One optimiser step with DeepSpeed ZeRO, with plain data parallelism, or in a single process.
 
     build_engine (`build.py`) ──► micro_step × n, step ──► Update: gradient norm, applied
 

@@ -32,7 +32,7 @@ class ZeroEngine:
         self._window = ExitStack()  # open while gradients are added on this rank only
         self._in_window = False
         self._adds_locally = self._is_small_enough_to_add_locally()
-        if self._adds_locally and self.stage == 2:
+        if self._adds_locally:
             inner = self.engine.optimizer
             # Otherwise, stage 2 would add them in 16 bits. Stage 1 has this switch from the start.
             inner.use_grad_accum_attribute = inner.use_separate_grad_accum

@@ -13,7 +13,7 @@
 | patches, window, merging: 64 image tokens at 224 px| the same      | the same  |
 
 The vocabulary has as many rows as give the head its share of the language model's FLOPs. The tokenizer uses only the
-first of them. The tower's MLP is 856 wide, a multiple of 8. `flop_shares` computes the shares of both models, and the
+first of them. The tower's MLP is 856 wide, a multiple of 8. `flop_shares` counts the shares of both models, and the
 report shows them. The classes are the real ones, so a layer runs the same operations, in a quarter as many layers.
 
 The chat template ends the last answer without a newline. So the trainers that label all that the template writes after
@@ -21,7 +21,6 @@ the prompt have the same label tokens as ours: the answer and the end token.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,44 +78,36 @@ def end_without_newline(template: str) -> str:
     return template.replace(every_turn, but_the_last)
 
 
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of one forward pass of one sample. `head` is the head at every token, as most trainers run it."""
-
-    tower: float
-    language_model: float
-    head: float
-
-    def shares(self) -> dict[str, float]:
-        """Return the share of each part in the sum."""
-        total = sum(vars(self).values())
-        return {name: value / total for name, value in vars(self).items()}
-
-
-def count_flops(config: dict[str, Any], tokens: int, patches: int = 256) -> Flops:
-    """Count multiplications and additions of a config's matrices and attention, for one picture and `tokens` tokens.
-
-    Norms, activations and LoRA are not counted.
-    """
-    text, vision = config["text_config"], config["vision_config"]
-    width, layers = text["hidden_size"], text["num_hidden_layers"]
-    grouped = text["num_key_value_heads"] / text["num_attention_heads"]
-    layer = width**2 * (2 + 2 * grouped) + 3 * width * text["intermediate_size"]
-    language_model = layers * tokens * (2 * layer + 4 * tokens * width)
-
-    side, merged = vision["hidden_size"], vision["spatial_merge_size"] ** 2
-    block = 4 * side**2 + 3 * side * vision["intermediate_size"]
-    full = len(vision["fullatt_block_indexes"])
-    in_window = (vision["window_size"] // vision["patch_size"]) ** 2
-    seen = full * patches + (vision["depth"] - full) * in_window  # patches that one patch attends to, in all blocks
-    embed = side * 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-    merger = (merged * side) ** 2 + merged * side * vision["out_hidden_size"]
-    tower = 2 * patches * (vision["depth"] * block + embed + merger / merged) + 4 * patches * seen * side
-    return Flops(tower, language_model, 2 * tokens * width * text["vocab_size"])
-
-
 def flop_shares(tokens: int) -> dict[str, dict[str, float]]:
-    """Return the shares of tower, language model and head, of the 3B model and of the scaled one."""
+    """Return the shares of tower, language model and head in a forward pass, of the 3B model and of the scaled one.
+
+    A sample has one picture of 224 px and `tokens` tokens. The head runs at every token, as in most trainers.
+    """
     real = json.loads(REAL_CONFIG.read_text(encoding="utf-8"))
-    scaled = {part: real[part] | sizes for part, sizes in (("text_config", TEXT), ("vision_config", VISION))}
-    return {"3B": count_flops(real, tokens).shares(), "scaled": count_flops(scaled, tokens).shares()}
+    scaled = real | {part: real[part] | sizes for part, sizes in (("text_config", TEXT), ("vision_config", VISION))}
+    scaled["text_config"].pop("layer_types", None)
+    return {"3B": _shares(real, tokens), "scaled": _shares(scaled, tokens)}
+
+
+def _shares(tree: dict[str, Any], tokens: int) -> dict[str, float]:
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from kfood_dist.estimate.counts import Counts
+    from kfood_dist.estimate.flops import read_coefficients
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**tree))
+    sample = Counts(
+        num_tokens=tokens,
+        num_causal_pairs=tokens * (tokens + 1) // 2,
+        num_patches=256,
+        num_tower_tokens=256,
+        num_window_pairs=4 * 64**2,
+        num_full_pairs=256**2,
+        num_image_tokens=64,
+        num_labels=tokens,
+    )
+    forward = {part: cost.forward for part, cost in read_coefficients(model).by_part(sample).items()}
+    forward["tower"] += forward.pop("connector")
+    return {part: flops / sum(forward.values()) for part, flops in forward.items()}
